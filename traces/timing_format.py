@@ -1,0 +1,268 @@
+"""The file of a timing trace: `# key: value` header lines (YAML), then a CSV table of points. docs/timing_traces.md."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+FORMAT = "qllm-timings 1"
+CURVES = ("dense_pre", "dense_post", "expert", "head")
+GRIDS = ("attention_prefill", "attention_decode")
+STEPS = ("dense_pre", "attention_prefill", "attention_decode", "dense_post", "expert", "head")
+SOURCES = ("measured", "imported", "modelled")
+EXPERT_MODES = ("fused", "separate")
+COLUMNS = ("step", "tokens", "context", "seconds", "spread_s", "repeats", "source")
+
+
+class TimingError(ValueError):
+    """A timing trace that cannot be used; the message names file, row or key, and what is allowed."""
+
+
+class Point(NamedTuple):
+    """One measured point. `context` is None for the steps without one; `source` says where this very number is from."""
+
+    step: str
+    tokens: int
+    context: int | None
+    seconds: float
+    spread_s: float | None = None
+    repeats: int | None = None
+    source: str = "measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingHeader:
+    """What a timing trace says of itself. Times in seconds, sizes in bytes, bandwidth in bytes per second."""
+
+    name: str
+    source: str
+    device: str
+    model: str
+    dtype: str
+    framework: str
+    date: str
+    licence: str
+    provenance: str
+    layers: int
+    hidden: int
+    experts: int
+    top_k: int
+    expert_mode: str
+    experts_base_s: float
+    launch_s: float
+    launches_per_expert: int
+    host_s: float
+    suspend_s: float
+    resume_s: float
+    kv_bytes_per_token: int
+    weights_bytes: int
+    memory_bytes: int
+    host_bandwidth: float
+    repeats: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    modelled: dict[str, str] = field(default_factory=dict)
+
+
+_KINDS = {f.name: str(f.type) for f in fields(TimingHeader)}
+_REQUIRED = tuple(f.name for f in fields(TimingHeader) if f.default is MISSING and f.default_factory is MISSING)
+_CHOICES = {"source": SOURCES, "expert_mode": EXPERT_MODES}
+_MAY_BE_ZERO = ("experts_base_s", "launch_s", "launches_per_expert", "host_s", "suspend_s", "resume_s")
+
+
+def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:
+    """The header with numbers as their own types. TimingError for a missing, unknown or impossible key."""
+    unknown = sorted(set(header) - set(_KINDS))
+    if unknown:
+        raise TimingError(f"{where}: unknown header key {unknown[0]!r}; allowed: {', '.join(_KINDS)}")
+    checked: dict[str, Any] = {}
+    for key in _KINDS:
+        if key not in header or header[key] is None:
+            if key in _REQUIRED:
+                raise TimingError(f"{where}: header key {key!r} is missing")
+            continue
+        checked[key] = _checked_value(key, header[key], where)
+    return checked
+
+
+def _checked_value(key: str, value: Any, where: str) -> Any:
+    kind = _KINDS[key]
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise TimingError(f"{where}: header key {key!r} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
+    if kind.startswith("dict"):
+        if not isinstance(value, dict):
+            raise TimingError(f"{where}: header key {key!r} must be a mapping, got {value!r}")
+        return {str(name): entry.item() if hasattr(entry, "item") else entry for name, entry in value.items()}
+    if kind == "str":
+        return str(value)
+    whole = kind.startswith("int")
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        allowed = "a whole number" if whole else "a number"
+        raise TimingError(f"{where}: header key {key!r} must be {allowed}, got {value!r}") from None
+    if number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
+        bound = "at least 0" if key in _MAY_BE_ZERO else "above 0"
+        raise TimingError(f"{where}: header key {key!r} must be {bound}, got {value!r}")
+    return int(number) if whole else number
+
+
+def check_points(points: list[Point], rows: list[str]) -> None:
+    """TimingError unless every point is possible, every step is there, and every 2-D step is a full rectangle.
+
+    `rows` says for each point where it stands ("FILE, row 12"), for the message.
+    """
+    where = rows[0].rsplit(", row", 1)[0] if rows else "timings"
+    seen: dict[tuple[str, int, int | None], str] = {}
+    for point, row in zip(points, rows, strict=True):
+        _check_point(point, row)
+        key = point[:3]
+        if key in seen:
+            raise TimingError(f"{row}: {point.step} at tokens {point.tokens}, context {point.context} stands twice")
+        seen[key] = row
+    for step in STEPS:
+        mine = [point for point in points if point.step == step]
+        if len(mine) < 2:
+            raise TimingError(f"{where}: step {step!r} has {len(mine)} points; at least 2 are needed")
+        if step in GRIDS:
+            _check_rectangle(step, mine, seen, where)
+
+
+def _check_point(point: Point, row: str) -> None:
+    if point.step not in STEPS:
+        raise TimingError(f"{row}: unknown step {point.step!r}; allowed: {', '.join(STEPS)}")
+    if point.tokens < 1:
+        raise TimingError(f"{row}: tokens must be at least 1, got {point.tokens}")
+    if (point.context is None) == (point.step in GRIDS):
+        need = "needs a context" if point.context is None else "takes no context"
+        raise TimingError(f"{row}: step {point.step!r} {need}")
+    if point.context is not None and point.context < 0:
+        raise TimingError(f"{row}: context must be at least 0, got {point.context}")
+    if not math.isfinite(point.seconds) or point.seconds < 0:
+        raise TimingError(f"{row}: seconds must be a number of at least 0, got {point.seconds}")
+    if point.spread_s is not None and not (math.isfinite(point.spread_s) and point.spread_s >= 0):
+        raise TimingError(f"{row}: spread_s must be empty or at least 0, got {point.spread_s}")
+    if point.repeats is not None and point.repeats < 1:
+        raise TimingError(f"{row}: repeats must be empty or at least 1, got {point.repeats}")
+    if point.source not in SOURCES:
+        raise TimingError(f"{row}: unknown source {point.source!r}; allowed: {', '.join(SOURCES)}")
+
+
+def _check_rectangle(step: str, points: list[Point], seen: dict[tuple[str, int, int | None], str], where: str) -> None:
+    contexts = sorted({point.context for point in points if point.context is not None})
+    for tokens in sorted({point.tokens for point in points}):
+        for context in contexts:
+            if (step, tokens, context) not in seen:
+                near = next(seen[p[:3]] for p in points if p.tokens == tokens)
+                raise TimingError(
+                    f"{where}: the grid of {step!r} has a hole: no row for tokens {tokens}, context {context} "
+                    f"(other rows of tokens {tokens} start at {near.rsplit(', ', 1)[-1]})"
+                )
+
+
+def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
+    """Header and points of a file's text. TimingError with file and row for anything wrong."""
+    lines = text.splitlines()
+    head = 0
+    while head < len(lines) and lines[head].startswith("#"):
+        head += 1
+    header, count = _parse_header(lines[:head], where)
+    if head >= len(lines):
+        raise TimingError(f"{where}: truncated: no table after the header")
+    if tuple(lines[head].split(",")) != COLUMNS:
+        raise TimingError(f"{where}, row {head + 1}: the columns must be {','.join(COLUMNS)}, got {lines[head]!r}")
+    points, rows = [], []
+    for number, cells in enumerate(csv.reader(lines[head + 1 :]), start=head + 2):
+        row = f"{where}, row {number}"
+        if len(cells) != len(COLUMNS):
+            raise TimingError(
+                f"{row}: {len(cells)} fields where {len(COLUMNS)} are needed (truncated?): {','.join(cells)!r}"
+            )
+        points.append(_parse_point(cells, row))
+        rows.append(row)
+    if len(points) != count:
+        raise TimingError(
+            f"{where}: truncated or edited: the header announces {count} points, the table has {len(points)}"
+        )
+    check_points(points, rows)
+    return header, points
+
+
+def _parse_header(lines: list[str], where: str) -> tuple[dict[str, Any], int]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        header = yaml.load("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines), Loader=loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        row = f", row {mark.line + 1}" if mark else ""
+        raise TimingError(
+            f"{where}{row}: the header is not YAML after '# ': {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(header, dict):
+        raise TimingError(
+            f"{where}: no header; a timing trace starts with '# format: {FORMAT}' and '# key: value' lines"
+        )
+    found = header.pop("format", None)
+    if found != FORMAT:
+        raise TimingError(f"{where}: header key 'format' is {found!r}; allowed: {FORMAT!r}")
+    count = header.pop("points", None)
+    if not isinstance(count, int):
+        raise TimingError(f"{where}: header key 'points' (the number of rows) is missing or no whole number: {count!r}")
+    return check_header(header, where), count
+
+
+def _parse_point(cells: list[str], row: str) -> Point:
+    step, tokens, context, seconds, spread, repeats, source = (cell.strip() for cell in cells)
+    return Point(
+        step,
+        _number(tokens, "tokens", row, int),
+        None if context == "" else _number(context, "context", row, int),
+        _number(seconds, "seconds", row, float),
+        None if spread == "" else _number(spread, "spread_s", row, float),
+        None if repeats == "" else _number(repeats, "repeats", row, int),
+        source,
+    )
+
+
+def _number(text: str, column: str, row: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise TimingError(
+            f"{row}: {column} must be {what}, got {text!r}" + (" (missing)" if not text else "")
+        ) from None
+
+
+def render(header: TimingHeader, points: list[Point]) -> str:
+    """The file's text: header in the order of TimingHeader, points in the order of the steps, then by size."""
+    shown = {"format": FORMAT, **{f.name: getattr(header, f.name) for f in fields(TimingHeader)}, "points": len(points)}
+    shown = {key: value for key, value in shown.items() if value is not None and value != {}}
+    out = io.StringIO()
+    for line in yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).splitlines():
+        out.write(f"# {line}\n")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for point in sorted(points, key=lambda p: (STEPS.index(p.step), p.tokens, p.context or 0)):
+        cells = ("" if cell is None else cell for cell in point[:3])
+        spread = "" if point.spread_s is None else f"{point.spread_s:.6g}"
+        repeats = "" if point.repeats is None else point.repeats
+        writer.writerow([*cells, f"{point.seconds:.6g}", spread, repeats, point.source])
+    return out.getvalue()
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Point]]:
+    """Header and points of the file at `path`. TimingError where it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TimingError(f"{path}: cannot be read as a timing trace: {error}") from None
+    return parse(text, str(path))

@@ -1,0 +1,198 @@
+"""Sequences that decode together.
+
+A decode pass moves every member on by one token. Touching each of them each time would cost a simulation most of its
+time, so the batch counts *steps* and keeps sums: a member's progress follows from the step at which it joined, the
+members that end are found in a heap keyed by the step at which they end, and the KV blocks that a step needs are
+counted by the phase of each member's length modulo the block size.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from .request import Request, State
+
+
+class DecodeBatch:
+    """A set of requests that decode together; every operation is O(1) or O(log n) in its size."""
+
+    __slots__ = (
+        "_ends",
+        "_phase",
+        "block_size",
+        "context",
+        "level",
+        "levels",
+        "members",
+        "preemptions",
+        "running_s",
+        "step",
+        "suspended_s",
+    )
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.members: dict[int, Request] = {}
+        self.step = 0  #: decode passes done
+        self.context = 0  #: tokens in KV, summed over members, before the next step
+        self.levels: dict[int, int] = {}  #: members by level
+        self.level: float = float("inf")  #: most urgent level among the members
+        self._ends: list[tuple[int, int, Request]] = []
+        self._phase = [0] * block_size
+        # clocks that members read when they join and when they leave
+        self.running_s = 0.0
+        self.suspended_s = 0.0
+        self.preemptions = 0
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def add(self, r: Request) -> None:
+        """`r` joins: it decodes from the next step on."""
+        step = self.step
+        self.members[r.id] = r
+        self.context += r.computed
+        self._phase[(r.computed - step) % self.block_size] += 1
+        level = r.level
+        self.levels[level] = self.levels.get(level, 0) + 1
+        if level < self.level:
+            self.level = level
+        r.batch, r.joined, r.end_step = self, step, step + r.max_tokens - r.generated
+        r.running_s -= self.running_s
+        r.suspended_s -= self.suspended_s
+        r.preemptions -= self.preemptions
+        heappush(self._ends, (r.end_step, r.admitted, r))
+
+    def sync(self, r: Request) -> None:
+        """Write the progress of member `r` (not its record of times) into it."""
+        done = self.step - r.joined
+        r.joined = self.step
+        r.generated += done
+        r.computed += done
+        r.blocks = -(-r.computed // self.block_size)
+
+    def remove(self, r: Request) -> None:
+        """`r` leaves with its progress and record up to date."""
+        self.sync(r)
+        del self.members[r.id]
+        self.context -= r.computed
+        self._phase[(r.computed - self.step) % self.block_size] -= 1
+        level = r.level
+        left = self.levels[level] - 1
+        if left:
+            self.levels[level] = left
+        else:
+            del self.levels[level]
+            self.level = min(self.levels, default=float("inf"))
+        r.running_s += self.running_s
+        r.suspended_s += self.suspended_s
+        r.preemptions += self.preemptions
+        r.batch = None
+
+    def blocks_needed(self) -> int:
+        """KV blocks that the next step takes: one for each member whose last block is full."""
+        return self._phase[-self.step % self.block_size]
+
+    def advance(self) -> list[Request]:
+        """One step was done: every member has one token more. The members that have all their tokens leave."""
+        self.step = step = self.step + 1
+        self.context += len(self.members)
+        ends = self._ends
+        out: list[Request] = []
+        while ends and ends[0][0] <= step:
+            end, _, r = heappop(ends)
+            if r.batch is self and r.end_step == end:  # else: it left before
+                self.remove(r)
+                out.append(r)
+        return out
+
+
+class DecodePool:
+    """The requests that are ready to decode: at most `size` in the batch, most urgent level first and within a level
+    the first admitted first; the others sit idle beside it. A pass borrows the batch (:meth:`lend`) and gives it
+    back (:meth:`take_back`)."""
+
+    __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "size")
+
+    def __init__(self, size: int, block_size: int):
+        self.size = size
+        self.batch = DecodeBatch(block_size)
+        self._spare: DecodeBatch | None = None  # empty; stands in while a pass has the batch
+        self.levels: dict[int, int] = {}  #: ready requests by level, idle ones included
+        self._idle: dict[int, Request] = {}
+        self._idle_heap: list[tuple[int, int, Request]] = []
+
+    def __len__(self) -> int:
+        return len(self.batch.members) + len(self._idle)
+
+    def __iter__(self):
+        yield from self.batch.members.values()
+        yield from self._idle.values()
+
+    def count(self, level: float) -> int:
+        """Ready requests at `level` or more urgent."""
+        return sum(n for lv, n in self.levels.items() if lv <= level)
+
+    def add(self, r: Request) -> None:
+        """`r` is ready to decode."""
+        r.state = State.READY
+        self.levels[r.level] = self.levels.get(r.level, 0) + 1
+        if len(self.batch.members) < self.size:
+            self.batch.add(r)
+            return
+        worst = max(self.batch.members.values(), key=_rank)
+        if _rank(r) < _rank(worst):
+            self.batch.remove(worst)
+            self.batch.add(r)
+            r = worst
+        self._idle[r.id] = r
+        heappush(self._idle_heap, (r.level, r.admitted, r))
+
+    def remove(self, r: Request) -> None:
+        """`r` leaves (evicted, aborted)."""
+        self._uncount(r.level, 1)
+        if r.batch is self.batch:
+            self.batch.remove(r)
+            self.refill()
+        else:
+            del self._idle[r.id]
+
+    def refill(self) -> None:
+        """Idle requests take the free places in the batch."""
+        while self._idle and len(self.batch) < self.size:
+            _, _, r = heappop(self._idle_heap)
+            if self._idle.pop(r.id, None) is not None:
+                self.batch.add(r)
+
+    def lend(self) -> DecodeBatch:
+        """Hand the batch to a pass; its members are not ready until it comes back."""
+        batch = self.batch
+        self.batch = self._spare if self._spare is not None else DecodeBatch(batch.block_size)
+        self._spare = None
+        for level, n in batch.levels.items():
+            self._uncount(level, n)
+        return batch
+
+    def take_back(self, batch: DecodeBatch) -> None:
+        """The pass that borrowed `batch` has ended."""
+        if not self.batch.members:
+            self.batch, self._spare = batch, self.batch
+            for level, n in batch.levels.items():
+                self.levels[level] = self.levels.get(level, 0) + n
+            self.refill()
+        else:
+            for r in list(batch.members.values()):
+                batch.remove(r)
+                self.add(r)
+            self._spare = batch
+
+    def _uncount(self, level: int, n: int) -> None:
+        left = self.levels[level] - n
+        if left:
+            self.levels[level] = left
+        else:
+            del self.levels[level]
+
+
+def _rank(r: Request) -> tuple[int, int]:
+    return r.level, r.admitted

@@ -1,0 +1,89 @@
+"""A pass: one forward pass over a batch, the unit that is launched, suspended and resumed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .decode import DecodeBatch
+from .request import Request
+
+NEVER = float("inf")
+
+
+class Chunk(NamedTuple):
+    """`tokens` new tokens of a request's context, over `context` tokens whose KV is held already."""
+
+    request: Request
+    tokens: int
+    context: int
+
+
+class Pass:
+    """Chunks of prefills, and a decode batch, in one forward pass.
+
+    `level` is the most urgent level in it, `prefill_level` the most urgent among its prefills (inf: only decodes).
+    `cursor` belongs to the device that runs the pass: where it stands. `restored` are requests whose KV comes back
+    from host memory before the pass, `offloaded` those whose KV goes there.
+    """
+
+    __slots__ = (
+        "aborted",
+        "cancelled",
+        "cursor",
+        "decode",
+        "decode_context",
+        "id",
+        "launched",
+        "level",
+        "n_decode",
+        "offloaded",
+        "preemptions",
+        "prefill",
+        "prefill_level",
+        "restored",
+        "running_s",
+        "suspended_at",
+        "suspended_s",
+        "tokens",
+    )
+
+    def __init__(self, id: int, prefill: list[Chunk], decode: DecodeBatch | None, now: float):
+        self.id = id
+        self.prefill = prefill
+        self.decode = decode
+        self.prefill_level: float = min([c.request.level for c in prefill]) if prefill else NEVER
+        if decode is None:
+            self.n_decode = self.decode_context = 0
+            self.level = self.prefill_level
+        else:
+            self.n_decode = len(decode.members)
+            self.decode_context = decode.context  #: KV tokens of the decoding members before the pass
+            level = decode.level
+            self.level = level if level < self.prefill_level else self.prefill_level
+        self.tokens = self.n_decode
+        for c in prefill:
+            self.tokens += c.tokens
+        self.launched = now  #: when it was launched or last resumed
+        self.running_s = 0.0
+        self.suspended_s = 0.0
+        self.suspended_at = NEVER
+        self.preemptions = 0
+        self.cancelled = False
+        self.aborted: list[Request] | None = None
+        self.restored: list[Request] | None = None
+        self.offloaded: list[Request] | None = None
+        self.cursor: object = None
+
+    def requests(self) -> list[Request]:
+        """Every request in the pass: prefills, then decodes."""
+        out = [c.request for c in self.prefill]
+        if self.decode is not None:
+            out.extend(self.decode.members.values())
+        return out
+
+    def suspended_for(self, now: float) -> float:
+        """Seconds that the pass has been suspended in all."""
+        return self.suspended_s + max(0.0, now - self.suspended_at)
+
+    def __repr__(self) -> str:
+        return f"<Pass {self.id} level={self.level} prefill={len(self.prefill)} decode={self.n_decode}>"

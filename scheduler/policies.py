@@ -1,0 +1,180 @@
+"""Policies: who is batched next, what preempts what and at which points, when a suspended pass comes home.
+
+A user's policy is a subclass of :class:`Policy` in a file of its own. What it may ask: `s.waiting` (prefill queues),
+`s.ready` (decode pool), `s.suspended_passes`, `s.has_slot`, `s.can_prefill`, `s.limits`, `s.kv`. What it may do: call
+`batch.prefill(...)` and `batch.decode()`. It keeps no clock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from .passes import NEVER, Pass
+from .request import Request, UnknownPolicy
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .scheduler import Scheduler
+
+Granularity = Literal["iteration", "layer", "expert"]
+
+
+class Policy:
+    """The questions that the Scheduler asks. As it stands: one class, prefills first, never preempts."""
+
+    #: where a running pass may stop: at its end only, between layers, or at every point inside a layer
+    granularity: Granularity = "iteration"
+    #: levels up to this one are latency-sensitive (LS), the others best-effort (BE)
+    urgent: ClassVar[int] = 0
+
+    def level(self, r: Request) -> int:
+        """The class that decisions compare; lower is more urgent."""
+        return r.priority
+
+    def order(self, r: Request) -> tuple:
+        """Sort key within a level's prefill queue, fixed at arrival. First come, first served."""
+        return (r.arrival, r.id)
+
+    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+        """Fill the next pass. Leaving it empty hands the device to a suspended pass."""
+        if not batch.prefill():
+            batch.decode()
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        """Whether what waits makes `running` stop at the preemption point where it stands. O(1)."""
+        return False
+
+    def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
+        """Whether `suspended` (the most urgent such pass) goes on now, before anything new is launched."""
+        return True
+
+    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        """When `preempts` may turn true though nothing happens (seconds); inf: never."""
+        return NEVER
+
+
+class Fcfs(Policy):
+    """Iteration-level first come, first served, blind to priority: when the batch has room, new arrivals are
+    prefilled together, then decoding goes on (Hugging Face TGI, the paper's baseline)."""
+
+    def level(self, r: Request) -> int:
+        return 0
+
+
+class Priority(Policy):
+    """Iteration-level priority: like fcfs, but prefills and places in the batch go to the most urgent first; less
+    urgent requests that lose their place in the batch sit idle with their KV."""
+
+
+class Chunked(Policy):
+    """Iteration-level priority with chunked prefill (Sarathi-Serve, vLLM): each pass decodes everybody and fills up
+    to `budget` tokens with prefill, most urgent first, cutting prompts to fit."""
+
+    def __init__(self, budget: int = 512):
+        self.budget = _at_least(1, "chunked", "budget", budget)
+
+    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+        batch.decode()
+        batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
+
+
+class Qllm(Policy):
+    """The paper's Algorithm 1, preempting a pass at expert boundaries when an LS prefill waits.
+
+    fill_tokens: how many BE prefill tokens may fill up an LS prefill batch. None: no bound, as the algorithm is
+        printed (whole prompts). 0: none, the LS prefill runs alone. Otherwise prompts are cut to fit.
+    resume: when a suspended pass goes on, "prefill": once no LS prefill waits, or "idle": only once no LS work is
+        left at all. The default is "prefill": it gives LS its TTFT, which is what preemption is for, while waiting
+        through every LS decode would starve BE, whose activations and KV blocks stay occupied meanwhile.
+    max_suspended_s: a pass that has been suspended for so long in all is not suspended again and goes on at the next
+        decision. None: no bound.
+    """
+
+    granularity: Granularity = "expert"
+
+    def __init__(self, fill_tokens: int | None = None, resume: str = "prefill", max_suspended_s: float | None = None):
+        if resume not in ("prefill", "idle"):
+            raise UnknownPolicy(f"qllm: resume is {resume!r}, must be prefill or idle")
+        self.fill_tokens = None if fill_tokens is None else _at_least(0, "qllm", "fill_tokens", fill_tokens)
+        self.patience = NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
+        self.resume_when_idle = resume == "idle"
+
+    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+        ls = self.urgent
+        full = s.ready.count(ls) >= s.limits.max_seqs
+        if not full and s.waiting.level() <= ls and batch.prefill(up_to=ls):  # (2) LS prefill ...
+            if self.fill_tokens is None:  # ... filled up from BE prefill
+                batch.prefill(overcommit=True)
+            elif self.fill_tokens:
+                batch.prefill(tokens=self.fill_tokens, chunk=True, overcommit=True)
+        elif s.ready.batch.level <= ls:  # (1), (3) LS decode, filled up from BE decode
+            batch.decode()
+        elif not self._continue_prefill(s, batch) and not batch.decode():  # (4) BE decode
+            batch.prefill()  # (5) BE prefill
+
+    def _continue_prefill(self, s: Scheduler, batch: Batch) -> bool:
+        """A prompt longer than a pass that has begun goes on before BE decodes: to the paper it is one pass."""
+        level = s.waiting.level()
+        r = s.waiting.peek(level)
+        return r is not None and bool(r.blocks) and batch.prefill(up_to=level)
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        level = s.waiting.level()
+        return (
+            level <= self.urgent
+            and level < running.prefill_level
+            and running.suspended_s < self.patience
+            and s.can_prefill(level)
+        )
+
+    def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
+        if suspended.suspended_for(now) >= self.patience:
+            return True
+        level = s.waiting.level()
+        if level <= self.urgent and level < suspended.prefill_level and s.can_prefill(level):
+            return False
+        return not (
+            self.resume_when_idle and s.ready.batch.level <= self.urgent and s.ready.batch.level < suspended.level
+        )
+
+
+class Layer(Qllm):
+    """qllm that may stop a pass between layers only."""
+
+    granularity: Granularity = "layer"
+
+
+#: policies by the name that a configuration uses
+POLICIES: dict[str, type[Policy]] = {
+    "fcfs": Fcfs,
+    "priority": Priority,
+    "chunked": Chunked,
+    "layer": Layer,
+    "qllm": Qllm,
+}
+
+
+def make_policy(name: str, **settings: object) -> Policy:
+    """The policy called `name` with its settings. Raises UnknownPolicy, saying what is allowed."""
+    if name not in POLICIES:
+        raise UnknownPolicy(f"unknown policy {name!r}, must be one of {', '.join(POLICIES)}")
+    return build_policy(POLICIES[name], name, settings)
+
+
+def build_policy(cls: type[Policy], name: str, settings: dict) -> Policy:
+    """`cls(**settings)`; raises UnknownPolicy naming the settings that `cls` has, where one is not among them."""
+    code = cls.__init__.__code__ if cls.__init__ is not object.__init__ else None
+    allowed = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
+    for key in settings:
+        if key not in allowed:
+            raise UnknownPolicy(
+                f"policy {name} has no setting {key!r}, "
+                + (f"only {', '.join(allowed)}" if allowed else "nor any other")
+            )
+    return cls(**settings)
+
+
+def _at_least(least: float, policy: str, key: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise UnknownPolicy(f"{policy}: {key} is {value!r}, must be a number of at least {least}")
+    return value

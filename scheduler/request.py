@@ -1,0 +1,126 @@
+"""A request and everything that the scheduler knows about it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from math import nan
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .decode import DecodeBatch
+    from .passes import Pass
+
+
+class State(IntEnum):
+    """Where a request stands. SUSPENDED is a state of a *pass* (nothing is lost); a request that gave its KV blocks
+    up is WAITING again (dropped, to be recomputed) or OFFLOADED (KV in host memory)."""
+
+    WAITING = 0  #: in a prefill queue: new, between two chunks of its prompt, or dropped for memory
+    READY = 1  #: prefilled, waits for its next decode pass
+    IN_PASS = 2  #: part of a pass that runs or is suspended
+    OFFLOADED = 3  #: its KV is in host memory
+    FINISHED = 4
+    ABORTED = 5
+    FAILED = 6
+
+
+class SchedulerError(ValueError):
+    """Base of the scheduler's errors: the caller asked for something that is not possible."""
+
+
+class RequestTooLarge(SchedulerError):
+    """The request can never fit the KV budget, even alone."""
+
+
+class UnknownPolicy(SchedulerError):
+    """No policy of that name, or a setting that the policy does not have."""
+
+
+class Request:
+    """One request: what was asked for, how far it is, and its record of times (seconds on the caller's clock).
+
+    While the request is a member of a decode batch its progress is kept by that batch for all members at once;
+    :meth:`sync` brings `generated`, `computed` and the record up to date.
+    """
+
+    __slots__ = (
+        "admitted",
+        "arrival",
+        "batch",
+        "blocks",
+        "cls",
+        "computed",
+        "end_step",
+        "evictions",
+        "finish",
+        "first_launch",
+        "first_token",
+        "generated",
+        "id",
+        "joined",
+        "level",
+        "max_tokens",
+        "order",
+        "preemptions",
+        "priority",
+        "prompt_tokens",
+        "running_pass",
+        "running_s",
+        "state",
+        "suspended_s",
+    )
+
+    def __init__(
+        self, id: int, prompt_tokens: int, max_tokens: int, priority: int = 0, arrival: float = 0.0, cls: str = ""
+    ):
+        """`prompt_tokens` and `max_tokens` (tokens to generate) are at least 1; `priority`: lower is more urgent;
+        `arrival` in seconds; `cls` is a label for reports that no decision reads. Raises SchedulerError."""
+        if prompt_tokens < 1 or max_tokens < 1:
+            raise SchedulerError(
+                f"request {id}: prompt_tokens is {prompt_tokens}, max_tokens is {max_tokens}; both must be at least 1"
+            )
+        self.id = id
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.priority = priority
+        self.arrival = arrival
+        self.cls = cls
+        # what the policy made of it
+        self.level = priority  #: class that decisions compare; lower is more urgent
+        self.order: tuple = ()  #: place in its queue
+        # progress
+        self.state = State.WAITING
+        self.generated = 0  #: tokens generated
+        self.computed = 0  #: tokens whose KV is held
+        self.blocks = 0  #: KV blocks held (members of a decode batch: derived from `computed`)
+        self.admitted = -1  #: rank of its first admission, kept for good; -1: never admitted
+        self.batch: DecodeBatch | None = None
+        self.joined = 0  #: the batch's step counter when it joined
+        self.end_step = 0  #: the batch's step counter at which it has all its tokens
+        self.running_pass: Pass | None = None
+        # record
+        self.first_launch = nan
+        self.first_token = nan
+        self.finish = nan
+        self.running_s = 0.0
+        self.suspended_s = 0.0
+        self.preemptions = 0  #: how often a pass that it was in was suspended
+        self.evictions = 0  #: how often its KV had to give way
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be computed before its next token appears (the whole context after a drop)."""
+        return self.prompt_tokens + self.generated - self.computed
+
+    @property
+    def queueing_s(self) -> float:
+        """Seconds between arrival and finish in no pass at all; nan until it has finished."""
+        return self.finish - self.arrival - self.running_s - self.suspended_s
+
+    def sync(self) -> None:
+        """Bring progress and record up to date if a decode batch keeps them."""
+        if self.batch is not None:
+            self.batch.sync(self)
+
+    def __repr__(self) -> str:
+        return f"<Request {self.id} level={self.level} {self.state.name} {self.generated}/{self.max_tokens}>"

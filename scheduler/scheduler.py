@@ -1,0 +1,414 @@
+"""The Scheduler: who runs next, whether a running pass yields, and when a suspended one comes home.
+
+It is sans-IO: time is an argument (`now`, seconds), never read; it starts nothing and waits for nothing. The same
+object drives the simulator on virtual time and the engine on real time. Around it the caller runs this loop::
+
+    scheduler.add(request, now)                      # at any time
+    p = scheduler.next(now)                          # a pass to start or (p.preemptions > 0) to go on with
+    ... run p; at each preemption point that the policy's granularity allows:
+        if scheduler.should_yield(p, now): scheduler.suspended(p, now)
+    ... at its end: scheduler.finished(p, now)
+
+Invariants (cited by the tests):
+I1 conservation: every request added is waiting, ready, offloaded, in a pass, or has ended, and in one of these only.
+I2 monotone clock: `now` never goes back.
+I3 causality: no token before the pass that makes it was launched.
+I4 KV conservation: free + held blocks = total; never negative; all free once nobody is in the system.
+I5 determinism: the same calls give the same answers.
+I6 work conservation: `next` returns a pass whenever a request is in the system and no pass runs.
+I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead.
+I8 bounded suspension: where the policy sets a bound, a pass is suspended for no longer than it and the pass then
+   running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isnan
+
+from .batch import Batch
+from .decode import DecodePool
+from .kv import KVBudget
+from .passes import NEVER, Pass
+from .policies import Policy
+from .request import Request, RequestTooLarge, SchedulerError, State
+from .waiting import WaitingQueues
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one GPU can hold.
+
+    max_seqs: sequences in a pass (the paper's batch size B). max_tokens: tokens in a pass; a longer prompt runs as
+    several passes. kv_blocks, block_size: the KV budget, in blocks of block_size tokens. urgent_blocks: blocks that
+    only requests of level <= 0 may be admitted to. max_suspended_tokens: tokens in suspended passes, whose
+    activations are kept; a pass that would exceed it does not yield. evict: what happens to the KV of a request that
+    has to give way, "recompute" (dropped) or "offload" (moved to host memory and back).
+    """
+
+    max_seqs: int = 32
+    max_tokens: int = 8192
+    kv_blocks: int = 65536
+    block_size: int = 16
+    urgent_blocks: int = 0
+    max_suspended_tokens: int | None = None
+    evict: str = "recompute"
+
+    def __post_init__(self) -> None:
+        for name in ("max_seqs", "max_tokens", "kv_blocks", "block_size"):
+            if getattr(self, name) < 1:
+                raise SchedulerError(f"limits.{name} is {getattr(self, name)}, must be at least 1")
+        if self.max_tokens < self.max_seqs:
+            raise SchedulerError(
+                f"limits.max_tokens is {self.max_tokens}, must be at least max_seqs ({self.max_seqs}): "
+                "each decoding sequence takes one token"
+            )
+        if not 0 <= self.urgent_blocks < self.kv_blocks:
+            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks}, must be in [0, {self.kv_blocks})")
+        if self.evict not in ("recompute", "offload"):
+            raise SchedulerError(f"limits.evict is {self.evict!r}, must be recompute or offload")
+
+
+class Scheduler:
+    """Decides for one device. `policy` answers the questions, `limits` bounds the answers."""
+
+    def __init__(self, policy: Policy, limits: Limits):
+        self.policy = policy
+        self.limits = limits
+        self.kv = KVBudget(limits.kv_blocks, limits.block_size, limits.urgent_blocks)
+        self.waiting = WaitingQueues()
+        self.ready = DecodePool(limits.max_seqs, limits.block_size)
+        self.requests: dict[int, Request] = {}  #: everything in the system, by id
+        self.suspended_passes: list[Pass] = []
+        self.running: Pass | None = None
+        self.passes = 0  #: passes launched
+        self._admitted: dict[int, int] = {}  # requests under way (they hold KV), by level
+        self._admissions = 0
+        self._offloaded: list[Request] = []
+        self._moved: list[Request] = []  # offloaded since the last launch
+        self._restored: list[Request] = []  # brought back since the last launch
+
+    # ---- arrivals ----------------------------------------------------------------------------------------------
+
+    def add(self, r: Request, now: float) -> None:
+        """A request arrives. Raises RequestTooLarge where it could never fit, SchedulerError on an id in use."""
+        if r.id in self.requests:
+            raise SchedulerError(f"request {r.id}: a request of that id is in the system")
+        level = self.policy.level(r)
+        capacity = self.kv.total if level <= self.kv.urgent else self.kv.total - self.kv.reserve
+        need = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1)
+        if need > capacity:
+            raise RequestTooLarge(
+                f"request {r.id}: {r.prompt_tokens} prompt and {r.max_tokens} output tokens take {need} KV blocks of "
+                f"{self.kv.block_size} tokens; its class may use {capacity}"
+            )
+        r.level = level
+        r.order = self.policy.order(r)
+        self.requests[r.id] = r
+        self.waiting.push(r)
+
+    def abort(self, request_id: int, now: float) -> Pass | None:
+        """Take a request out, wherever it stands; unknown and ended ones are left alone. In a running pass it leaves
+        when that pass ends. Returns a suspended pass that now has nobody left, for the caller to discard."""
+        r = self.requests.get(request_id)
+        if r is None or r.state is State.ABORTED:
+            return None
+        if r.state is State.IN_PASS or (r.batch is not None and r.batch is not self.ready.batch):
+            return self._abort_in_pass(r, now)
+        if r.state is State.WAITING:
+            self.waiting.void(r, State.ABORTED)
+        elif r.state is State.OFFLOADED:
+            self._offloaded.remove(r)
+            if r in self._moved:
+                self._moved.remove(r)
+        else:
+            self.ready.remove(r)
+        self._end(r, now, State.ABORTED)
+        return None
+
+    def _abort_in_pass(self, r: Request, now: float) -> Pass | None:
+        p = next(
+            p
+            for p in (self.running, *self.suspended_passes)
+            if p is not None
+            and ((r.batch is not None and r.batch is p.decode) or any(c.request is r for c in p.prefill))
+        )
+        p.aborted = [*(p.aborted or []), r]
+        r.state = State.ABORTED
+        if len(p.aborted) < len(p.prefill) + p.n_decode:
+            return None
+        p.cancelled = True
+        if p is self.running:
+            return None
+        self._woken(p, now)
+        self._disband(p, now, State.ABORTED)
+        return p
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def next(self, now: float) -> Pass | None:
+        """The pass to launch, or to go on with; None if there is nothing to do. Nothing may be running."""
+        if self.running is not None:
+            raise SchedulerError(f"{self.running!r} is still running")
+        if self._offloaded:
+            self._bring_home()
+        home = None
+        if self.suspended_passes:
+            home = min(self.suspended_passes, key=_home_order)
+            if self.policy.resume(self, home, now):
+                return self._resume(home, now)
+        batch = Batch(self)
+        self.policy.select(self, batch, now)
+        if batch.decoding or batch.chunks:
+            return self._launch(batch, now)
+        if home is not None:
+            return self._resume(home, now)
+        if self.requests:  # whoever holds blocks goes first, whatever the policy left out (I6)
+            if not batch.decode():
+                batch.prefill(overcommit=True)
+            if batch:
+                return self._launch(batch, now)
+        return None
+
+    def should_yield(self, running: Pass, now: float) -> bool:
+        """Whether `running` gives way, asked at each preemption point; O(1) unless memory is short."""
+        if running.cancelled:
+            return True
+        limit = self.limits.max_suspended_tokens
+        if limit is not None and sum(p.tokens for p in self.suspended_passes) + running.tokens > limit:
+            return False
+        return self.policy.preempts(self, running, now)
+
+    def recheck_at(self, running: Pass, now: float) -> float:
+        """The time (seconds) at which should_yield may turn true without an event; inf if it never does."""
+        return self.policy.recheck_at(self, running, now)
+
+    # ---- what happened -----------------------------------------------------------------------------------------
+
+    def suspended(self, p: Pass, now: float) -> bool:
+        """`p` stopped at a preemption point with its state kept. Returns False where nobody in it is left: the caller
+        discards it."""
+        self._stopped(p, now)
+        if p.cancelled:
+            self._disband(p, now, State.ABORTED)
+            return False
+        p.suspended_at = now
+        p.preemptions += 1
+        if p.decode is not None:
+            p.decode.preemptions += 1
+        for c in p.prefill:
+            c.request.preemptions += 1
+        self.suspended_passes.append(p)
+        self.ready.refill()
+        return True
+
+    def finished(self, p: Pass, now: float, ended: Iterable[Request] = ()) -> list[Request]:
+        """`p` ran to its end at `now`: each of its requests whose prefill is complete has one token more. `ended` are
+        those that stop early (a stop token). Returns the requests that have all their tokens."""
+        self._stopped(p, now)
+        done: list[Request] = []
+        batch = p.decode
+        if batch is not None:
+            done = batch.advance()
+            for r in (*ended, *(p.aborted or ())):
+                if r.batch is batch:
+                    batch.remove(r)
+                    done.append(r)
+            self.ready.take_back(batch)
+        for c in p.prefill:
+            r = c.request
+            r.computed += c.tokens
+            if r.state is State.ABORTED:
+                done.append(r)
+            elif r.computed < r.prompt_tokens + r.generated:
+                self.waiting.push(r)
+            else:
+                r.generated += 1
+                if isnan(r.first_token):
+                    r.first_token = now
+                if r.generated == r.max_tokens or r in ended:
+                    done.append(r)
+                else:
+                    self.ready.add(r)
+        for r in done:
+            self._end(r, now, State.FINISHED)
+        return [r for r in done if r.state is State.FINISHED] if p.aborted else done
+
+    def failed(self, p: Pass, now: float) -> list[Request]:
+        """`p`, running, broke: its requests end with it. Returns them."""
+        self._stopped(p, now)
+        return self._disband(p, now, State.FAILED)
+
+    # ---- what policies ask -------------------------------------------------------------------------------------
+
+    def has_slot(self, level: float) -> bool:
+        """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
+        return sum([n for lv, n in self._admitted.items() if lv <= level]) < self.limits.max_seqs
+
+    def can_prefill(self, level: float) -> bool:
+        """Whether the first request waiting at `level` could be launched now."""
+        r = self.waiting.peek(level)
+        if r is None:
+            return False
+        return bool(r.blocks) or (self.has_slot(level) and self._room_for(r) is not None)
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def admit(self, r: Request) -> bool:
+        """Take the KV blocks that the prefill of `r` needs, evicting strictly less urgent requests where that frees
+        enough. Returns whether it has them."""
+        victims = self._room_for(r)
+        if victims is None:
+            return False
+        for v in victims:
+            self._evict(v)
+        r.blocks = self.kv.blocks(r.remaining)
+        self.kv.take(r.blocks)
+        self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
+        if r.admitted < 0:
+            r.admitted = self._admissions
+            self._admissions += 1
+        return True
+
+    def evict_last(self) -> None:
+        """The least urgent, last admitted of those that decode or hold a part of their prefill gives its KV up."""
+        self._evict(max(self._evictable(-NEVER), key=lambda r: (r.level, r.admitted)))
+
+    def _evictable(self, above: float) -> list[Request]:
+        held = [r for r in self.ready if r.level > above]
+        return held + [r for r in self.waiting if r.level > above and r.blocks]
+
+    def _room_for(self, r: Request) -> list[Request] | None:
+        """Whom to evict so that `r` can be admitted: nobody where blocks are free, less urgent requests (last admitted
+        first) where theirs suffice, None where they do not or where a request in host memory goes first."""
+        if self._offloaded and any(o.level <= r.level for o in self._offloaded):
+            return None
+        need = self.kv.blocks(r.remaining)
+        room = self.kv.room(r.level)
+        ready, most = len(self.ready), self.limits.max_seqs
+        if need + min(ready, most) <= room:  # a block for each decoding request stays free, lest one be evicted soon
+            return []
+        out = []
+        for v in sorted(self._evictable(r.level), key=lambda v: (v.level, v.admitted), reverse=True):
+            v.sync()
+            out.append(v)
+            room += v.blocks
+            ready -= v.state is State.READY
+            if need + min(ready, most) <= room:
+                return out
+        return None
+
+    def _evict(self, r: Request) -> None:
+        if r.state is State.READY:
+            self.ready.remove(r)
+        else:
+            self.waiting.void(r, State.WAITING)
+        self.kv.give(r.blocks)
+        self._admitted[r.level] -= 1
+        r.evictions += 1
+        r.blocks = 0
+        if self.limits.evict == "offload":
+            r.state = State.OFFLOADED
+            self._offloaded.append(r)
+            self._moved.append(r)
+        else:
+            r.computed = 0
+            self.waiting.push(r)
+
+    def _bring_home(self) -> None:
+        """Offloaded requests return, most urgent and first admitted first, as far as blocks are free."""
+        self._offloaded.sort(key=lambda r: (r.level, r.admitted))
+        while self._offloaded:
+            r = self._offloaded[0]
+            need = self.kv.blocks(max(r.computed + 1, r.prompt_tokens + r.generated))
+            spare = min(len(self.ready), self.limits.max_seqs)
+            if need + spare > self.kv.room(r.level):
+                return
+            del self._offloaded[0]
+            r.blocks = self.kv.blocks(r.computed) if r.remaining == 1 and r.generated else need
+            self.kv.take(r.blocks)
+            self._admitted[r.level] += 1
+            if r in self._moved:
+                self._moved.remove(r)  # it never left
+            else:
+                self._restored.append(r)
+            if r.remaining == 1 and r.generated:
+                self.ready.add(r)
+            else:
+                self.waiting.push(r)
+
+    # ---- passes ------------------------------------------------------------------------------------------------
+
+    def _launch(self, batch: Batch, now: float) -> Pass:
+        decode = None
+        if batch.decoding:
+            if batch.growth:  # some of those it was taken for may have been evicted since
+                surplus = batch.growth - self.ready.batch.blocks_needed()
+                self.kv.give(surplus)
+            decode = self.ready.lend()
+        for c in batch.chunks:
+            r = c.request
+            r.state = State.IN_PASS
+            if isnan(r.first_launch):
+                r.first_launch = now
+        p = Pass(self.passes, batch.chunks, decode, now)
+        self.passes += 1
+        if self._moved:
+            p.offloaded, self._moved = self._moved, []
+        if self._restored:
+            p.restored, self._restored = self._restored, []
+        self.running = p
+        return p
+
+    def _resume(self, p: Pass, now: float) -> Pass:
+        self._woken(p, now)
+        p.launched = now
+        self.running = p
+        return p
+
+    def _stopped(self, p: Pass, now: float) -> None:
+        """`p` ran until now: it and all who are in it have run for so long."""
+        self.running = None
+        dt = now - p.launched
+        p.running_s += dt
+        if p.decode is not None:
+            p.decode.running_s += dt
+        for c in p.prefill:
+            c.request.running_s += dt
+
+    def _woken(self, p: Pass, now: float) -> None:
+        """`p` was suspended until now, and so was everybody in it."""
+        self.suspended_passes.remove(p)
+        dt = now - p.suspended_at
+        p.suspended_at = NEVER
+        p.suspended_s += dt
+        if p.decode is not None:
+            p.decode.suspended_s += dt
+        for c in p.prefill:
+            c.request.suspended_s += dt
+
+    def _disband(self, p: Pass, now: float, state: State) -> list[Request]:
+        """End everybody in a pass that will not be finished."""
+        out = p.requests()
+        for r in out:
+            if r.batch is not None:
+                r.batch.remove(r)
+                r.blocks = self.kv.blocks(r.computed + 1)  # with the block taken for the step that was not made
+            self._end(r, now, state)
+        return out
+
+    def _end(self, r: Request, now: float, state: State) -> None:
+        if r.state is not State.ABORTED:
+            r.state = state
+        r.finish = now
+        if r.blocks:
+            self.kv.give(r.blocks)
+            r.blocks = 0
+            self._admitted[r.level] -= 1
+        del self.requests[r.id]
+
+
+def _home_order(p: Pass) -> tuple[float, float, int]:
+    """Most urgent first, prefills before decodes, then the first launched."""
+    return p.level, p.prefill_level, p.id

@@ -1,0 +1,79 @@
+"""The prefill queues: one a level, in the policy's order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heappop, heappush
+
+from .request import Request, State
+
+
+class WaitingQueues:
+    """Requests that wait for (more of) their prefill, by level; within a level those already admitted come first
+    (they hold KV blocks), then the policy's order."""
+
+    __slots__ = ("_count", "_heaps")
+
+    def __init__(self) -> None:
+        self._heaps: dict[int, list] = {}
+        self._count: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return sum(self._count.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        for heap in self._heaps.values():
+            yield from (e[-1] for e in heap if _valid(e))
+
+    def push(self, r: Request) -> None:
+        r.state = State.WAITING
+        level = r.level
+        if level not in self._heaps:
+            self._heaps[level] = []
+            self._count[level] = 0
+            self._heaps = dict(sorted(self._heaps.items()))
+        # the last key but one keeps requests from being compared, and voids the entry once the request moved on
+        heappush(self._heaps[level], (r.blocks == 0, r.order, r.id, r.computed, r))
+        self._count[level] += 1
+
+    def peek(self, level: float) -> Request | None:
+        """The first in `level`'s queue."""
+        heap = self._heaps.get(level)  # type: ignore[call-overload]
+        while heap:
+            if _valid(heap[0]):
+                return heap[0][-1]
+            heappop(heap)
+        return None
+
+    def pop(self, level: int) -> Request:
+        """Take the first of `level`'s queue, which is not empty."""
+        r = self.peek(level)
+        if r is None:
+            raise IndexError(f"no request waits at level {level}")
+        heappop(self._heaps[level])
+        self._count[level] -= 1
+        return r
+
+    def void(self, r: Request, state: State) -> None:
+        """Waiting `r` leaves its queue for another reason than being launched."""
+        r.state = state
+        self._count[r.level] -= 1
+
+    def levels(self) -> list[int]:
+        """Levels at which somebody waits, most urgent first."""
+        return [level for level in self._heaps if self._count[level]]
+
+    def level(self) -> float:
+        """Most urgent level at which somebody waits; inf if nobody does."""
+        for level in self._heaps:
+            if self._count[level]:
+                return level
+        return float("inf")
+
+    def count(self, level: int) -> int:
+        return self._count.get(level, 0)
+
+
+def _valid(entry: tuple) -> bool:
+    held_none, _, _, computed, r = entry
+    return r.state is State.WAITING and r.computed == computed and (r.blocks == 0) is held_none

@@ -1,0 +1,185 @@
+"""Request traces: who asks when, for how many prompt and output tokens, in which class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+SINGLE_CLASS = ("all",)  # the class of every request in a trace that names none
+
+
+class TraceError(ValueError):
+    """A request trace, or the recipe of one, is wrong; the message names file and line (or key) and what is allowed."""
+
+
+class TraceWarning(UserWarning):
+    """Rows of a trace were left out because the caller asked for that; the message says how many and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class RequestTrace:
+    """The columns of one request trace, one element a request, sorted by arrival.
+
+    arrival        float64[n], seconds from the trace's start, finite, >= 0, non-decreasing
+    prompt_tokens  int64[n], >= 1
+    output_tokens  int64[n], >= 1
+    cls            int64[n], index into `classes`
+    classes        names, distinct and printable; one may have no request
+
+    The arrays are copied and made read-only. Raises TraceError where a column breaks these rules.
+    """
+
+    arrival: np.ndarray
+    prompt_tokens: np.ndarray
+    output_tokens: np.ndarray
+    cls: np.ndarray
+    classes: tuple[str, ...] = SINGLE_CLASS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", check_classes(self.classes))
+        arrival = _column("arrival", self.arrival, np.float64)
+        n = len(arrival)
+        if n and not (np.isfinite(arrival).all() and arrival[0] >= 0 and (np.diff(arrival) >= 0).all()):
+            raise TraceError("arrival: must be finite, >= 0 and sorted (seconds)")
+        object.__setattr__(self, "arrival", arrival)
+        for name, low, high in (
+            ("prompt_tokens", 1, None),
+            ("output_tokens", 1, None),
+            ("cls", 0, len(self.classes) - 1),
+        ):
+            column = _column(name, getattr(self, name), np.int64)
+            if len(column) != n:
+                raise TraceError(f"{name}: has {len(column)} elements, arrival has {n}")
+            bad = (column < low) if high is None else (column < low) | (column > high)
+            if bad.any():
+                i = int(np.argmax(bad))
+                allowed = f">= {low}" if high is None else f"{low} to {high}"
+                raise TraceError(f"{name}: request {i} has {column[i]}, must be {allowed}")
+            object.__setattr__(self, name, column)
+
+    def __len__(self) -> int:
+        return len(self.arrival)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RequestTrace):
+            return NotImplemented
+        names = ("arrival", "prompt_tokens", "output_tokens", "cls")
+        return self.classes == other.classes and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in names
+        )
+
+    @property
+    def rate(self) -> float | None:
+        """Mean arrival rate in requests per second, (n - 1) / (last - first); None where all arrive at one instant."""
+        span = float(self.arrival[-1] - self.arrival[0]) if len(self) else 0.0
+        return (len(self) - 1) / span if span > 0 else None
+
+    def scaled(self, factor: float) -> RequestTrace:
+        """The same requests at `factor` times the arrival rate: arrival times divided by `factor` (> 0)."""
+        check_positive("factor", factor)
+        return replace(self, arrival=self.arrival / factor)
+
+    def at_rate(self, rate: float) -> RequestTrace:
+        """The same requests with a mean arrival rate of `rate` requests per second.
+
+        Raises TraceError for a trace without arrival times (ShareGPT), which has no rate to scale.
+        """
+        if self.rate is None:
+            raise TraceError("this trace has no arrival times to scale: give it some (generate.assign_arrivals)")
+        check_positive("rate", rate)
+        return self.scaled(rate / self.rate)
+
+    def head(self, n: int) -> RequestTrace:
+        """The first `n` requests; TraceError where the trace holds fewer, so that no experiment shrinks unseen."""
+        if not 0 <= n <= len(self):
+            raise TraceError(f"head: {n} requests asked for, the trace holds {len(self)}")
+        return replace(
+            self,
+            arrival=self.arrival[:n],
+            prompt_tokens=self.prompt_tokens[:n],
+            output_tokens=self.output_tokens[:n],
+            cls=self.cls[:n],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Statistics as plain numbers (ready for JSON): requests, duration, rate, gaps, tokens, and those by class.
+
+        `arrival_cv` is the coefficient of variation of the gaps between arrivals (1 for Poisson).
+        """
+        gaps = np.diff(self.arrival)
+        gap_mean = float(gaps.mean()) if len(gaps) else 0.0
+        return {
+            "requests": len(self),
+            "duration_s": float(self.arrival[-1] - self.arrival[0]) if len(self) else 0.0,
+            "rate_rps": self.rate,
+            "arrival_cv": float(gaps.std() / gap_mean) if gap_mean > 0 else None,
+            "prompt_tokens": _statistics(self.prompt_tokens),
+            "output_tokens": _statistics(self.output_tokens),
+            "classes": {
+                name: {
+                    "requests": int(mask.sum()),
+                    "share": float(mask.mean()) if len(self) else None,
+                    "prompt_tokens": _statistics(self.prompt_tokens[mask]),
+                    "output_tokens": _statistics(self.output_tokens[mask]),
+                }
+                for name, mask in ((name, self.cls == i) for i, name in enumerate(self.classes))
+            },
+        }
+
+
+def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
+    """`classes` as a tuple; TraceError unless they are distinct printable names without blanks at their ends."""
+    if not isinstance(classes, (list, tuple)):
+        raise TraceError(f"classes: {classes!r} must be a list of names")
+    for name in classes:
+        if not (isinstance(name, str) and name and name.isprintable() and name == name.strip()):
+            raise TraceError(f"class {name!r}: a class name is printable text without blanks at its ends")
+    if not classes or len(set(classes)) != len(classes):
+        raise TraceError(f"classes {tuple(classes)!r}: at least one class, each named once")
+    return tuple(classes)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """TraceError unless `value` is a finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise TraceError(f"{name}: {value!r} must be a number > 0")
+
+
+def check_keys(where: str, mapping: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+    """TraceError unless `mapping`, found at the key `where`, has all `required` keys and else only `optional` ones."""
+    allowed = ", ".join((*required, *optional))
+    if not isinstance(mapping, Mapping):
+        raise TraceError(f"{where}: {mapping!r} must be a mapping with the keys {allowed}")
+    for key in mapping:
+        if key not in required and key not in optional:
+            raise TraceError(f"{where}: unknown key {key!r}; allowed: {allowed}")
+    for key in required:
+        if key not in mapping:
+            raise TraceError(f"{where}: key {key!r} is missing; allowed: {allowed}")
+
+
+def _column(name: str, values: Any, dtype: type) -> np.ndarray:
+    """A read-only one-dimensional copy of `values`; floats are not cut down to integers."""
+    given = np.asarray(values)
+    if given.ndim != 1 or (given.size and not np.can_cast(given.dtype, dtype, casting="same_kind")):
+        raise TraceError(f"{name}: must be one-dimensional, of type {np.dtype(dtype).name}, not {given.dtype}")
+    column: np.ndarray = given.astype(dtype)
+    column.setflags(write=False)
+    return column
+
+
+def _statistics(tokens: np.ndarray) -> dict[str, float] | None:
+    if not len(tokens):
+        return None
+    p50, p90, p99 = np.quantile(tokens, [0.5, 0.9, 0.99])
+    return {
+        "mean": float(tokens.mean()),
+        "min": int(tokens.min()),
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "max": int(tokens.max()),
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from traces.shapes import SHAPES
 from traces.timing import Timings
+from traces.timing_eager import model_eager_4bit
 from traces.timing_import import import_aiconfigurator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +25,7 @@ def derive(source: str | Path) -> list[Timings]:
         moe="sglang:0.5.10",
         moe_dtype="int4_wo",
         dense="sglang:0.5.10",
-        attention="sglang:0.5.10",
+        attention="vllm:0.14.0",
         expert_weights="int4",
         name="a100-mixtral-8x7b-int4",
     )
@@ -34,10 +35,18 @@ def derive(source: str | Path) -> list[Timings]:
         moe="trtllm:1.2.0rc5",
         moe_dtype="float16",  # so labelled; the kernel ran in bfloat16
         dense="sglang:0.5.10",
-        attention="sglang:0.5.10",
+        attention="vllm:0.14.0",
         name="a100-qwen3-30b-a3b-bf16",
     )
-    return [mixtral_int4, qwen3]
+    mixtral_hf = model_eager_4bit(
+        source,
+        shape=SHAPES["mixtral-8x7b"],
+        dense="sglang:0.5.10",
+        attention="vllm:0.14.0",
+        moe="sglang:0.5.10",
+        name="a100-mixtral-8x7b-4bit-hf",
+    )
+    return [mixtral_int4, qwen3, mixtral_hf]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def isotonic(values: Sequence[float] | np.ndarray) -> np.ndarray:
 def isotonic_grid(values: np.ndarray, sweeps: int = 20) -> np.ndarray:
     """A grid that is non-decreasing along both axes and close to `values`, float64[x, y].
 
-    Rows and columns are pooled in turn; what is left of a violation after `sweeps` rounds is lifted by a running maximum.
+    Rows and columns are pooled in turn; a violation left after `sweeps` rounds is lifted by a running maximum.
     """
     grid = np.array(values, dtype=float)
     for _ in range(sweeps):
@@ -88,10 +88,8 @@ class Curve:
             raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {low}")
         if high > self.hi or (low < self.lo and ((x > 0) & (x < self.lo)).any()):
             self._warn(low, high)
-        if x.dtype.kind in "iu" and high < self._size:
-            seconds = self.array_table[x]
-        else:
-            seconds = self._evaluate(x.astype(float))
+        in_table = x.dtype.kind in "iu" and high < self._size
+        seconds = self.array_table[x] if in_table else self._evaluate(x.astype(float))
         return float(seconds) if x.ndim == 0 else seconds
 
     def table(self, limit: int) -> np.ndarray:
@@ -103,7 +101,7 @@ class Curve:
             self._warned = True
             asked = f"{high}" if high > self.hi else f"{low}"
             warnings.warn(
-                f"{self.step}: {asked} tokens asked for, measured from {self.lo} to {self.hi}; the time is extrapolated",
+                f"{self.step}: {asked} tokens asked for, measured from {self.lo} to {self.hi}; extrapolated",
                 ExtrapolationWarning,
                 stacklevel=4,
             )
@@ -148,10 +146,7 @@ class Grid:
     def _row(self, x: int) -> tuple[list[float], list[float]]:
         """The line over y at one x, as values and slopes; kept, since batch sizes repeat."""
         values = self._columns(np.array([float(x)]))[0]
-        if len(values) > 1:
-            slopes = np.diff(values) / np.diff(self.ys)
-        else:
-            slopes = np.zeros(1)
+        slopes = np.diff(values) / np.diff(self.ys) if len(values) > 1 else np.zeros(1)
         if x > 0 and not self.lo[0] <= x <= self.hi[0]:
             self._warn(x, self._y_lo)
         row = (values.tolist(), slopes.tolist())
@@ -189,7 +184,7 @@ class Grid:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"{self.step}: ({x:g}, {y:g}) asked for, measured from {self.lo} to {self.hi}; the time is extrapolated",
+                f"{self.step}: ({x:g}, {y:g}) asked for, measured from {self.lo} to {self.hi}; extrapolated",
                 ExtrapolationWarning,
                 stacklevel=4,
             )

@@ -91,7 +91,7 @@ class Timings(TimingHeader):
         return self._attention_prefill(tokens, context)
 
     def attention_decode(self, batch: Any, context: Any) -> Any:
-        """Attention of one new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
+        """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
         return self._attention_decode(batch, context)
 
     def expert_table(self, limit: int) -> np.ndarray:
@@ -106,7 +106,7 @@ class Timings(TimingHeader):
         return shape.lo, shape.hi
 
     def describe(self) -> dict[str, Any]:
-        """Header, and for each step its range, number of points by source, and largest change by the monotone clean-up."""
+        """Header, and for each step its range, points by source, and the largest change by the monotone clean-up."""
         steps = {}
         for step in STEPS:
             mine = [point for point in self.points if point.step == step]

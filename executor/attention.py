@@ -1,0 +1,155 @@
+"""The attention hook: packed sequences over a paged KV cache.
+
+Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with a
+preemption point between groups of blocks. Grouped heads, sliding windows, sinks, logit soft-capping and different widths
+of K and V (MLA) are handled here, once, for every model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from executor.batch import AttentionPlan, QueryBlock
+from executor.errors import ExecutorError, UnsupportedModelError
+from executor.passes import RunningPass, current_pass
+
+# Keywords that carry tensors which this hook may ignore: the batch itself says where sequences begin and end.
+IGNORED = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position"})
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: query `[1, heads, T, Dk]`, key `[1, kv_heads, T, Dk]`, value `[1, kv_heads, T, Dv]`.
+
+    Returns `[1, T, heads, Dv]`. `sliding_window` counts the tokens seen, the token itself included; `s_aux` (`[heads]`) are
+    attention sinks. Raises UnsupportedModelError for an attention that is not plainly causal over the sequence's own KV.
+    """
+    running = current_pass()
+    if running is None:
+        raise ExecutorError("attention implementation 'qllm' called outside of a pass (use Runner.begin)")
+    refuse(module, attention_mask, is_causal, kwargs)
+    running.layer += 1
+    running.windows.append(sliding_window)
+    running.reach("attention", 0)
+    layer, batch = running.layer, running.batch
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
+    batch.cache.write(layer, batch.slots, k, v)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    plan = batch.plan(sliding_window)
+    kernel = Kernel(scale, softcap, s_aux)
+    decode(running, layer, plan, q, out, kernel)
+    for index, group in enumerate(plan.groups):
+        if index:
+            running.reach("attention", index)
+        for block in group:
+            prefill(running, layer, block, q, k, v, out, kernel)
+    return out.unsqueeze(0), None
+
+
+def refuse(
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise UnsupportedModelError where the layer asks for something that this hook would ignore."""
+    name = type(module).__name__
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise UnsupportedModelError(f"{name}: attention is not causal")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name}: the model makes an attention mask of its own")
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and key not in IGNORED:
+            raise UnsupportedModelError(f"{name}: attention keyword {key!r} (a tensor) is not supported")
+
+
+class Kernel:
+    """Scaled dot-product attention with this layer's scale, soft cap and sinks."""
+
+    def __init__(self, scale: float, softcap: float | None, sinks: torch.Tensor | None):
+        self.scale = scale
+        self.softcap = softcap
+        self.sinks = sinks
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool broadcast to `[B, 1, rows, L]`.
+
+        Returns `[B, kv_heads, group, rows, Dv]`.
+        """
+        batch, heads, group, rows, _ = q.shape
+        if self.softcap is None and self.sinks is None:
+            if rows == 1:  # the heads of a group share their mask and keys: one matrix product for all of them
+                return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, mask, scale=self.scale).unsqueeze(3)
+            kv_shape = (batch, heads, group, *k.shape[2:3])
+            out = F.scaled_dot_product_attention(
+                q.flatten(1, 2),
+                k.unsqueeze(2).expand(*kv_shape, k.shape[-1]).flatten(1, 2) if group > 1 else k,
+                v.unsqueeze(2).expand(*kv_shape, v.shape[-1]).flatten(1, 2) if group > 1 else v,
+                mask,
+                scale=self.scale,
+            )
+            return out.view(batch, heads, group, rows, v.shape[-1])
+        scores = torch.matmul(q.flatten(2, 3), k.transpose(2, 3)).view(batch, heads, group, rows, -1) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+        if self.sinks is not None:
+            sinks = self.sinks.view(1, heads, group, 1, 1).to(scores.dtype).expand(batch, -1, -1, rows, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        if self.sinks is not None:
+            weights = weights[..., :-1]
+        return torch.matmul(weights.flatten(2, 3), v).view(batch, heads, group, rows, v.shape[-1])
+
+
+def decode(
+    running: RunningPass, layer: int, plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kernel
+) -> None:
+    """Rows of one token each, over their whole cached context."""
+    keys, values = running.batch.cache.keys[layer], running.batch.cache.values[layer]
+    heads = keys.shape[1]
+    for bucket in plan.decode:
+        rows = bucket.last - bucket.first
+        k = keys.index_select(0, bucket.slots).view(rows, bucket.width, heads, -1).transpose(1, 2)
+        v = values.index_select(0, bucket.slots).view(rows, bucket.width, heads, -1).transpose(1, 2)
+        queries = q[bucket.first : bucket.last].reshape(rows, heads, -1, 1, q.shape[-1])
+        result = kernel(queries, k, v, bucket.mask)
+        out[bucket.first : bucket.last] = result.reshape(rows, -1, v.shape[-1])
+
+
+def prefill(
+    running: RunningPass,
+    layer: int,
+    block: QueryBlock,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    kernel: Kernel,
+) -> None:
+    """One query block over the KV of its own sequence: this pass's rows, or gathered from the cache."""
+    if block.slots is None:
+        seen = slice(block.base, block.base + block.high - block.low)
+        keys, values = k[seen], v[seen]
+    else:
+        cache = running.batch.cache
+        keys = cache.keys[layer].index_select(0, block.slots)
+        values = cache.values[layer].index_select(0, block.slots)
+    heads, rows = keys.shape[1], block.last - block.first
+    queries = q[block.first : block.last].transpose(0, 1).unflatten(0, (1, heads, -1))
+    result = kernel(queries, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], block.mask(q.device))
+    out[block.first : block.last] = result.reshape(-1, rows, v.shape[-1]).transpose(0, 1)

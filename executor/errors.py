@@ -1,0 +1,19 @@
+"""Errors that the executor raises for anything that comes from outside: models, requests, settings."""
+
+from __future__ import annotations
+
+
+class ExecutorError(Exception):
+    """Base of the executor's own errors."""
+
+
+class UnsupportedModelError(ExecutorError, ValueError):
+    """A model that cannot be served with preemption points; the message names the model and the reason."""
+
+
+class SamplingError(ExecutorError, ValueError):
+    """A sampling parameter outside its range; the message names the parameter and what is allowed."""
+
+
+class PassError(ExecutorError, ValueError):
+    """A pass that cannot be started: no tokens, too few KV blocks, positions beyond the model's."""

@@ -1,0 +1,99 @@
+"""Paged KV cache: one K and one V tensor per attention layer, addressed by *slots*.
+
+A block is `block_size` consecutive slots; block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`. Block numbers
+are those of the scheduler's budget: this module never allocates or frees blocks, it only stores what passes write.
+Layers are created at their first write, with the widths seen then (MLA has different widths of K and V, some models
+have different head counts per layer), so no model-specific code is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class HostKV:
+    """KV of one sequence moved to host memory.
+
+    `layers[i]` is `(keys, values)`, each `[tokens, kv_heads, width]`; a layer that does not exist yet is absent.
+    """
+
+    tokens: int
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pair in self.layers for t in pair)
+
+
+def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> np.ndarray:
+    """Slots of the positions `start <= p < stop` of a sequence whose block table is `blocks`, int64 `[stop - start]`."""
+    first, last = start // block_size, -(-stop // block_size)
+    table = np.asarray(blocks[first:last], dtype=np.int64)
+    slots = (table[:, None] * block_size + np.arange(block_size)).reshape(-1)
+    return slots[start - first * block_size : stop - first * block_size]
+
+
+class PagedKVCache:
+    """K and V of every layer in `n_blocks * block_size` slots, and one more that is always zero.
+
+    The zero slot pads short sequences in a batched gather: a masked slot must not hold another sequence's NaN, since
+    0 * NaN is NaN.
+    """
+
+    def __init__(self, n_blocks: int, block_size: int, device: torch.device | str = "cpu"):
+        if n_blocks < 1 or block_size < 1:
+            raise ValueError(f"kv cache: n_blocks {n_blocks} and block_size {block_size} must be at least 1")
+        self.n_blocks = n_blocks
+        self.block_size = block_size
+        self.device = torch.device(device)
+        self.zero_slot = n_blocks * block_size
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of layer `index`, `[slots + 1, kv_heads, width]`; created like `key` and `value` (`[T, kv_heads, width]`)."""
+        if index == len(self.keys):
+            for store, like in ((self.keys, key), (self.values, value)):
+                store.append(torch.zeros((self.zero_slot + 1, *like.shape[1:]), dtype=like.dtype, device=like.device))
+        return self.keys[index], self.values[index]
+
+    def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store `key`, `value` (`[T, kv_heads, width]`) of layer `index` in `slots` (int64 `[T]`)."""
+        keys, values = self.layer(index, key, value)
+        keys.index_copy_(0, slots, key)
+        values.index_copy_(0, slots, value)
+
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers; 0 before the first pass."""
+        return sum(t[0].nbytes for t in (*self.keys, *self.values)) * self.block_size
+
+    def offload(self, blocks: Sequence[int], tokens: int) -> HostKV:
+        """Copy the first `tokens` positions of the sequence in `blocks` to host memory (pinned on CUDA)."""
+        slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, tokens)).to(self.device)
+        return HostKV(
+            tokens,
+            tuple(
+                (to_host(k.index_select(0, slots)), to_host(v.index_select(0, slots)))
+                for k, v in zip(self.keys, self.values, strict=True)
+            ),
+        )
+
+    def restore(self, host: HostKV, blocks: Sequence[int]) -> None:
+        """Bring an offloaded sequence back into `blocks` (other blocks than before, in general)."""
+        slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, host.tokens)).to(self.device)
+        for index, (key, value) in enumerate(host.layers):
+            self.write(index, slots, key.to(self.device), value.to(self.device))
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor` in host memory; through a pinned buffer where the device is not the host."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor)
+    return host

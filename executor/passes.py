@@ -1,0 +1,127 @@
+"""One forward pass in a greenlet: runs until the next preemption point, and is kept there for as long as need be.
+
+The suspended Python stack is the saved state: hidden states, residual, routing weights and partial expert outputs stay
+where the model's own code holds them, so suspending copies nothing and resuming recomputes nothing. A greenlet belongs to
+the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too; hold
+`torch.inference_mode()` around the loop that advances passes, never inside one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from greenlet import getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from executor.batch import Batch, Entry
+
+
+class Point(NamedTuple):
+    """A preemption point: what the pass would run next.
+
+    `layer`: attention calls begun before this one (the decoder layer's number in all supported models). `stage`:
+    "attention" or "experts". `group`: 0 before the stage, i before its i-th group of experts or query blocks.
+    """
+
+    layer: int
+    stage: str
+    group: int
+
+
+class PassGreenlet(greenlet):
+    """A greenlet that knows its pass; the hooks find the pass through it."""
+
+    running: RunningPass
+
+
+class RunningPass:
+    """A forward pass over `batch`, started, suspended or done.
+
+    After `advance()` returned None, `logits` is `[len(sampled), vocab]` and `sampled` the entries it belongs to (those
+    whose last known token was computed), and every entry's `computed` has moved on.
+    """
+
+    def __init__(self, batch: Batch, forward: Callable[[Batch], torch.Tensor], run_ahead: RunAhead):
+        self.batch = batch
+        self.point: Point | None = None  # where it stands; None before the start and at the end
+        self.logits = torch.empty(0)
+        self.layer = -1  # index of the last attention layer begun
+        self.windows: list[int | None] = []  # sliding window of each attention layer so far
+        self.expert_calls = 0
+        self._run_ahead = run_ahead
+        self._greenlet = PassGreenlet(lambda: forward(batch))
+        self._greenlet.running = self
+
+    @property
+    def sampled(self) -> list[Entry]:
+        return self.batch.sampled
+
+    @property
+    def done(self) -> bool:
+        """True once the pass ended, by its end, by an exception or by `close()`."""
+        return bool(self._greenlet.dead)
+
+    def advance(self) -> Point | None:
+        """Run to the next preemption point and return it; None at the end of the pass.
+
+        An exception inside the pass is raised here; the pass is then done, and its sequences stand where they stood before
+        it. Other passes do not notice.
+        """
+        if self.done:
+            raise RuntimeError("advance() on a pass that is done")
+        answer = self._greenlet.switch()
+        if not self._greenlet.dead:
+            self.point = answer
+            return answer
+        self.point = None
+        self.logits = answer
+        for entry in self.batch.entries:
+            entry.seq.computed += entry.n
+        return None
+
+    def close(self) -> None:
+        """Give the pass up where it stands: its stack is unwound and its memory freed. Idempotent."""
+        if self._greenlet.dead:
+            return
+        if self._greenlet:  # started: unwind with GreenletExit
+            self._greenlet.throw()
+        else:
+            self._greenlet = PassGreenlet(lambda: None)
+            self._greenlet.switch()
+        self.point = None
+
+    def reach(self, stage: str, group: int) -> None:
+        """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
+        self._run_ahead.mark()
+        point = Point(self.layer, stage, group)
+        self._greenlet.parent.switch(point)
+
+
+def current_pass() -> RunningPass | None:
+    """The pass whose code is running, None outside of any."""
+    current = getcurrent()
+    return current.running if isinstance(current, PassGreenlet) else None
+
+
+class RunAhead:
+    """Bounds how far the host's launches run ahead of the device: at most `depth` points.
+
+    On CUDA a hook orders launches, not kernels; without a bound "between two experts" would hold on the host alone. On a
+    CPU every operation is finished when its call returns, and this does nothing.
+    """
+
+    def __init__(self, device: torch.device, depth: int = 2):
+        self._depth = depth
+        self._events: list[torch.Event] | None = [] if device.type != "cpu" else None
+        self._device = device
+
+    def mark(self) -> None:
+        if self._events is None:
+            return
+        event = torch.Event(self._device)
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._depth:
+            self._events.pop(0).synchronize()

@@ -1,0 +1,83 @@
+"""The Runner: starts passes over one model and one KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from executor.batch import Batch, SequenceState
+from executor.cuts import Cuts
+from executor.kv_cache import PagedKVCache
+from executor.passes import RunAhead, RunningPass
+
+
+class Runner:
+    """Starts passes over one model and one KV cache. All of its passes belong to one thread.
+
+    `kv_blocks` blocks of `block_size` tokens; `cuts` says how passes are cut into steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, cuts: Cuts | None = None):
+        self.model = model
+        self.device = model.device
+        self.cache = PagedKVCache(kv_blocks, block_size, self.device)
+        self.cuts = cuts or Cuts()
+        self.max_positions = max_positions(model.config)
+        self._run_ahead = RunAhead(self.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def begin(self, entries: Iterable[tuple[SequenceState, int]]) -> RunningPass:
+        """A pass over the next n tokens of each sequence; nothing runs before its first `advance()`.
+
+        Raises PassError where the tokens, their blocks or their positions do not exist.
+        """
+        batch = Batch(entries, self.cache, cuts=self.cuts, max_positions=self.max_positions)
+        return RunningPass(batch, self._forward, self._run_ahead)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits `[len(batch.sampled), vocab]`; only rows that are sampled go through the LM head where the model can."""
+        keep = {"logits_to_keep": batch.sample_rows} if self._keeps_logits else {}
+        out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keep)
+        logits = out.logits[0]
+        return logits if keep else logits.index_select(0, batch.sample_rows)
+
+
+def run_to_end(running: RunningPass) -> torch.Tensor:
+    """Advance a pass through all its points; its logits `[len(sampled), vocab]`."""
+    while running.advance() is not None:
+        pass
+    return running.logits
+
+
+def run_batch(runner: Runner, sequences: Iterable[SequenceState], new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of all sequences together, `new_tokens` each: prefill in one pass, then decode."""
+    states = list(sequences)
+    outputs: list[list[int]] = [[] for _ in states]
+    for _ in range(new_tokens):
+        running = runner.begin((s, len(s.tokens) - s.computed) for s in states)
+        logits = run_to_end(running)
+        for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+            entry.seq.tokens.append(token)
+            outputs[states.index(entry.seq)].append(token)
+    return outputs
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest sequence (tokens) that can be served, None where the configuration does not say.
+
+    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence in the batch: beyond their original
+    length, a sequence's output would depend on its neighbours, so they are served up to that length.
+    """
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(p for p in rope.values() if isinstance(p, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit

@@ -6,13 +6,14 @@ Prints how far mean and quantiles of 100,000 draws from the table lie from the t
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from traces.length_draws import BUNDLED, draw_lengths
 from traces.readers import read_requests
-from traces.requests import RequestTrace
+from traces.requests import RequestTrace, TraceError
 
 ROOT = Path(__file__).parent.parent
 AZURE = ROOT / "../shared/data/traces/AzureLLMInferenceTrace_conv.csv"
@@ -43,7 +44,10 @@ def main() -> None:
     parser.add_argument("trace", nargs="?", type=Path, default=AZURE)
     parser.add_argument("--out", type=Path, default=BUNDLED)
     options = parser.parse_args()
-    trace = read_requests(options.trace, "azure")
+    try:
+        trace = read_requests(options.trace, "azure")
+    except TraceError as error:
+        sys.exit(str(error))
     path = options.out / "azure_conv.csv"
     path.write_text(table(trace), encoding="utf-8")
     print(f"{path.name}: {len(QUANTILES)} quantiles of {len(trace)} requests")

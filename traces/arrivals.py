@@ -19,11 +19,13 @@ def poisson(rng: np.random.Generator, requests: int, *, rate: float) -> np.ndarr
 
 
 def gamma(rng: np.random.Generator, requests: int, *, rate: float, cv: float) -> np.ndarray:
-    """Renewal process with Gamma gaps of mean 1 / rate and coefficient of variation `cv` > 0 (1 is Poisson).
+    """Renewal process with Gamma gaps of mean 1 / rate and coefficient of variation `cv` (1 is Poisson), 0.001 to 100.
 
     The Gamma distribution's shape is 1 / cv**2. Returns float64[requests], sorted.
     """
     check_positive("cv", cv)
+    if not 1e-3 <= cv <= 100:  # beyond, the shape leaves what float64 draws well
+        raise TraceError(f"cv: {cv!r} must lie between 0.001 and 100")
     return np.cumsum(rng.standard_gamma(cv**-2, requests)) * (cv**2 / rate)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def generate(spec: Mapping[str, Any], *, rate: float, requests: int, seed: int) 
 
     Raises TraceError, naming the key and what is allowed.
     """
-    check_keys("requests", spec, (), ("arrival", "classes", *LENGTH_KEYS))
+    check_keys("spec", spec, (), ("arrival", "classes", *LENGTH_KEYS))
     _check_whole("requests", requests, 1)
     _check_whole("seed", seed, 0)
     classes = spec.get("classes", {SINGLE_CLASS[0]: {}})
@@ -82,7 +83,7 @@ def _draw_classes(shares: Mapping[str, float | None], requests: int, seed: int) 
     """int64[requests], index into the keys of `shares`."""
     open_ended = [name for name, share in shares.items() if share is None]
     for name, share in shares.items():
-        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        number = isinstance(share, Real) and not isinstance(share, bool)
         if share is not None and not (number and 0 <= share <= 1):
             raise TraceError(f"classes.{name}.share: {share!r} must be a number from 0 to 1")
     total = sum(share for share in shares.values() if share is not None)
@@ -122,5 +123,5 @@ def _stream(seed: int, *purpose: str) -> np.random.Generator:
 
 
 def _check_whole(name: str, value: Any, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < lowest:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
         raise TraceError(f"{name}: {value!r} must be an integer >= {lowest}")

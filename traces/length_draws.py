@@ -75,17 +75,19 @@ def uniform(rng: np.random.Generator, n: int, ends: Any, column: str) -> np.ndar
 def lognormal(rng: np.random.Generator, n: int, settings: Any, column: str) -> np.ndarray:
     """exp(normal(mu, sigma)), rounded; mu = ln(median), or ln(mean) - sigma**2 / 2.
 
-    `median` or `mean` in tokens, before clipping; `sigma` > 0, the standard deviation of the logarithm. What lies
+    `median` or `mean` in tokens, before clipping; `sigma`, 0 to 10, the standard deviation of the logarithm. What lies
     outside [`min`, `max`] (tokens; 1 and no bound by default) is set to the bound, not drawn again: the bounds gain
     the mass beyond them, and the mean moves.
     """
-    check_keys("settings", settings, ("sigma",), ("median", "mean", "min", "max"))
+    check_keys("keys", settings, ("sigma",), ("median", "mean", "min", "max"))
     if ("median" in settings) == ("mean" in settings):
         raise TraceError("give either median or mean")
     centre = "median" if "median" in settings else "mean"
     for key in (centre, "sigma"):
         check_positive(key, settings[key])
     sigma = settings["sigma"]
+    if sigma > 10:
+        raise TraceError(f"sigma: {sigma!r} must be at most 10")
     mu = math.log(settings[centre]) - (sigma**2 / 2 if centre == "mean" else 0.0)
     low = _tokens("min", settings.get("min", 1))
     high = _tokens("max", settings["max"]) if "max" in settings else 2**53
@@ -119,9 +121,9 @@ LENGTHS: dict[str, Callable[[np.random.Generator, int, Any, str], np.ndarray]] =
 
 
 def _tokens(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**53:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value < 2**53:
         raise TraceError(f"{name + ': ' if name else ''}{value!r} must be an integer >= 1 (tokens)")
-    return value
+    return int(value)
 
 
 def _load_trace(path: Any) -> RequestTrace:
@@ -167,9 +169,7 @@ def _read_table(path: Path, changed_ns: int, size: int) -> dict[str, np.ndarray]
         if header is None:
             header = cells
             if tuple(header) != TABLE_COLUMNS:
-                raise TraceError(
-                    f"{path}, line {number}: columns {', '.join(cells)}, must be {', '.join(TABLE_COLUMNS)}"
-                )
+                raise TraceError(f"{path}, line {number}: the columns must be {', '.join(TABLE_COLUMNS)}")
             continue
         try:
             row = [float(cell) for cell in cells]

@@ -144,7 +144,11 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
 
 def check_positive(name: str, value: Any) -> None:
     """TraceError unless `value` is a finite number > 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.integer, np.floating))
+        or not 0 < value < float("inf")
+    ):
         raise TraceError(f"{name}: {value!r} must be a number > 0")
 
 

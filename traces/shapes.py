@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # Bytes per weight. int4: 4 bits plus one 16-bit scale per group of 128 (GPTQ, AWQ, Marlin).
-# nf4: 4 bits plus one 8-bit doubly quantised scale per block of 64 (QLoRA, section 3).
-WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "int8": 1.0, "int4": 0.5 + 2 / 128, "nf4": 0.5 + 1 / 64}
+# nf4: 4 bits plus one 32-bit scale per block of 64 (bitsandbytes' default, without double quantisation).
+WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "int8": 1.0, "int4": 0.5 + 2 / 128, "nf4": 0.5 + 4 / 64}
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ class EagerCosts:
 SOURCES = {
     "op_s": "parameter; 5-25 us of host work an operation by secondary sources",
     "linear4bit_s": "bitsandbytes issue 605: median 55 us at batch 32 (nn.Linear: 14 us), on an RTX 4090's host",
-    "dequantise_slowdown": "bitsandbytes pull request 1747: NF4 kernel made 1.36-2.07 times faster on A100 in September "
-    "2025; geometric mean, the improved kernel taken as memory traffic at 0.8 of the bandwidth",
+    "dequantise_slowdown": "bitsandbytes pull request 1747: NF4 kernel made 1.36-2.07 times faster on A100 in "
+    "September 2025; geometric mean, the improved kernel taken as memory traffic at 0.8 of the bandwidth",
     "operations": "counted in transformers' modeling_mixtral.py 4.4x",
 }
 
@@ -127,7 +127,7 @@ def model_eager_4bit(
         source="modelled",
         dtype="weights nf4, computed in 16 bits; LM head 16 bits",
         framework=f"model of transformers 4.4x with bitsandbytes; GEMM {dense}, attention {attention} (measured)",
-        provenance=f"computed by traces.timing_eager from NVIDIA aiconfigurator's tables for {gpu}; see docs/timing_traces.md",
+        provenance=f"traces.timing_eager, from NVIDIA aiconfigurator's tables for {gpu}; see docs/timing_traces.md",
         expert_mode="separate",
         experts_base_s=2 * costs.op_s,
         launch_s=costs.op_s,

@@ -227,7 +227,7 @@ def import_aiconfigurator(
             "dense_pre, dense_post, head": "measured GEMMs plus norm, rotary embedding, KV write, sampling as memory "
             "traffic (aiconfigurator's bytes / (0.8 x bandwidth) + 3 us)",
             "attention_prefill": "rows with a context, and beyond the longest measured prompt (source = modelled)",
-            "attention_decode": "outliers, corners of the grid that did not fit the GPU, the longest context (source = modelled)",
+            "attention_decode": "outliers, corners that did not fit the GPU, the longest context (source = modelled)",
             "experts_base_s, expert": "t = base + sum f(m), fitted to rows with evenly spread tokens",
             "launch_s": "parameter, about 5 us a launch by secondary sources",
             "host_s": "parameter, no measurement",

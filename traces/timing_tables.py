@@ -27,7 +27,8 @@ class Tables:
     """The tables of one GPU: a folder of parquet files, or the installed package (`source` = "aiconfigurator-core").
 
     Two folder layouts are read: the package's own, systems/data/GPU/OP/FRAMEWORK/VERSION/FILE.parquet (`source` may be
-    GPU or any folder above it), and a flat one, OP__FRAMEWORK__VERSION__FILE.parquet. TimingError where nothing is found.
+    GPU or any folder above it), and a flat one, OP__FRAMEWORK__VERSION__FILE.parquet.
+    TimingError where nothing is found.
     """
 
     def __init__(self, source: str | Path, gpu: str) -> None:

@@ -133,6 +133,8 @@ class Grid:
             if isinstance(x, np.ndarray) or isinstance(y, np.ndarray) or int(x) != x:
                 return self._array(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
             values, slopes = self._row(int(x))
+            if x > 0 and not self.lo[0] <= x <= self.hi[0]:
+                self._warn(x, y)
         if isinstance(y, np.ndarray):
             return self._array(np.asarray(x, dtype=float), y.astype(float))
         if y > self._y_hi or y < self._y_lo:
@@ -147,8 +149,6 @@ class Grid:
         """The line over y at one x, as values and slopes; kept, since batch sizes repeat."""
         values = self._columns(np.array([float(x)]))[0]
         slopes = np.diff(values) / np.diff(self.ys) if len(values) > 1 else np.zeros(1)
-        if x > 0 and not self.lo[0] <= x <= self.hi[0]:
-            self._warn(x, self._y_lo)
         row = (values.tolist(), slopes.tolist())
         self._rows[x] = row
         return row

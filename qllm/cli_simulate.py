@@ -1,0 +1,115 @@
+"""qllm simulate: a sweep from a YAML file to a table, figures and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qllm.results import Results
+
+
+class Format(StrEnum):
+    """How the summary is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def simulate(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/paper.yaml", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: out/<name of the config>")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; the results do not depend on it")] = os.cpu_count() or 1,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
+    ] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Also write timeline.json (open it in ui.perfetto.dev)")
+    ] = False,
+    format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
+) -> None:
+    """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
+    from qllm.config import load_config
+    from qllm.figures import save_figures
+    from qllm.sweep import differences, provenance, runs
+    from qllm.sweep import simulate as run_sweep
+    from qllm.timeline import write_timeline
+
+    loaded = load_config(config, set_ or [])
+    for changed in differences(loaded.provenance, provenance(loaded)):
+        warnings.warn(f"{config}: {changed}; the results may differ", stacklevel=1)
+    results = run_sweep(loaded, jobs=jobs, progress=format is Format.table and sys.stderr.isatty())
+    folder = results.save(out or Path("out") / loaded.name)
+    caption = f"Timings: {results.config.provenance['timings']}"
+    save_figures(results, folder, caption)
+    if timeline:
+        write_timeline(runs(loaded)[-1], folder / "timeline.json")
+    if format is Format.json:
+        typer.echo(json.dumps(_records(results), indent=2))
+    else:
+        _print_table(results, caption, folder)
+
+
+def _records(results: Results) -> list[dict[str, Any]]:
+    """The summary's rows as plain data; what is undefined becomes null."""
+    rows = results.summary.astype(object).where(results.summary.notna(), None)
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+
+#: Columns of the printed table: header, column of the summary, digits.
+_PRINTED = (
+    ("sent", "sent", "d"),
+    ("TTFT mean", "ttft_mean_s", ".3f"),
+    ("p99 s", "ttft_p99_s", ".3f"),
+    ("/ alone p99", "ttft_over_isolated_p99", ".1f"),
+    ("blocking p99 ms", "blocking_p99_s", ".1f"),
+    ("TPOT ms", "tpot_mean_s", ".0f"),
+    ("turnaround s", "turnaround_mean_s", ".1f"),
+    ("SLO", "slo_attainment", ".1%"),
+    ("req/s", "throughput_rps", ".2f"),
+    ("preempted", "preemptions", "d"),
+)
+
+
+def _print_table(results: Results, caption: str, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    others = [key for key in results.config.sweep if key != "rate"]
+    table = Table(title=results.config.name, caption=f"{caption}\nResults: {folder}/", title_justify="left")
+    for name in ("rate", *others, "class", "policy", *(header for header, _, _ in _PRINTED)):
+        table.add_column(name, justify="left" if name in ("class", "policy") else "right", no_wrap=True)
+    ordered = results.summary
+    order = {name: position for position, name in enumerate(results.config.classes)}
+    ordered = ordered.sort_values(["rate", *others], kind="stable") if len(ordered) else ordered
+    previous: Any = None
+    for _, rows in ordered.groupby(["rate", *others], sort=False, dropna=False):
+        for _, row in rows.sort_values("class", key=lambda names: names.map(order), kind="stable").iterrows():
+            key = (row["rate"], *(row[o] for o in others), row["class"])
+            if previous is not None and previous != key:
+                table.add_section()
+            previous = key
+            table.add_row(
+                f"{row['rate']:g}",
+                *(str(row[other]) for other in others),
+                str(row["class"]),
+                str(row["policy"]),
+                *(_cell(row[column], digits, header) for header, column, digits in _PRINTED),
+            )
+    console = Console()
+    # A pipe or a file has no width of its own; 80 columns would cut the numbers.
+    console.width = console.width if sys.stdout.isatty() else 160
+    console.print(table)
+
+
+def _cell(value: Any, digits: str, header: str) -> str:
+    if value != value:  # nan
+        return "-"
+    return format(value * 1000 if header.endswith("ms") else value, digits)

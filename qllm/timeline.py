@@ -1,0 +1,72 @@
+"""The schedule of one simulated run as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
+
+One track a class (a pass belongs to the most urgent one in it). A slice is a stretch of time that a pass ran; where
+it was suspended a "preempted" marker names the layer and stage, and where it went on, a "resumed" marker the layer;
+an arrow joins the two. Format: "Trace Event Format", JSON object form; times in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qllm.config import Config
+from qllm.sweep import Run, run_one
+from sim import Slice
+
+
+def write_timeline(run: Run, path: str | Path) -> int:
+    """Simulate `run` again with its slices recorded and write them to `path`. Returns the number of events."""
+    events = trace_events(run_one(run, timeline=True).slices or [], run.config)
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": str(run), "time": "simulated"}}
+    Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+    return len(events)
+
+
+def trace_events(slices: list[Slice], config: Config) -> list[dict[str, Any]]:
+    """The events: metadata, then for each slice its own and the markers at its ends."""
+    tracks = {job.priority: name for name, job in reversed(config.classes.items())}
+    common = {"pid": 1, "cat": "pass"}
+    events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": "GPU (simulated)"}}]
+    for level in sorted({piece.level for piece in slices}):
+        name = tracks.get(level, f"level {level}")
+        events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": {"name": name}})
+        events.append({**common, "ph": "M", "tid": level, "name": "thread_sort_index", "args": {"sort_index": level}})
+    suspended: set[int] = set()
+    for piece in slices:
+        on_track = {**common, "tid": piece.level}
+        start, end = piece.start * 1e6, piece.end * 1e6
+        events.append(
+            {
+                **on_track,
+                "ph": "X",
+                "name": _name(piece),
+                "ts": start,
+                "dur": end - start,
+                "args": {
+                    **{"pass": piece.pass_id, "tokens": piece.tokens},
+                    **{"prefills": piece.prefills, "decodes": piece.decodes},
+                    **{"from layer": piece.first_layer, "to layer": piece.layer},
+                },
+            }
+        )
+        if piece.pass_id in suspended:
+            suspended.discard(piece.pass_id)
+            resumed = {"pass": piece.pass_id, "layer": piece.first_layer}
+            name = f"resumed in layer {piece.first_layer}"
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start, "args": resumed})
+            arrow = {**on_track, "id": piece.pass_id, "name": "suspended"}
+            events.append({**arrow, "ph": "f", "bp": "e", "ts": start})
+        if piece.suspended:
+            suspended.add(piece.pass_id)
+            stopped = {"pass": piece.pass_id, "layer": piece.layer, "stage": piece.stage}
+            name = f"preempted in layer {piece.layer}, {piece.stage}"
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end, "args": stopped})
+            events.append({**on_track, "ph": "s", "id": piece.pass_id, "name": "suspended", "ts": end})
+    return events
+
+
+def _name(piece: Slice) -> str:
+    parts = [f"{piece.prefills} prefill"] * bool(piece.prefills) + [f"{piece.decodes} decode"] * bool(piece.decodes)
+    return " + ".join(parts)

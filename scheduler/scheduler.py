@@ -128,12 +128,12 @@ class Scheduler:
         return None
 
     def _abort_in_pass(self, r: Request, now: float) -> Pass | None:
-        p = next(
-            p
-            for p in (self.running, *self.suspended_passes)
-            if p is not None
-            and ((r.batch is not None and r.batch is p.decode) or any(c.request is r for c in p.prefill))
-        )
+        p = self.running
+        for q in self.suspended_passes:
+            if r.batch is q.decode if r.batch is not None else any(c.request is r for c in q.prefill):
+                p = q
+        if p is None:
+            raise SchedulerError(f"request {r.id} is in no pass")
         p.aborted = [*(p.aborted or []), r]
         r.state = State.ABORTED
         if len(p.aborted) < len(p.prefill) + p.n_decode:

@@ -45,14 +45,10 @@ class WaitingQueues:
             heappop(heap)
         return None
 
-    def pop(self, level: int) -> Request:
-        """Take the first of `level`'s queue, which is not empty."""
-        r = self.peek(level)
-        if r is None:
-            raise IndexError(f"no request waits at level {level}")
+    def pop(self, level: int) -> None:
+        """Take the request that `peek` just gave out of `level`'s queue."""
         heappop(self._heaps[level])
         self._count[level] -= 1
-        return r
 
     def void(self, r: Request, state: State) -> None:
         """Waiting `r` leaves its queue for another reason than being launched."""

@@ -1,0 +1,176 @@
+"""The device: a SimPy process that runs what the scheduler returns.
+
+`fast_device` sleeps to the end of a pass with one timeout. Between two events nothing changes, so only an event that
+makes `should_yield` true interrupts it; it then finds the next preemption point by bisection. `step_device` asks at
+every point, as the engine does. Both give the same schedule to the last bit; the first is the one that is used, the
+second is what it is checked against.
+
+At one instant, what ends comes first, then what arrives, then what is decided (`_settle`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import simpy
+
+from scheduler import Pass, Scheduler
+
+from .runs import GpuModel, Run
+
+FINISH, ARRIVAL, DECISION = 0, 1, 2  # SimPy priorities of events at one instant: NORMAL (arrivals) is 1
+
+Process = Generator[simpy.Event, Any, None]
+#: called with (pass, run, start, end, pieces done before, pieces done after, whether it was suspended)
+Observer = Callable[[Pass, Run, float, float, int, int, bool], None]
+
+
+class Device:
+    """One GPU: the scheduler that decides for it, and what it does at the moment.
+
+    on_finished(pass, requests that ended): called at the end of each pass. observer: called for each stretch of time
+    that a pass ran, or None.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        scheduler: Scheduler,
+        gpu: GpuModel,
+        on_finished: Callable[[list], None],
+        observer: Observer | None = None,
+    ):
+        self.env = env
+        self.scheduler = scheduler
+        self.gpu = gpu
+        self.on_finished = on_finished
+        self.observer = observer
+        self.idle: simpy.Event | None = None
+        self.interruptible: Pass | None = None  # the running pass, while an event may stop it
+        self.process: simpy.Process | None = None
+
+    def start(self, kind: Callable[[Device], Process]) -> None:
+        """Begin to run passes, with `fast_device` or `step_device`."""
+        self.process = self.env.process(kind(self))
+
+    def poke(self) -> None:
+        """Something arrived: wake the device, or stop its pass if the scheduler says so."""
+        p = self.interruptible
+        if p is not None:
+            if self.scheduler.should_yield(p, self.env.now):
+                self.interruptible = None
+                assert self.process is not None
+                self.process.interrupt()
+        elif self.idle is not None:
+            idle, self.idle = self.idle, None
+            idle.succeed()
+
+    def sleep(self, seconds: float, priority: int = FINISH) -> simpy.Event:
+        """An event `seconds` from now, before or after others of the same instant by `priority`."""
+        env = self.env
+        event = simpy.Event(env)
+        event._ok = True
+        event._value = None
+        env.schedule(event, priority, seconds)  # type: ignore[arg-type]
+        return event
+
+    def suspend(self, p: Pass, run: Run) -> None:
+        """`p` stops where `run` stands."""
+        if self.scheduler.suspended(p, self.env.now):
+            p.cursor = run
+
+
+def fast_device(device: Device) -> Process:
+    """Runs passes; a pass that nothing interrupts costs one event."""
+    env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
+    steps = gpu.steps
+    stops = gpu.granularity != "iteration"
+    while True:
+        if env.peek() == env._now:
+            yield device.sleep(0.0, DECISION)
+        p = scheduler.next(env._now)
+        if p is None:
+            device.idle = env.event()
+            yield device.idle
+            continue
+        run: Run = p.cursor  # type: ignore[assignment]
+        start = env._now
+        if run is None:
+            run = gpu.start(p)
+        else:
+            start += steps.resume_s
+        origin, first, stopped = start - run.at, run.done, False
+        end = origin + run.total
+        while True:
+            now = env._now
+            until = min(end, scheduler.recheck_at(p, now)) if stops else end
+            try:
+                if stops:
+                    device.interruptible = p
+                yield device.sleep(max(until - now, 0.0), FINISH if until == end else DECISION)
+                device.interruptible = None
+                if until == end:
+                    break
+                if not scheduler.should_yield(p, env._now):
+                    continue
+            except simpy.Interrupt:
+                pass
+            done = run.next_point(max(env._now - origin, run.at))
+            ends = run.ends()
+            if done == len(ends):
+                yield device.sleep(end - env._now)
+                break
+            yield device.sleep(origin + ends[done - 1] - env._now)
+            if env.peek() == env._now:
+                yield device.sleep(0.0, DECISION)
+            if scheduler.should_yield(p, env._now):
+                run.done, run.at, stopped = done, ends[done - 1], True
+                break
+        if stopped:
+            if observer is not None:
+                observer(p, run, start, env._now, first, run.done, True)
+            device.suspend(p, run)
+            if steps.suspend_s:
+                yield device.sleep(steps.suspend_s)
+            continue
+        if observer is not None:
+            observer(p, run, start, end, first, 2 + steps.layers * run.shape.steps_per_layer, False)
+        device.on_finished(scheduler.finished(p, end))
+
+
+def step_device(device: Device) -> Process:
+    """Runs passes piece by piece and asks at every preemption point: the reference."""
+    env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
+    while True:
+        yield device.sleep(0.0, DECISION)
+        p = scheduler.next(env.now)
+        if p is None:
+            device.idle = env.event()
+            yield device.idle
+            continue
+        run: Run = p.cursor  # type: ignore[assignment]
+        start = env.now
+        if run is None:
+            run = gpu.start(p)
+        else:
+            start += gpu.steps.resume_s
+            yield device.sleep(gpu.steps.resume_s)
+        times = gpu.steps.times(run.shape, run.counts())
+        points = set(run.points())
+        first, stopped = run.done, False
+        for piece in range(first, len(times)):
+            yield device.sleep(float(times[piece]))
+            run.done, run.at = piece + 1, run.at + float(times[piece])
+            if piece in points:
+                yield device.sleep(0.0, DECISION)
+                if scheduler.should_yield(p, env.now):
+                    stopped = True
+                    break
+        if observer is not None:
+            observer(p, run, start, env.now, first, run.done, stopped)
+        if stopped:
+            device.suspend(p, run)
+            yield device.sleep(gpu.steps.suspend_s)
+        else:
+            device.on_finished(scheduler.finished(p, env.now))

@@ -1,0 +1,69 @@
+"""Which experts the tokens of a pass go to.
+
+Tokens choose `top_k` different experts each, in proportion to the popularity of the experts in their layer. A pool of
+such tokens is drawn once; a pass takes a run of consecutive tokens from it at a random place, whose counts per expert
+are a difference of two rows of a running sum. For passes larger than the pool the counts are drawn from the normal
+limit of the same distribution.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+_POOL_CELLS = 1 << 21  # tokens x layers x experts in the pool: 2 x 2^21 x 2 bytes = 8 MiB
+_BLOCK = 1 << 12  # random numbers drawn at a time
+
+
+class Routing:
+    """Draws of tokens per expert; the same seed gives the same draws.
+
+    popularity: float[layers, experts], each row summing to 1. Choosing in proportion to popularity without replacement
+    flattens a very skewed table somewhat: no expert can get more than one choice of a token.
+    """
+
+    def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0):
+        self.layers, self.experts = popularity.shape
+        self.share = np.minimum(popularity * top_k, 1.0)  # of the tokens, at each expert
+        self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
+        self._rng = np.random.default_rng((seed, 1))
+        self._draws: list[int] = []
+
+    def draw(self) -> int:
+        """A random integer below 2^30."""
+        if not self._draws:
+            self._draws = self._rng.integers(1 << 30, size=_BLOCK).tolist()
+        return self._draws.pop()
+
+    def counts(self, tokens: int, draw: int) -> np.ndarray:
+        """Tokens per expert of a pass of `tokens` tokens, int64[layers, experts]; the same `draw`, the same counts."""
+        shape = (self.layers, self.experts)
+        if tokens <= self.size:
+            at = draw % self.size
+            return (self._sums[at + tokens] - self._sums[at]).astype(np.int64).reshape(shape)
+        at = draw % (len(self._noise) - self.share.size)
+        noise = self._noise[at : at + self.share.size].reshape(shape)
+        drawn = tokens * self.share + np.sqrt(tokens * self.share * (1 - self.share)) * noise
+        return np.clip(np.rint(drawn), 0, tokens).astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _pool(data: bytes, shape: tuple[int, int], top_k: int, seed: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """(tokens in the pool, uint16[2 tokens + 1, layers * experts] running counts of the pool twice over, normal noise)."""
+    layers, experts = shape
+    popularity = np.frombuffer(data).reshape(shape)
+    rng = np.random.default_rng((seed, 0))
+    size = int(np.clip(_POOL_CELLS // popularity.size, 256, 4096))
+    # the k smallest of exponentials over popularity: a draw without replacement in proportion to popularity
+    with np.errstate(divide="ignore"):
+        score = rng.standard_exponential((size, layers, experts), dtype=np.float32) / popularity.astype(np.float32)
+    if top_k < experts:
+        chosen = np.argpartition(score, top_k, axis=-1)[..., :top_k]
+    else:
+        chosen = np.broadcast_to(np.arange(experts), score.shape)
+    counts = np.zeros((2 * size + 1, layers, experts), dtype=np.uint16)
+    counts[np.arange(1, size + 1)[:, None, None], np.arange(layers)[None, :, None], chosen] = 1
+    counts[size + 1 :] = counts[1 : size + 1]  # a run may wrap around
+    sums = np.cumsum(counts.reshape(2 * size + 1, -1), axis=0, dtype=np.uint16)
+    return size, sums, rng.standard_normal(4 * popularity.size)

@@ -1,0 +1,124 @@
+"""A pass on the simulated GPU: how long it takes, where it can stop, and what is left of it when it does."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+
+from scheduler import Pass
+from traces.steps import Shape, StepModel
+
+from .routing import Routing
+
+_VARIANTS = 32  # routing draws kept per size of a decode pass
+
+
+class Run:
+    """One pass under way. `total`: seconds on the device from its start to its end; `at`: seconds of it done where it
+    stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done."""
+
+    __slots__ = ("_cum", "_draw", "_gpu", "_points", "at", "done", "shape", "tokens", "total")
+
+    def __init__(self, gpu: GpuModel, shape: Shape, tokens: int, draw: int, total: float):
+        self._gpu = gpu
+        self._draw = draw
+        self.shape = shape
+        self.tokens = tokens
+        self.total = total
+        self.at = 0.0
+        self.done = 0
+        self._cum: list[float] | None = None
+        self._points: list[int] = []
+
+    def counts(self) -> np.ndarray:
+        """Tokens per expert, int[layers, experts]."""
+        return self._gpu.routing.counts(self.tokens, self._draw)
+
+    def ends(self) -> list[float]:
+        """Seconds from the pass's start to the end of each piece."""
+        if self._cum is None:
+            steps = self._gpu.steps
+            self._cum = np.cumsum(steps.times(self.shape, self.counts())).tolist()
+            self._points = steps.points(self.shape, self._gpu.granularity).tolist()
+        return self._cum
+
+    def points(self) -> list[int]:
+        """Pieces after which it may stop."""
+        self.ends()
+        return self._points
+
+    def next_point(self, elapsed: float) -> int:
+        """Pieces done at the first preemption point at or after `elapsed` seconds of the pass, or, where none is
+        left, at its end. Points that lie where the pass last went on do not count."""
+        ends, points = self.ends(), self._points
+        i = bisect_left(points, elapsed, key=ends.__getitem__)
+        while i < len(points) and points[i] < self.done:
+            i += 1
+        return points[i] + 1 if i < len(points) else len(ends)
+
+    def place(self) -> tuple[int, str, int]:
+        """(layer, stage, index) of the piece that comes next."""
+        return self._gpu.steps.where(self.shape, self.done)
+
+    def expert_queues(self) -> np.ndarray:
+        """Tokens that wait at each expert of the layer where the pass stands, int[experts]: all zero unless it stands
+        before or between its experts."""
+        layer, stage, group = self.place()
+        if stage != "experts":
+            return np.zeros(self._gpu.steps.n_experts, dtype=np.int64)
+        queues = self.counts()[layer].copy()
+        queues[: group * self.shape.group] = 0
+        return queues
+
+
+class GpuModel:
+    """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
+
+    def __init__(self, steps: StepModel, routing: Routing, granularity: str):
+        self.steps = steps
+        self.routing = routing
+        self.granularity = granularity
+        self._decodes: dict[int, list[tuple[int, float]]] = {}
+
+    def start(self, p: Pass) -> Run:
+        """`p` is launched for the first time."""
+        steps = self.steps
+        rows = p.n_decode
+        moved = 0
+        if p.prefill:
+            for r, new, cached in p.prefill:
+                rows += cached + new == r.prompt_tokens + r.generated
+        if p.restored or p.offloaded:
+            moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
+        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
+        tokens = p.tokens
+        draw = self.routing.draw()
+        if p.prefill:
+            experts_s = float(steps.experts(self.routing.counts(tokens, draw)).sum())
+        else:
+            variants = self._decodes.get(tokens)
+            if variants is None:
+                variants = self._decodes[tokens] = self._variants(tokens)
+            draw, experts_s = variants[draw % _VARIANTS]
+        return Run(self, shape, tokens, draw, steps.total(shape, experts_s))
+
+    def _variants(self, tokens: int) -> list[tuple[int, float]]:
+        """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
+        draws = [self.routing.draw() for _ in range(_VARIANTS)]
+        return [(d, float(self.steps.experts(self.routing.counts(tokens, d)).sum())) for d in draws]
+
+    def isolated_prefill(self, tokens: int, max_tokens: int) -> float:
+        """Seconds from launch to first token of a prompt of `tokens` tokens alone on the device, routed exactly by
+        popularity (no draw): the floor of TTFT."""
+        steps, done, seconds = self.steps, 0, 0.0
+        while done < tokens:
+            n = min(tokens - done, max_tokens)
+            shape = steps.shape([(None, n, done)], 0, 0, int(done + n == tokens))
+            mean = n * self.routing.share
+            low = mean.astype(np.int64)
+            experts_s = steps.experts(low)
+            experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
+            seconds += steps.total(shape, float(experts_s.sum()))
+            done += n
+        return seconds

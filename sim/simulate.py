@@ -1,0 +1,211 @@
+"""One simulation: a request trace, a policy and a GPU's timings in; a row per request out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import simpy
+
+from scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
+from traces.requests import RequestTrace
+from traces.steps import StepModel, ticks
+
+from .device import Device, Process, fast_device, step_device
+from .routing import Routing
+from .runs import GpuModel, Run
+
+
+class Status(IntEnum):
+    """How a request ended."""
+
+    FINISHED = 0
+    REJECTED = 1  #: could never fit the KV budget
+    UNFINISHED = 2  #: still in the system when the simulation stopped
+
+
+class Slice(NamedTuple):
+    """A stretch of time (seconds) that a pass ran. `first` and `last`: pieces done before and after (see
+    `StepModel.times`); `layer`: where it stopped; `level`: most urgent level in it."""
+
+    start: float
+    end: float
+    pass_id: int
+    level: int
+    prefills: int
+    decodes: int
+    tokens: int
+    first: int
+    last: int
+    first_layer: int
+    layer: int
+    stage: str
+    suspended: bool
+
+
+@dataclass
+class SimResult:
+    """Columns, one element a request in the trace's order; times in seconds, nan where it never came to that.
+
+    queueing + running + suspended = finish - arrival, for finished requests.
+    """
+
+    arrival: np.ndarray
+    first_launch: np.ndarray
+    first_token: np.ndarray
+    finish: np.ndarray
+    queueing: np.ndarray
+    running: np.ndarray
+    suspended: np.ndarray
+    preemptions: np.ndarray
+    evictions: np.ndarray
+    status: np.ndarray
+    reasons: dict[int, str] = field(default_factory=dict)  #: why a request was rejected, by index
+    makespan: float = 0.0  #: seconds from the trace's start to the last token
+    passes: int = 0
+    slices: list[Slice] | None = None
+
+
+def simulate(
+    trace: RequestTrace,
+    *,
+    priorities: Mapping[str, int],
+    policy: Policy,
+    limits: Limits,
+    steps: StepModel,
+    popularity: np.ndarray | None = None,
+    seed: int = 0,
+    timeline: bool = False,
+    until: float | None = None,
+    step_by_step: bool = False,
+) -> SimResult:
+    """Simulate `trace` on one GPU and return what became of each request.
+
+    priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
+    (`traces.steps.StepModel`). popularity: share of tokens routed to each expert, float[layers, experts]; uniform by
+    default. seed: of the routing. timeline: record a Slice for each stretch that a pass runs. until: stop at that time
+    (seconds) instead of when everybody is served. step_by_step: use the slow reference device.
+
+    The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
+    """
+    levels = [priorities[name] for name in trace.classes]
+    world = _World(trace, levels, Scheduler(policy, limits))
+    routing = Routing(uniform(steps) if popularity is None else popularity, steps.timings.top_k, seed)
+    gpu = GpuModel(steps, routing, policy.granularity)
+    slices: list[Slice] | None = [] if timeline else None
+    env = simpy.Environment()
+    device = Device(env, world.scheduler, gpu, world.record, _observer(gpu, slices) if timeline else None)
+    device.start(step_device if step_by_step else fast_device)
+    env.process(world.arrivals(env, device))
+    env.run(until)
+    return world.result(slices)
+
+
+def uniform(steps: StepModel) -> np.ndarray:
+    """The popularity table in which all experts get the same share."""
+    return np.full((steps.layers, steps.n_experts), 1.0 / steps.n_experts)
+
+
+def isolated_ttft(
+    prompt_tokens: np.ndarray, *, limits: Limits, steps: StepModel, popularity: np.ndarray | None = None
+) -> np.ndarray:
+    """TTFT in seconds, float64[n], of prompts of so many tokens alone on an idle device: the floor for any policy.
+    Routing is taken at its mean."""
+    routing = Routing(uniform(steps) if popularity is None else popularity, steps.timings.top_k)
+    gpu = GpuModel(steps, routing, "iteration")
+    lengths, back = np.unique(prompt_tokens, return_inverse=True)
+    return np.array([gpu.isolated_prefill(int(n), limits.max_tokens) for n in lengths])[back]
+
+
+class _World:
+    """The requests of one simulation and what is recorded of them."""
+
+    def __init__(self, trace: RequestTrace, levels: list[int], scheduler: Scheduler):
+        self.trace = trace
+        self.levels = levels
+        self.scheduler = scheduler
+        n = len(trace)
+        self.arrival = ticks(trace.arrival)
+        self.times = np.full((6, n), np.nan)  # rows as in result()
+        self.counts = np.zeros((2, n), dtype=np.int64)
+        self.status = np.full(n, int(Status.UNFINISHED), dtype=np.int8)
+        self.reasons: dict[int, str] = {}
+        self.last = 0.0
+
+    def arrivals(self, env: simpy.Environment, device: Device) -> Process:
+        """SimPy process: each request enters at its time."""
+        scheduler, status = self.scheduler, self.status
+        for r in self.requests():
+            wait = r.arrival - env.now
+            if wait > 0:
+                yield env.timeout(wait)
+            try:
+                scheduler.add(r, r.arrival)
+            except RequestTooLarge as error:
+                status[r.id] = Status.REJECTED
+                self.reasons[r.id] = str(error)
+            else:
+                device.poke()
+
+    def requests(self) -> Iterator[Request]:
+        """The trace's requests, made one by one."""
+        t, levels = self.trace, self.levels
+        rows = zip(
+            self.arrival.tolist(), t.prompt_tokens.tolist(), t.output_tokens.tolist(), t.cls.tolist(), strict=True
+        )
+        for i, (arrival, prompt, output, cls) in enumerate(rows):
+            yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls])
+
+    def record(self, done: list[Request]) -> None:
+        """Requests have ended: keep what there is to know of them."""
+        for r in done:
+            i = r.id
+            self.last = r.finish
+            self.times[:, i] = r.first_launch, r.first_token, r.finish, r.queueing_s, r.running_s, r.suspended_s
+            self.counts[:, i] = r.preemptions, r.evictions
+            self.status[i] = Status.FINISHED
+
+    def result(self, slices: list[Slice] | None) -> SimResult:
+        for r in self.scheduler.requests.values():
+            self.times[:2, r.id] = r.first_launch, r.first_token
+        return SimResult(
+            self.arrival,
+            *self.times,
+            *self.counts,
+            self.status,
+            self.reasons,
+            self.last,
+            self.scheduler.passes,
+            slices,
+        )
+
+
+def _observer(gpu: GpuModel, slices: list[Slice] | None):
+    def observe(p: Pass, run: Run, start: float, end: float, first: int, last: int, suspended: bool) -> None:
+        if slices is None:
+            return
+        where = gpu.steps.where
+        first_layer = where(run.shape, first)[0]
+        layer, stage, _ = where(run.shape, last)
+        slices.append(
+            Slice(
+                start,
+                end,
+                p.id,
+                int(p.level),
+                len(p.prefill),
+                p.n_decode,
+                p.tokens,
+                first,
+                last,
+                first_layer,
+                layer,
+                stage,
+                suspended,
+            )
+        )
+
+    return observe

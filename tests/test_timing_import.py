@@ -120,7 +120,10 @@ def test_gemms_off_the_grid_lie_between_or_grow_in_proportion():
             "moe table sglang:1.2: no rows with inter_size = 640; .* there are: 512",
         ),
         ({"shape": replace(SHAPE, experts=64)}, "no rows with num_experts = 64; .* there are: 16"),
-        ({"shape": replace(SHAPE, head_dim=128)}, "context attention .* no rows with head_dim = 128; .* there are: 64"),
+        (
+            {"shape": replace(SHAPE, head_dim=128)},
+            "context table sglang:1.2: no rows with head_dim = 128; .* there are: 64",
+        ),
         ({"moe_dtype": "fp8"}, "no rows with moe_dtype = fp8; .* there are: bfloat16"),
         ({"moe": "vllm"}, "no moe table of 'vllm' for toy; there are: sglang:1.2"),
         ({"dense": "sglang:9"}, "no gemm table of 'sglang:9' for toy; there are: sglang:1.2"),
@@ -159,6 +162,38 @@ def test_an_unreadable_or_absent_folder_is_named(tmp_path):
 def test_a_table_without_rows_of_few_assignments_cannot_give_the_base():
     with pytest.raises(TimingError, match="the base needs 2 rows of at most 8 assignments"):
         fit_experts(pd.Series({16: 1e-3, 32: 2e-3}), experts=8, top_k=2)
+
+
+def test_a_row_far_off_the_line_does_not_move_the_base(tmp_path):
+    frames = tables()
+    frames["moe"].loc[0, "latency"] *= 0.2
+    timings = imported(write(tmp_path, "flat", frames))
+    assert timings.experts_base_s == pytest.approx(30e-6, rel=1e-6)
+    assert timings.conditions["expert_fit_dropped"] == "rows of (1,) tokens, far off the line"
+
+
+def test_a_tile_makes_f_step_up_after_each_block():
+    blocks = lambda m: np.ceil(m / 64)  # noqa: E731
+    layer = pd.Series(
+        {n: 1e-5 + (2e-5 * blocks(balanced_counts(n, 2, 8))).sum() for n in (1, 2, 4, 64, 192, 320, 1024)}
+    )
+    fit = fit_experts(layer, 8, 2, tile=64)
+    sizes = np.array([16, 48, 64, 65, 80, 128, 129, 200, 256])
+    assert np.interp(sizes, fit.tokens, fit.seconds) == pytest.approx(2e-5 * blocks(sizes))
+    assert dict(zip(fit.tokens.tolist(), fit.measured.tolist(), strict=True))[65] is False
+    assert dict(zip(fit.tokens.tolist(), fit.measured.tolist(), strict=True))[80] is True
+
+
+def test_without_a_version_the_newest_that_holds_the_shape_is_taken(tmp_path):
+    folder = write(tmp_path, "nested", tables())
+    for version, hidden in (("1.10", 1024), ("1.9", 1024), ("2.0", 4096)):
+        path = folder / "data" / "toy" / "moe" / "sglang" / version / "moe_perf.parquet"
+        path.parent.mkdir()
+        tables()["moe"].assign(hidden_size=hidden).to_parquet(path)
+    assert imported(folder).framework.startswith("MoE sglang:1.10 (toy)")
+    assert imported(folder, moe="sglang:1.9").framework.startswith("MoE sglang:1.9 (toy)")
+    with pytest.raises(TimingError, match=r"moe table sglang:2.0: no rows with hidden_size = 1024"):
+        imported(folder, moe="sglang:2.0")
 
 
 def test_a_spike_in_the_decode_table_is_dropped_and_a_corner_is_modelled():

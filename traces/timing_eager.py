@@ -17,7 +17,7 @@ from traces.shapes import WEIGHT_BYTES, ModelShape
 from traces.timing import Timings
 from traces.timing_format import Point
 from traces.timing_import import import_aiconfigurator
-from traces.timing_tables import Memory, Tables, gemm_seconds, select
+from traces.timing_tables import Memory, Tables, gemm_seconds
 
 # Eager operations (each one launch) in transformers' modeling_mixtral.py, as of version 4.4x, by part of a layer.
 NORM_OPS = 8  # MixtralRMSNorm: to float32, square, mean, add epsilon, rsqrt, multiply, to float16, scale
@@ -87,7 +87,7 @@ def model_eager_4bit(
         source, shape=shape, gpu=gpu, dense=dense, attention=attention, moe=moe, moe_dtype=moe_dtype
     )
     tables = Tables(source, gpu)
-    gemm = select(tables.read("gemm", dense)[0], "gemm table", gemm_dtype="bfloat16")
+    gemm, _ = tables.read("gemm", dense, gemm_dtype="bfloat16")
     memory = Memory(tables.system)
     engine = _Engine(gemm, memory, costs)
     hidden, inter, width = shape.hidden, shape.inter, shape.qkv_width

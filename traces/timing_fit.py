@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,27 +11,33 @@ import pandas as pd
 from traces.interpolate import isotonic
 from traces.timing_format import TimingError
 
+OUTLIER = 0.25  # a row further than this from the line through the others does not take part in the base
+
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """t_layer = base + sum_e f(m_e), from rows in which every active expert has the same number of tokens.
+    """base: seconds a layer call; tokens int64[n], seconds float64[n]: f; measured bool[n]: False for a stair's edge.
 
-    tokens: int64[n], tokens per expert; seconds: float64[n], f at these; base: seconds per layer call; error: largest
-    and mean relative error of the fit on the rows it was made from.
+    error_mean, error_max: relative error on the rows of the fit; dropped: rows (tokens a layer) that it left out.
     """
 
     base: float
     tokens: np.ndarray
     seconds: np.ndarray
-    error_max: float
+    measured: np.ndarray
     error_mean: float
+    error_max: float
+    dropped: tuple[int, ...]
 
     def layer(self, counts: np.ndarray) -> float:
         """Seconds of one MoE layer whose experts get `counts` tokens (int[experts])."""
-        slope = (self.seconds[-1] - self.seconds[-2]) / (self.tokens[-1] - self.tokens[-2])
-        above = np.maximum(counts - self.tokens[-1], 0) * slope
-        f = np.where(counts > 0, np.interp(counts, self.tokens, self.seconds) + above, 0.0)
-        return float(self.base + f.sum())
+        return _layer(self.base, self.tokens, self.seconds, counts)
+
+
+def _layer(base: float, tokens: np.ndarray, seconds: np.ndarray, counts: np.ndarray) -> float:
+    slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
+    f = np.interp(counts, tokens, seconds) + np.maximum(counts - tokens[-1], 0) * slope
+    return float(base + np.where(counts > 0, f, 0.0).sum())
 
 
 def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
@@ -39,30 +46,63 @@ def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
     return np.array([share + 1] * rest + [share] * (experts - rest))
 
 
-def fit_experts(layer: pd.Series, experts: int, top_k: int) -> ExpertFit:
-    """Fit base and f to a balanced table: `layer` is seconds by number of tokens.
+def fit_experts(layer: pd.Series, experts: int, top_k: int, tile: int | None = None) -> ExpertFit:
+    """Fit base and f to a table of evenly spread tokens: `layer` is seconds by number of tokens.
 
-    Rows with fewer than `experts` assignments have one token in each of tokens x top_k experts, so their times lie on
-    a line: base + active * f(1), fitted by least squares on relative errors, together with the first row in which all
-    experts have one token where there is one. From the other rows, f(m) = (t - base) / experts, then isotonic.
+    Rows with at most `experts` assignments have one token in each of tokens x top_k experts, so their times lie on a
+    line: base + active x f(1), fitted by least squares on relative errors. From every other row,
+    f(m) = (t - base) / experts; then f is made non-decreasing.
+
+    tile: rows of one block of the kernel. The kernel passes over an expert's weights once a block, so f is made to step
+    up after each multiple of `tile` instead of rising between two measured sizes. TimingError without two rows of few
+    assignments.
     """
     tokens = layer.index.to_numpy(dtype=np.int64)
     seconds = layer.to_numpy(dtype=float)
     assigned = tokens * top_k
     few = assigned <= experts
     if few.sum() < 2:
-        raise TimingError(
-            f"the base needs 2 rows of at most {experts} assignments (tokens x top_k); there are {few.sum()}"
-        )
-    design = np.stack([np.ones(few.sum()), assigned[few]], axis=1) / seconds[few, None]
-    base, one = np.linalg.lstsq(design, np.ones(few.sum()), rcond=None)[0]
-    base = max(float(base), 0.0)
+        raise TimingError(f"the base needs 2 rows of at most {experts} assignments (tokens x top_k), got {few.sum()}")
+    base, one, kept = _line(assigned[few], seconds[few])
     full = assigned > experts
-    sizes = np.concatenate([[1], np.maximum(assigned[full] // experts, 1)])
+    sizes = np.concatenate([[1], assigned[full] // experts])
     times = np.concatenate([[one], (seconds[full] - base) / experts])
     sizes, at = np.unique(sizes, return_index=True)
-    fit = ExpertFit(base, sizes, isotonic(times[at]), 0.0, 0.0)
-    errors = [
-        abs(fit.layer(balanced_counts(int(n), top_k, experts)) / t - 1) for n, t in zip(tokens, seconds, strict=True)
-    ]
-    return ExpertFit(base, fit.tokens, fit.seconds, float(max(errors)), float(np.mean(errors)))
+    if len(sizes) < 2:
+        raise TimingError(f"f needs a row of more than {experts} assignments (tokens x top_k), got none")
+    f = isotonic(times[at])
+    measured = np.ones(len(sizes), dtype=bool)
+    if tile is not None:
+        sizes, f, measured = _stairs(sizes, f, tile)
+    predicted = [_layer(base, sizes, f, balanced_counts(int(n), top_k, experts)) for n in tokens]
+    errors = np.abs(np.array(predicted) / seconds - 1)
+    dropped = tuple(int(n) for n in tokens[few][~kept])
+    return ExpertFit(base, sizes, f, measured, float(errors.mean()), float(errors.max()), dropped)
+
+
+def _line(active: np.ndarray, seconds: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """(base, f(1), rows kept): least squares on relative errors, without rows far off the median line (Theil-Sen)."""
+    pairs = list(itertools.combinations(range(len(active)), 2))
+    slope = float(np.median([(seconds[j] - seconds[i]) / (active[j] - active[i]) for i, j in pairs]))
+    line = np.median(seconds - slope * active) + slope * active
+    kept = np.abs(line / seconds - 1) <= OUTLIER
+    if kept.sum() < 2:
+        kept = np.ones(len(active), dtype=bool)
+    design = np.stack([np.ones(kept.sum()), active[kept]], axis=1) / seconds[kept, None]
+    base, one = np.linalg.lstsq(design, np.ones(kept.sum()), rcond=None)[0]
+    if base < 0:  # a base below 0 is noise: the best line through the origin instead
+        base, one = 0.0, 1 / np.mean(active[kept] / seconds[kept])
+    return float(base), float(one), kept
+
+
+def _stairs(sizes: np.ndarray, f: np.ndarray, tile: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sizes and f with the edges of every block between measured sizes, and which of them are measured."""
+    points = {int(m): (float(seconds), True) for m, seconds in zip(sizes, f, strict=True)}
+    for (a, fa), (b, fb) in itertools.pairwise(zip(sizes.tolist(), f.tolist(), strict=True)):
+        low, high = -(-a // tile), -(-b // tile)
+        for blocks in range(low, high):
+            share = (blocks - low) / (high - low), (blocks + 1 - low) / (high - low)
+            points.setdefault(blocks * tile, (fa + share[0] * (fb - fa), False))
+            points.setdefault(blocks * tile + 1, (fa + share[1] * (fb - fa), False))
+    order = sorted(points)
+    return np.array(order), np.array([points[m][0] for m in order]), np.array([points[m][1] for m in order])

@@ -17,12 +17,15 @@ from traces.shapes import ModelShape
 from traces.timing import Timings
 from traces.timing_fit import fit_experts
 from traces.timing_format import Point, TimingError
-from traces.timing_tables import LICENCE, Memory, Tables, add, gemm_seconds, select, series
+from traces.timing_tables import LICENCE, Memory, Tables, add, gemm_seconds, series
 
 PREFILL_CONTEXTS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 DECODE_BATCH = 512  # larger batches are left out
 DECODE_CONTEXT = 65535
 SPIKE = 1.25
+# Tokens of the largest block of a kernel that passes over an expert's weights once a block. SGLang's fused_marlin_moe
+# takes blocks of 8, 16, 32, 48 or 64 tokens; the measured times step up after 64 and after each further 64.
+TILES = {"sglang_marlin_moe": 64}
 PREFILL_BEYOND = (24576, 32768)  # token counts past the tables' 16,384, continued with the square of the length
 
 
@@ -155,13 +158,6 @@ def import_aiconfigurator(
     tables = Tables(source, gpu)
     if shape.latent_kv:
         raise TimingError(f"{shape.name}: latent attention is not among the tables that this importer reads")
-    gemm, gemm_of = tables.read("gemm", dense)
-    context, _ = tables.read("context", attention)
-    generation, attention_of = tables.read("generation", attention)
-    layers, moe_of = tables.read("moe", moe)
-    device = str(layers["device"].iloc[0])
-
-    gemm = select(gemm, f"gemm table {gemm_of}", gemm_dtype=gemm_dtype)
     heads = {
         "head_dim": shape.head_dim,
         "num_heads": shape.heads,
@@ -169,37 +165,37 @@ def import_aiconfigurator(
         "window_size": 0,
     }
     bits = {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16"}
-    context = select(context, f"context attention {attention_of}", **bits, **heads, batch_size=1, step=0)
-    generation = select(generation, f"generation attention {attention_of}", **bits, **heads)
-    layers = select(
-        layers,
-        f"moe table {moe_of}",
-        **{
-            "moe_dtype": moe_dtype,
-            "hidden_size": shape.hidden,
-            "inter_size": shape.inter,
-            "num_experts": shape.experts,
-        },
-        **{"topk": shape.top_k, "moe_tp_size": 1, "moe_ep_size": 1, "distribution": "balanced"},
-    )
-    fit = fit_experts(series(layers, "num_tokens"), shape.experts, shape.top_k)
+    experts = {
+        "hidden_size": shape.hidden,
+        "inter_size": shape.inter,
+        "num_experts": shape.experts,
+        "topk": shape.top_k,
+    }
+    alone = {"moe_tp_size": 1, "moe_ep_size": 1, "distribution": "balanced"}
+    gemm, gemm_of = tables.read("gemm", dense, gemm_dtype=gemm_dtype)
+    context, _ = tables.read("context", attention, **bits, **heads, batch_size=1, step=0)
+    generation, attention_of = tables.read("generation", attention, **bits, **heads)
+    layers, moe_of = tables.read("moe", moe, moe_dtype=moe_dtype, **experts, **alone)
+    kernels = sorted(layers["kernel_source"].unique().tolist())
+    tile = TILES.get(kernels[0]) if len(kernels) == 1 else None
+    fit = fit_experts(series(layers, "num_tokens"), shape.experts, shape.top_k, tile)
 
     memory = Memory(tables.system)
     points = dense_points(gemm, shape, memory, "imported")
     decode = decode_points(generation, "imported")
     points += prefill_points(series(context, "isl"), decode, "imported") + decode
     points += [
-        Point("expert", int(m), None, float(f), source="imported") for m, f in zip(fit.tokens, fit.seconds, strict=True)
+        Point("expert", int(m), None, float(f), source="imported" if measured else "modelled")
+        for m, f, measured in zip(fit.tokens, fit.seconds, fit.measured, strict=True)
     ]
-    kernels = ", ".join(sorted(layers["kernel_source"].unique().tolist()))
     return Timings(
         points=tuple(points),
         name=name or f"{gpu}-{shape.name}-{moe_dtype}",
         source="imported",
-        device=device,
+        device=str(layers["device"].iloc[0]),
         model=shape.name,
         dtype=f"experts {moe_dtype}, the rest {gemm_dtype}",
-        framework=f"MoE {moe_of} ({kernels}), GEMM {gemm_of}, attention {attention_of}",
+        framework=f"MoE {moe_of} ({', '.join(kernels)}), GEMM {gemm_of}, attention {attention_of}",
         date="not stated by the tables",
         licence=LICENCE,
         provenance=f"NVIDIA aiconfigurator's tables for {gpu}, read by traces.timing_import; see docs/timing_traces.md",
@@ -220,15 +216,16 @@ def import_aiconfigurator(
         host_bandwidth=float(tables.system["node"]["pcie_bw"]),
         conditions={
             "timed": "kernel time: CUDA-graph replays between CUDA events; repeats and spread not stated",
-            "expert_fit_error_mean": round(fit.error_mean, 4),
-            "expert_fit_error_max": round(fit.error_max, 4),
+            "expert_fit": f"relative error on its own rows: mean {fit.error_mean:.4f}, largest {fit.error_max:.4f}",
+            **({"expert_fit_dropped": f"rows of {fit.dropped} tokens, far off the line"} if fit.dropped else {}),
         },
         modelled={
             "dense_pre, dense_post, head": "measured GEMMs plus norm, rotary embedding, KV write, sampling as memory "
             "traffic (aiconfigurator's bytes / (0.8 x bandwidth) + 3 us)",
             "attention_prefill": "rows with a context, and beyond the longest measured prompt (source = modelled)",
             "attention_decode": "outliers, corners that did not fit the GPU, the longest context (source = modelled)",
-            "experts_base_s, expert": "t = base + sum f(m), fitted to rows with evenly spread tokens",
+            "experts_base_s, expert": "t = base + sum f(m), fitted to rows with evenly spread tokens"
+            + (f"; steps of {tile} tokens, the kernel's block (source = modelled)" if tile else ""),
             "launch_s": "parameter, about 5 us a launch by secondary sources",
             "host_s": "parameter, no measurement",
             "suspend_s, resume_s": "an event synchronise (taken as one launch) plus one launch; one launch",

@@ -48,7 +48,7 @@ class Tables:
             if found is not None:
                 self.files[found] = path
         if not self.files:
-            systems = sorted(path.name for path in (self.root / "data").glob("*")) or ["none"]
+            systems = sorted({path.parents[3].name for path in self.root.rglob("gemm_perf.parquet")}) or ["none"]
             raise TimingError(f"{self.root}: no tables for GPU {gpu!r}; GPUs here: {', '.join(systems)}")
         self.system = self._system()
 
@@ -71,36 +71,48 @@ class Tables:
                 return yaml.safe_load(path.read_text(encoding="utf-8"))
         raise TimingError(f"{self.root}: no {self.gpu}.yaml, which gives memory size and bandwidth")
 
-    def read(self, kind: str, choice: str) -> tuple[pd.DataFrame, str]:
-        """Rows of one table; `choice` is FRAMEWORK or FRAMEWORK:VERSION (without one: the newest there is)."""
+    def read(self, kind: str, choice: str, **wanted: Any) -> tuple[pd.DataFrame, str]:
+        """Rows of one table with these values in its columns, and FRAMEWORK:VERSION of the table.
+
+        choice: FRAMEWORK or FRAMEWORK:VERSION; without a version the newest one that holds such rows. TimingError where
+        none does: it names the first column without a match, and what that holds.
+        """
         framework, _, version = choice.partition(":")
         here = sorted({(f, v) for k, f, v in self.files if k == kind}, key=lambda fv: (fv[0], _version_key(fv[1])))
         fitting = [fv for fv in here if fv[0] == framework and version in ("", fv[1])]
         if not fitting:
             names = ", ".join(f"{f}:{v}" for f, v in here) or "none"
             raise TimingError(f"{self.root}: no {kind} table of {choice!r} for {self.gpu}; there are: {names}")
-        path = self.files[kind, *fitting[-1]]
-        try:
-            return pd.read_parquet(path), ":".join(fitting[-1])
-        except (OSError, ValueError) as error:
-            raise TimingError(f"{path}: cannot be read as a parquet table: {error}") from None
+        errors = []
+        for found in reversed(fitting):
+            name = ":".join(found)
+            try:
+                return _select(_parquet(self.files[kind, *found]), f"{kind} table {name}", **wanted), name
+            except TimingError as error:
+                errors.append(error)
+        raise errors[0]
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise TimingError(f"{path}: cannot be read as a parquet table: {error}") from None
 
 
 def _version_key(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def select(frame: pd.DataFrame, what: str, **wanted: Any) -> pd.DataFrame:
-    """Rows with these values; TimingError that names the first column without a match, and what it holds."""
+def _select(frame: pd.DataFrame, what: str, **wanted: Any) -> pd.DataFrame:
+    """Rows with these values; a column that the table lacks is passed over (older tables have fewer)."""
     for column, value in wanted.items():
         if column not in frame.columns:
             continue
         rows = frame[frame[column] == value]
         if rows.empty:
             held = ", ".join(str(v) for v in sorted(frame[column].unique().tolist()))
-            raise TimingError(
-                f"{what}: no rows with {column} = {value}; with the columns before it fixed, there are: {held}"
-            )
+            raise TimingError(f"{what}: no rows with {column} = {value}; with what was asked before, there are: {held}")
         frame = rows
     return frame
 

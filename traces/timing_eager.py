@@ -35,15 +35,15 @@ class EagerCosts:
 
     op_s: float = 10e-6  # host time of one eager operation
     linear4bit_s: float = 55e-6  # host time of one Linear4bit call with more than one row
-    dequantise_slowdown: float = (1.36 * 2.07) ** 0.5  # old NF4 kernel against the improved one on A100
+    dequantise_slowdown: float = (1.36 * 2.07) ** 0.5  # NF4 kernel before September 2025
     block: int = 64  # weights per 32-bit scale
 
 
 SOURCES = {
     "op_s": "parameter; 5-25 us of host work an operation by secondary sources",
     "linear4bit_s": "bitsandbytes issue 605: median 55 us at batch 32 (nn.Linear: 14 us), on an RTX 4090's host",
-    "dequantise_slowdown": "bitsandbytes pull request 1747: NF4 kernel made 1.36-2.07 times faster on A100 in "
-    "September 2025; geometric mean, the improved kernel taken as memory traffic at 0.8 of the bandwidth",
+    "dequantise_slowdown": "bitsandbytes pull request 1747: NF4 kernel 1.36-2.07 times faster on P100, A100 "
+    "and H100, September 2025; geometric mean, the improved kernel taken as memory traffic at 0.8 of the bandwidth",
     "operations": "counted in transformers' modeling_mixtral.py 4.4x",
 }
 

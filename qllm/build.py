@@ -53,15 +53,22 @@ def _until(spec: dict[str, Any], rate: float, duration: float, seed: int) -> Req
     while True:
         trace = generate(spec, rate=rate, requests=requests, seed=seed)
         if trace.arrival[-1] > duration:
-            return trace.head(int((trace.arrival <= duration).sum()))
+            return _within(trace, duration)
         requests *= 2
+
+
+def _within(trace: RequestTrace, duration: float) -> RequestTrace:
+    requests = int((trace.arrival <= duration).sum())
+    if not requests:
+        raise ConfigError(f"duration: no request arrives within {duration:g} s; allowed: longer, or requests")
+    return trace.head(requests)
 
 
 def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     """The recorded trace cut, stretched and given classes as the configuration says."""
     trace = _read_trace(replay.file, replay.format)
     if config.duration is not None:
-        trace = trace.head(int((trace.arrival <= config.duration).sum()))
+        trace = _within(trace, config.duration)
     if config.requests is not None:
         trace = trace.head(config.requests)
     if config.rate is not None:

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from qllm import cli_simulate, cli_timings, cli_trace
-from qllm.yamlfile import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,13 +39,9 @@ def main() -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether `error` is one of the typed errors for input from outside."""
-    if isinstance(error, ConfigError):
-        return True
-    from scheduler import SchedulerError  # not before something went wrong: --help must stay quick
-    from traces.requests import TraceError
-    from traces.timing import TimingError
+    from qllm.errors import EXPECTED  # not before something went wrong: --help must stay quick
 
-    return isinstance(error, TraceError | TimingError | SchedulerError | PermissionError | NotADirectoryError)
+    return isinstance(error, EXPECTED)
 
 
 def _one_line(error: Exception) -> str:

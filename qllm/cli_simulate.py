@@ -31,16 +31,17 @@ def simulate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
     ] = None,
     timeline: Annotated[
-        bool, typer.Option("--timeline", help="Also write timeline.json (open it in ui.perfetto.dev)")
+        bool,
+        typer.Option("--timeline", help="Write timeline.json too: the last point, for ui.perfetto.dev"),
     ] = False,
     format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
 ) -> None:
     """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
     from qllm.config import load_config
     from qllm.figures import save_figures
-    from qllm.sweep import differences, provenance, runs
+    from qllm.sweep import differences, provenance
     from qllm.sweep import simulate as run_sweep
-    from qllm.timeline import write_timeline
+    from qllm.timeline import timeline_runs, write_timeline
 
     loaded = load_config(config, set_ or [])
     for changed in differences(loaded.provenance, provenance(loaded)):
@@ -50,7 +51,7 @@ def simulate(
     caption = f"Timings: {results.config.provenance['timings']}"
     save_figures(results, folder, caption)
     if timeline:
-        write_timeline(runs(loaded)[-1], folder / "timeline.json")
+        write_timeline(timeline_runs(loaded), folder / "timeline.json")
     if format is Format.json:
         typer.echo(json.dumps(_records(results), indent=2))
     else:
@@ -65,30 +66,30 @@ def _records(results: Results) -> list[dict[str, Any]]:
 
 #: Columns of the printed table: header, column of the summary, digits.
 _PRINTED = (
-    ("sent", "sent", "d"),
-    ("TTFT mean", "ttft_mean_s", ".3f"),
-    ("p99 s", "ttft_p99_s", ".3f"),
-    ("/ alone p99", "ttft_over_isolated_p99", ".1f"),
-    ("blocking p99 ms", "blocking_p99_s", ".1f"),
-    ("TPOT ms", "tpot_mean_s", ".0f"),
-    ("turnaround s", "turnaround_mean_s", ".1f"),
-    ("SLO", "slo_attainment", ".1%"),
-    ("req/s", "throughput_rps", ".2f"),
-    ("preempted", "preemptions", "d"),
+    ("TTFT\nmean s", "ttft_mean_s", ".3f"),
+    ("TTFT\np99 s", "ttft_p99_s", ".3f"),
+    ("p99 /\nalone", "ttft_over_isolated_p99", ".1f"),
+    ("blocking\np99 ms", "blocking_p99_s", ".1f"),
+    ("TPOT\nms", "tpot_mean_s", ".0f"),
+    ("turn-\naround s", "turnaround_mean_s", ".1f"),
+    ("SLO\nmet", "slo_attainment", ".1%"),
+    ("done\nper s", "throughput_rps", ".2f"),
+    ("preempted\ntimes", "preemptions", "d"),
 )
+_WIDTH = 110  #: columns that the table needs
 
 
 def _print_table(results: Results, caption: str, folder: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     others = [key for key in results.config.sweep if key != "rate"]
-    table = Table(title=results.config.name, caption=f"{caption}\nResults: {folder}/", title_justify="left")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("rate", *others, "class", "policy", *(header for header, _, _ in _PRINTED)):
         table.add_column(name, justify="left" if name in ("class", "policy") else "right", no_wrap=True)
-    ordered = results.summary
     order = {name: position for position, name in enumerate(results.config.classes)}
-    ordered = ordered.sort_values(["rate", *others], kind="stable") if len(ordered) else ordered
+    ordered = results.summary.sort_values(["rate", *others], kind="stable")
     previous: Any = None
     for _, rows in ordered.groupby(["rate", *others], sort=False, dropna=False):
         for _, row in rows.sort_values("class", key=lambda names: names.map(order), kind="stable").iterrows():
@@ -104,9 +105,9 @@ def _print_table(results: Results, caption: str, folder: Path) -> None:
                 *(_cell(row[column], digits, header) for header, column, digits in _PRINTED),
             )
     console = Console()
-    # A pipe or a file has no width of its own; 80 columns would cut the numbers.
-    console.width = console.width if sys.stdout.isatty() else 160
+    console.width = max(console.width, _WIDTH + 16 * len(others))  # a narrower one would cut the numbers
     console.print(table)
+    console.print(f"{caption}\nResults: {folder}/", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cell(value: Any, digits: str, header: str) -> str:

@@ -217,7 +217,7 @@ class PolicyConfig(BaseModel):
     name: str | None = None
     file: InputFile | None = None
     class_: str | None = Field(None, alias="class")  #: which class of the file, where it defines several policies
-    label: str = ""
+    label: str | None = None  #: in tables and figures
 
     @model_validator(mode="before")
     @classmethod
@@ -441,9 +441,8 @@ def _key_path(loc: tuple[int | str, ...], data: Any) -> KeyPath:
     """The part of pydantic's location that stands in the data (it also holds names of the models tried)."""
     key: list[int | str] = []
     for depth, part in enumerate(loc):
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        ):
+        size = len(data) if isinstance(data, list) else 0
+        if part in data if isinstance(data, dict) else isinstance(part, int) and part < size:
             key.append(part)
             data = data[part]
         elif depth == len(loc) - 1 and isinstance(data, dict):

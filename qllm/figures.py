@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from qllm.config import RATE
 from qllm.metrics import band, good, per_request
@@ -43,6 +44,9 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
     if limit is not None:
         ax.axhline(limit, color="0.3", linestyle="--", linewidth=1, label=f"SLO {limit:g}{_unit(column)}")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel(f"{cls} {_TITLES[column]}")
     _finish(ax, x)
     return ax
@@ -159,8 +163,8 @@ def _axes() -> Axes:
 
 
 def _write(figure: Figure, stem: Path, results: Results, caption: str) -> list[Path]:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     figure.supxlabel(caption, fontsize=7, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": results.config.name, "svg.fonttype": "none"}):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})

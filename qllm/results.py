@@ -41,15 +41,24 @@ class Results:
         return cls(requests, summarise(requests, slos, list(config.sweep)), config)
 
     def save(self, out: str | Path) -> Path:
-        """Write requests.parquet, summary.csv and config.yaml into the folder `out`, made if need be."""
+        """Write requests.parquet, summary.csv and config.yaml into the folder `out`, made if need be.
+
+        Raises ConfigError where that cannot be done.
+        """
         folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder)
+        except OSError as error:
+            raise ConfigError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
+        return folder
+
+    def _write(self, folder: Path) -> None:
         table = pa.Table.from_pandas(self.requests, preserve_index=False).replace_schema_metadata(None)
         pq.write_table(table, folder / REQUESTS, compression="zstd")
         self.summary.to_csv(folder / SUMMARY, index=False, float_format="%.9g", lineterminator="\n")
         text = yaml.safe_dump(_portable(self.config, folder), sort_keys=False, allow_unicode=True, width=120)
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        return folder
 
 
 def load_results(folder: str | Path) -> Results:

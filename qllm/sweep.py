@@ -95,19 +95,19 @@ def run_one(run: Run, timeline: bool = False) -> SimResult:
     """Simulate `run`. An exception of a user's policy comes out as a ConfigError that names its file and line."""
     config = run.config
     policy = config.policies[run.policy]
+    trace = request_trace(config, run.seed)
+    limits = scheduler_limits(config, load_timings(config.timings))
     try:
         return run_simulation(
-            request_trace(config, run.seed),
+            trace,
             priorities={name: job.priority for name, job in config.classes.items()},
             policy=policy.build(),
-            limits=scheduler_limits(config, load_timings(config.timings)),
+            limits=limits,
             steps=step_model(config),
             popularity=popularity(config),
             seed=run.seed,
             timeline=timeline,
         )
-    except ValueError:
-        raise
     except Exception as error:
         if policy.file is None:
             raise

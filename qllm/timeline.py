@@ -1,8 +1,9 @@
-"""The schedule of one simulated run as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
+"""The schedule of simulated runs as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
 
-One track a class (a pass belongs to the most urgent one in it). A slice is a stretch of time that a pass ran; where
-it was suspended a "preempted" marker names the layer and stage, and where it went on, a "resumed" marker the layer;
-an arrow joins the two. Format: "Trace Event Format", JSON object form; times in microseconds.
+One process a run (each policy at one point of the sweep), in it one track a class (a pass belongs to the most urgent
+one in it). A slice is a stretch of time that a pass ran; where it was suspended a "preempted" marker names the layer
+and stage, and where it went on, a "resumed" marker the layer; an arrow joins the two. Format: "Trace Event Format",
+JSON object form; times in microseconds.
 """
 
 from __future__ import annotations
@@ -12,26 +13,34 @@ from pathlib import Path
 from typing import Any
 
 from qllm.config import Config
-from qllm.sweep import Run, run_one
+from qllm.sweep import Run, run_one, runs
 from sim import Slice
 
 
-def write_timeline(run: Run, path: str | Path) -> int:
-    """Simulate `run` again with its slices recorded and write them to `path`. Returns the number of events."""
-    events = trace_events(run_one(run, timeline=True).slices or [], run.config)
-    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"run": str(run), "time": "simulated"}}
+def timeline_runs(config: Config) -> list[Run]:
+    """What a timeline shows: every policy at the last point of the sweep, with the first seed."""
+    last = config.points()[-1]
+    return [run for run in runs(config) if run.point == last and run.seed == config.seed_list[0]]
+
+
+def write_timeline(shown: list[Run], path: str | Path) -> int:
+    """Simulate the runs again with their slices recorded and write them to `path`. Returns the number of events."""
+    events = []
+    for process, run in enumerate(shown, start=1):
+        events += trace_events(run_one(run, timeline=True).slices or [], run.config, process, str(run))
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": "simulated"}}
     Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     return len(events)
 
 
-def trace_events(slices: list[Slice], config: Config) -> list[dict[str, Any]]:
-    """The events: metadata, then for each slice its own and the markers at its ends."""
-    tracks = {job.priority: name for name, job in reversed(config.classes.items())}
-    common = {"pid": 1, "cat": "pass"}
-    events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": "GPU (simulated)"}}]
+def trace_events(slices: list[Slice], config: Config, process: int = 1, name: str = "GPU") -> list[dict[str, Any]]:
+    """The events of one run: metadata, then for each slice its own and the markers at its ends."""
+    tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
+    common = {"pid": process, "cat": "pass"}
+    events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
     for level in sorted({piece.level for piece in slices}):
-        name = tracks.get(level, f"level {level}")
-        events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": {"name": name}})
+        track = {"name": tracks.get(level, f"level {level}")}
+        events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": track})
         events.append({**common, "ph": "M", "tid": level, "name": "thread_sort_index", "args": {"sort_index": level}})
     suspended: set[int] = set()
     for piece in slices:
@@ -56,14 +65,15 @@ def trace_events(slices: list[Slice], config: Config) -> list[dict[str, Any]]:
             resumed = {"pass": piece.pass_id, "layer": piece.first_layer}
             name = f"resumed in layer {piece.first_layer}"
             events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start, "args": resumed})
-            arrow = {**on_track, "id": piece.pass_id, "name": "suspended"}
+            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
             events.append({**arrow, "ph": "f", "bp": "e", "ts": start})
         if piece.suspended:
             suspended.add(piece.pass_id)
             stopped = {"pass": piece.pass_id, "layer": piece.layer, "stage": piece.stage}
             name = f"preempted in layer {piece.layer}, {piece.stage}"
             events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end, "args": stopped})
-            events.append({**on_track, "ph": "s", "id": piece.pass_id, "name": "suspended", "ts": end})
+            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
+            events.append({**arrow, "ph": "s", "ts": end})
     return events
 
 

@@ -1,0 +1,38 @@
+# `make demo`: simulate the paper's set-up on this machine. `make test`: install what the tests need and run them.
+# Both create .venv; PYTHON chooses the interpreter (>= 3.11).
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.installed
+	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+# The project without torch: all that simulation needs.
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
+	touch $@ .venv/.installed

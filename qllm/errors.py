@@ -1,0 +1,9 @@
+"""The typed errors for what comes from outside: one line each, exit code 2."""
+
+from qllm.yamlfile import ConfigError
+from scheduler import SchedulerError
+from traces.popularity import PopularityError
+from traces.requests import TraceError
+from traces.timing import TimingError
+
+EXPECTED = (ConfigError, TraceError, TimingError, PopularityError, SchedulerError)

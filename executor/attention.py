@@ -1,8 +1,8 @@
 """The attention hook: packed sequences over a paged KV cache.
 
 Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with a
-preemption point between groups of blocks. Grouped heads, sliding windows, sinks, logit soft-capping and different widths
-of K and V (MLA) are handled here, once, for every model.
+preemption point between groups of blocks. Grouped heads, sliding windows, sinks, logit soft-capping and different
+widths of K and V (MLA) are handled here, once, for every model.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer: query `[1, heads, T, Dk]`, key `[1, kv_heads, T, Dk]`, value `[1, kv_heads, T, Dv]`.
 
-    Returns `[1, T, heads, Dv]`. `sliding_window` counts the tokens seen, the token itself included; `s_aux` (`[heads]`) are
-    attention sinks. Raises UnsupportedModelError for an attention that is not plainly causal over the sequence's own KV.
+    Returns `[1, T, heads, Dv]`. `sliding_window` counts the tokens seen, the token itself included; `s_aux` (`[heads]`)
+    are attention sinks. Raises UnsupportedModelError for an attention that is not plainly causal over the sequence's
+    own KV.
     """
     running = current_pass()
     if running is None:
         raise ExecutorError("attention implementation 'qllm' called outside of a pass (use Runner.begin)")
     refuse(module, attention_mask, is_causal, kwargs)
-    running.layer += 1
-    running.windows.append(sliding_window)
+    window = running.begin_layer(sliding_window)
     running.reach("attention", 0)
     layer, batch = running.layer, running.batch
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
     batch.cache.write(layer, batch.slots, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
-    plan = batch.plan(sliding_window)
+    plan = batch.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
     for index, group in enumerate(plan.groups):
@@ -85,7 +85,7 @@ class Kernel:
         self.sinks = sinks
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool broadcast to `[B, 1, rows, L]`.
+        """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool `[rows, L]` or `[B, 1, 1, L]`.
 
         Returns `[B, kv_heads, group, rows, Dv]`.
         """
@@ -106,7 +106,8 @@ class Kernel:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is not None:
-            scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+            seen = mask if mask.dim() == 2 else mask.unsqueeze(1)
+            scores = scores.masked_fill(~seen, float("-inf"))
         if self.sinks is not None:
             sinks = self.sinks.view(1, heads, group, 1, 1).to(scores.dtype).expand(batch, -1, -1, rows, 1)
             scores = torch.cat([scores, sinks], dim=-1)

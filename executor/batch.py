@@ -1,8 +1,8 @@
 """What one forward pass works on: packed rows of several sequences, and how its attention is cut.
 
 Rows are packed without padding: first the *decode* rows (entries of one token), longest context first, then the
-*prefill* chunks. Everything here is a function of the batch alone, never of who waits, so a pass that is suspended is cut
-exactly like one that is not.
+*prefill* chunks. Everything here is a function of the batch alone, never of who waits, so a pass that is suspended is
+cut exactly like one that is not.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PAD_SLACK = 32  # ... or at most so many tokens longer than the shortest
 class SequenceState:
     """One sequence as the executor sees it.
 
-    `tokens`: prompt and generated token ids. `computed`: leading tokens whose KV is stored. `blocks`: block table, owned by
-    the engine, which must hold `ceil((computed + n) / block_size)` blocks before a pass over n tokens begins.
+    `tokens`: prompt and generated token ids. `computed`: leading tokens whose KV is stored. `blocks`: block table,
+    owned by the engine, which must hold `ceil((computed + n) / block_size)` blocks before a pass over n tokens begins.
     """
 
     tokens: list[int]
@@ -189,7 +189,7 @@ class Batch:
             yield tuple(group)
 
     def _query_blocks(self, window: int | None) -> Iterable[tuple[QueryBlock, int]]:
-        """Query blocks and their costs in cells (query rows times keys); one row at least, else at most `cuts.cells` each."""
+        """Query blocks and their costs in cells (query rows times keys): one row, or at most `cuts.cells`."""
         for e in self.entries[self.n_decode :]:
             done = 0
             while done < e.n:
@@ -212,7 +212,7 @@ class Batch:
 
 
 def check_entry(seq: SequenceState, n: int, cache: PagedKVCache, max_positions: int | None) -> None:
-    """Raise PassError unless `n` more tokens of `seq` exist, have blocks of this cache, and lie within the model's reach."""
+    """Raise PassError unless `n` more tokens of `seq` exist, with blocks of this cache, within the model's reach."""
     stop = seq.computed + n
     if n < 1 or stop > len(seq.tokens):
         raise PassError(f"pass over {n} tokens of a sequence with {seq.computed} of {len(seq.tokens)} tokens computed")

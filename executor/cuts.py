@@ -1,7 +1,7 @@
 """How a pass is cut into steps: from linear step times and the longest step allowed.
 
-A cut depends on the batch and on the layer's routing only, never on the clock or on who waits: the same pass is always cut
-in the same way.
+A cut depends on the batch and on the layer's routing only, never on the clock or on who waits: the same pass is always
+cut in the same way.
 """
 
 from __future__ import annotations

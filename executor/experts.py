@@ -71,7 +71,7 @@ def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Ten
 def run_experts(
     module: torch.nn.Module, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
-    """Unweighted outputs `[S, H]` of `rows` `[S, H]`, which hold `sizes[i]` rows for `experts[i]`, one after another."""
+    """Unweighted outputs `[S, H]` of `rows` `[S, H]`: `sizes[i]` rows for `experts[i]`, one after another."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = project(module, name, experts, sizes, rows)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]

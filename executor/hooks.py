@@ -1,6 +1,7 @@
 """Registers "qllm" with transformers' experts and attention interfaces (transformers >= 5.7).
 
-Importing this module is enough; a model is switched over with `set_attn_implementation` and `set_experts_implementation`.
+Importing this module is enough; a model is switched over with `set_attn_implementation` and
+`set_experts_implementation`.
 """
 
 from __future__ import annotations

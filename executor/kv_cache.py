@@ -1,9 +1,9 @@
 """Paged KV cache: one K and one V tensor per attention layer, addressed by *slots*.
 
-A block is `block_size` consecutive slots; block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`. Block numbers
-are those of the scheduler's budget: this module never allocates or frees blocks, it only stores what passes write.
-Layers are created at their first write, with the widths seen then (MLA has different widths of K and V, some models
-have different head counts per layer), so no model-specific code is needed.
+A block is `block_size` consecutive slots; block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`. Block
+numbers are those of the scheduler's budget: this module never allocates or frees blocks, it only stores what passes
+write. Layers are created at their first write, with the widths seen then (MLA has different widths of K and V, some
+models have different head counts per layer), so no model-specific code is needed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HostKV:
 
 
 def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> np.ndarray:
-    """Slots of the positions `start <= p < stop` of a sequence whose block table is `blocks`, int64 `[stop - start]`."""
+    """Slots of positions `start <= p < stop` of a sequence with block table `blocks`, int64 `[stop - start]`."""
     first, last = start // block_size, -(-stop // block_size)
     table = np.asarray(blocks[first:last], dtype=np.int64)
     slots = (table[:, None] * block_size + np.arange(block_size)).reshape(-1)
@@ -56,7 +56,7 @@ class PagedKVCache:
         self.values: list[torch.Tensor] = []
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of layer `index`, `[slots + 1, kv_heads, width]`; created like `key` and `value` (`[T, kv_heads, width]`)."""
+        """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
         if index == len(self.keys):
             for store, like in ((self.keys, key), (self.values, value)):
                 store.append(torch.zeros((self.zero_slot + 1, *like.shape[1:]), dtype=like.dtype, device=like.device))

@@ -20,15 +20,16 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model with the qllm hooks, in evaluation mode.
 
-    Raises UnsupportedModelError for a model that keeps state outside attention, is no causal decoder, or whose experts or
-    attention do not go through transformers' interfaces. Code from the checkpoint runs only with `trust_remote_code`.
+    Raises UnsupportedModelError for a model that keeps state outside attention, is no causal decoder, or whose experts
+    or attention do not go through transformers' interfaces. Code from the checkpoint runs only with
+    `trust_remote_code`.
     """
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     check_config(config)
     model = AutoModelForCausalLM.from_pretrained(
         name_or_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    return prepare_model(model.to(device))
+    return prepare_model(model.to(torch.device(device)))  # type: ignore[arg-type]
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:

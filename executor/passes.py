@@ -1,18 +1,18 @@
 """One forward pass in a greenlet: runs until the next preemption point, and is kept there for as long as need be.
 
 The suspended Python stack is the saved state: hidden states, residual, routing weights and partial expert outputs stay
-where the model's own code holds them, so suspending copies nothing and resuming recomputes nothing. A greenlet belongs to
-the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too; hold
+where the model's own code holds them, so suspending copies nothing and resuming recomputes nothing. A greenlet belongs
+to the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too; hold
 `torch.inference_mode()` around the loop that advances passes, never inside one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 if TYPE_CHECKING:
     from executor.batch import Batch, Entry
@@ -43,12 +43,19 @@ class RunningPass:
     whose last known token was computed), and every entry's `computed` has moved on.
     """
 
-    def __init__(self, batch: Batch, forward: Callable[[Batch], torch.Tensor], run_ahead: RunAhead):
+    def __init__(
+        self,
+        batch: Batch,
+        forward: Callable[[Batch], torch.Tensor],
+        run_ahead: RunAhead,
+        declared_windows: Sequence[int | None] = (),
+    ):
         self.batch = batch
         self.point: Point | None = None  # where it stands; None before the start and at the end
         self.logits = torch.empty(0)
         self.layer = -1  # index of the last attention layer begun
-        self.windows: list[int | None] = []  # sliding window of each attention layer so far
+        self.windows: list[int | None] = []  # what each attention layer so far was told of its sliding window
+        self.declared_windows = declared_windows  # what the configuration says, layer by layer
         self.expert_calls = 0
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
@@ -66,8 +73,8 @@ class RunningPass:
     def advance(self) -> Point | None:
         """Run to the next preemption point and return it; None at the end of the pass.
 
-        An exception inside the pass is raised here; the pass is then done, and its sequences stand where they stood before
-        it. Other passes do not notice.
+        An exception inside the pass is raised here; the pass is then done, and its sequences stand where they stood
+        before it. Other passes do not notice.
         """
         if self.done:
             raise RuntimeError("advance() on a pass that is done")
@@ -81,16 +88,27 @@ class RunningPass:
             entry.seq.computed += entry.n
         return None
 
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` inside the pass, where it stands; like an exception of its own, it comes out here."""
+        self.point = None
+        self._greenlet.throw(error)
+
     def close(self) -> None:
         """Give the pass up where it stands: its stack is unwound and its memory freed. Idempotent."""
-        if self._greenlet.dead:
-            return
-        if self._greenlet:  # started: unwind with GreenletExit
-            self._greenlet.throw()
-        else:
-            self._greenlet = PassGreenlet(lambda: None)
-            self._greenlet.switch()
-        self.point = None
+        if not self.done:
+            self.fail(GreenletExit())
+
+    def begin_layer(self, window: int | None) -> int | None:
+        """Called by the attention hook: a new layer begins. Returns its sliding window.
+
+        Some models leave a layer's window to the attention mask, which they do not make for this hook: then the
+        configuration tells it.
+        """
+        self.layer += 1
+        self.windows.append(window)
+        if window is None and self.layer < len(self.declared_windows):
+            return self.declared_windows[self.layer]
+        return window
 
     def reach(self, stage: str, group: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
@@ -108,8 +126,8 @@ def current_pass() -> RunningPass | None:
 class RunAhead:
     """Bounds how far the host's launches run ahead of the device: at most `depth` points.
 
-    On CUDA a hook orders launches, not kernels; without a bound "between two experts" would hold on the host alone. On a
-    CPU every operation is finished when its call returns, and this does nothing.
+    On CUDA a hook orders launches, not kernels; without a bound "between two experts" would hold on the host alone. On
+    a CPU every operation is finished when its call returns, and this does nothing.
     """
 
     def __init__(self, device: torch.device, depth: int = 2):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from executor.batch import Batch, SequenceState
 from executor.cuts import Cuts
@@ -25,6 +25,7 @@ class Runner:
         self.device = model.device
         self.cache = PagedKVCache(kv_blocks, block_size, self.device)
         self.cuts = cuts or Cuts()
+        self.windows = declared_windows(model.config)
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -35,10 +36,10 @@ class Runner:
         Raises PassError where the tokens, their blocks or their positions do not exist.
         """
         batch = Batch(entries, self.cache, cuts=self.cuts, max_positions=self.max_positions)
-        return RunningPass(batch, self._forward, self._run_ahead)
+        return RunningPass(batch, self._forward, self._run_ahead, self.windows)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        """Logits `[len(batch.sampled), vocab]`; only rows that are sampled go through the LM head where the model can."""
+        """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""
         keep = {"logits_to_keep": batch.sample_rows} if self._keeps_logits else {}
         out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keep)
         logits = out.logits[0]
@@ -65,11 +66,16 @@ def run_batch(runner: Runner, sequences: Iterable[SequenceState], new_tokens: in
     return outputs
 
 
+def declared_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Sliding window of each layer by configuration (tokens, the token itself included); None for full attention."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Longest sequence (tokens) that can be served, None where the configuration does not say.
 
-    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence in the batch: beyond their original
-    length, a sequence's output would depend on its neighbours, so they are served up to that length.
+    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence in the batch: beyond their
+    original length, a sequence's output would depend on its neighbours, so they are served up to that length.
     """
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)

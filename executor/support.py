@@ -19,7 +19,10 @@ def check_config(config: PreTrainedConfig) -> None:
     name = config.model_type
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
-    layers = DynamicCache(config=config).layers
+    try:
+        layers = DynamicCache(config=config).layers
+    except KeyError as error:
+        raise UnsupportedModelError(f"{name}: keeps state outside attention (layers of type {error})") from error
     other = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
     if other:
         raise UnsupportedModelError(f"{name}: keeps state outside attention (cache layers {', '.join(sorted(other))})")
@@ -35,7 +38,7 @@ def check_model(model: PreTrainedModel) -> None:
     model's own in one pass: state outside attention would be lost between the passes.
     """
     name = model.config.model_type
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
     with torch.inference_mode():
         model.set_attn_implementation("eager")
@@ -51,9 +54,10 @@ def check_model(model: PreTrainedModel) -> None:
         logits = run_to_end(running)
     if not running.expert_calls:
         raise UnsupportedModelError(
-            f"{name}: its experts do not go through transformers' experts interface, so a pass cannot stop between experts"
+            f"{name}: its experts do not go through transformers' experts interface, "
+            "so a pass cannot stop between experts"
         )
-    check_windows(model.config, running.windows)
+    check_windows(model.config, runner.windows, running.windows)
     row = [entry.seq for entry in running.sampled].index(sequence)
     error = (logits[row] - expected).float().norm() / expected.float().norm()
     # Rounding alone: 1e-6 in float32, under 3e-2 in bfloat16 on deep models; lost state is of the order of 1.
@@ -64,12 +68,14 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_windows(config: PreTrainedConfig, windows: list[int | None]) -> None:
-    """Raise UnsupportedModelError unless each layer told the hook the sliding window that its cache layer declares."""
-    if not windows:
+def check_windows(config: PreTrainedConfig, windows: list[int | None], told: list[int | None]) -> None:
+    """Raise UnsupportedModelError where a layer told the hook another sliding window than its configuration declares.
+
+    `windows`: declared, one a layer; `told`: what reached the hook, None where the model leaves the window to its mask.
+    """
+    if not told:
         raise UnsupportedModelError(f"{config.model_type}: its attention does not go through the attention interface")
-    declared = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-    if len(declared) == len(windows) and declared != windows:
+    if len(told) != len(windows) or any(t is not None and t != w for t, w in zip(told, windows, strict=True)):
         raise UnsupportedModelError(
-            f"{config.model_type}: sliding windows {declared} by configuration, but attention was told {windows}"
+            f"{config.model_type}: sliding windows {windows} by configuration, but attention was told {told}"
         )

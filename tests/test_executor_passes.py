@@ -189,6 +189,6 @@ def test_expert_groups_stay_below_the_longest_step_and_keep_their_order():
     counts = [1, 0, 30, 200, 2, 5, 1]
     experts = [0, 2, 3, 4, 5, 6]
     groups = cuts.expert_groups(experts, counts)
-    assert sum(groups, []) == experts
+    assert [e for g in groups for e in g] == experts
     assert all(len(g) == 1 or sum(0.3 + 0.01 * counts[e] for e in g) <= 1.0 for g in groups)
-    assert groups == [[0, 2], [3], [4, 5], [6]]
+    assert groups == [[0, 2], [3], [4, 5, 6]]

@@ -39,6 +39,7 @@ def simulate(
     """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
     from qllm.config import load_config
     from qllm.figures import save_figures
+    from qllm.results import make_folder
     from qllm.sweep import differences, provenance
     from qllm.sweep import simulate as run_sweep
     from qllm.timeline import timeline_runs, write_timeline
@@ -46,8 +47,9 @@ def simulate(
     loaded = load_config(config, set_ or [])
     for changed in differences(loaded.provenance, provenance(loaded)):
         warnings.warn(f"{config}: {changed}; the results may differ", stacklevel=1)
+    folder = make_folder(out or Path("out") / loaded.name)  # before the work, not after it
     results = run_sweep(loaded, jobs=jobs, progress=format is Format.table and sys.stderr.isatty())
-    folder = results.save(out or Path("out") / loaded.name)
+    results.save(folder)
     caption = f"Timings: {results.config.provenance['timings']}"
     save_figures(results, folder, caption)
     if timeline:

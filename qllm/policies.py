@@ -57,7 +57,11 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
 def blame(error: BaseException, path: str | Path) -> str:
     """One line for an exception raised by a user's file: file, line there, type and message."""
     path = Path(path)
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    lines = []
+    cause: BaseException | None = error
+    while cause is not None:  # SimPy raises a copy whose cause is the exception that the file raised
+        lines += [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if Path(frame.filename) == path]
+        cause = cause.__cause__
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     message = error.msg if isinstance(error, SyntaxError) else (str(error).splitlines() or [""])[0]
     return f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {message}"

@@ -45,9 +45,8 @@ class Results:
 
         Raises ConfigError where that cannot be done.
         """
-        folder = Path(out)
+        folder = make_folder(out)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._write(folder)
         except OSError as error:
             raise ConfigError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
@@ -59,6 +58,16 @@ class Results:
         self.summary.to_csv(folder / SUMMARY, index=False, float_format="%.9g", lineterminator="\n")
         text = yaml.safe_dump(_portable(self.config, folder), sort_keys=False, allow_unicode=True, width=120)
         (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder `out`, made if need be. ConfigError where that cannot be done."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be made: {error.strerror or error}") from None
+    return folder
 
 
 def load_results(folder: str | Path) -> Results:

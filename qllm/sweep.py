@@ -131,7 +131,7 @@ def _table(run: Run, result: SimResult) -> pd.DataFrame:
         "seed": np.full(n, run.seed, dtype=np.int64),
         "id": np.arange(n),
         "class": text([list(config.classes).index(trace.classes[i]) for i in trace.cls], list(config.classes)),
-        "arrival_s": trace.arrival,
+        "arrival_s": result.arrival,
         "prompt_tokens": trace.prompt_tokens,
         "output_tokens": trace.output_tokens,
         "first_launch_s": result.first_launch,

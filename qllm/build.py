@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qllm.config import Config, Replay
+from qllm.config import Config
+from qllm.config_parts import Replay
 from qllm.yamlfile import ConfigError
 from scheduler import Limits
 from sim import isolated_ttft

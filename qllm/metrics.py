@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qllm.config import Slo
+from qllm.config_parts import Slo
 
 #: Columns of summary.csv after policy, rate and class, in order; further swept keys follow at the end.
 SUMMARY_COLUMNS = (

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qllm.config import Slo
+from qllm.config_parts import Slo
 from qllm.metrics import SUMMARY_COLUMNS, band, good, per_request, percentile, summarise
 
 NAN = float("nan")

@@ -53,10 +53,10 @@ def attention_forward(
     plan = batch.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
-    for index, group in enumerate(plan.groups):
-        if index:
-            running.reach("attention", index)
-        for block in group:
+    for number, blocks in plan.groups:
+        if number:
+            running.reach("attention", number)
+        for block in blocks:
             prefill(running, layer, block, q, k, v, out, kernel)
     return out.unsqueeze(0), None
 

@@ -7,18 +7,20 @@ cut exactly like one that is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from executor.cuts import Cuts
+from executor.cuts import Cutter
 from executor.errors import PassError
 from executor.kv_cache import PagedKVCache, slots_of
 
 PAD_RATIO = 1.25  # decode sequences share one padded gather while the longest is at most this much longer ...
 PAD_SLACK = 32  # ... or at most so many tokens longer than the shortest
+BLOCK_ROWS = 256  # query rows in one attention call; its mask hides at most so many keys that are computed for nothing
 
 
 @dataclass(eq=False)
@@ -91,13 +93,13 @@ class QueryBlock:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Decode buckets, and groups of query blocks with a preemption point before each group but the first.
+    """Decode buckets, and groups of query blocks (number, blocks) with a preemption point before each group but 0.
 
     The decode rows run with the first group.
     """
 
     decode: tuple[DecodeBucket, ...]
-    groups: tuple[tuple[QueryBlock, ...], ...]
+    groups: tuple[tuple[int, tuple[QueryBlock, ...]], ...]
 
 
 class Batch:
@@ -113,7 +115,7 @@ class Batch:
         entries: Iterable[tuple[SequenceState, int]],
         cache: PagedKVCache,
         *,
-        cuts: Cuts,
+        cutter: Cutter,
         max_positions: int | None = None,
     ):
         pairs = list(entries)
@@ -124,7 +126,6 @@ class Batch:
         # Stable order: the same batch is packed the same way whatever happens around it.
         pairs.sort(key=lambda p: (p[1] > 1, -p[0].computed if p[1] == 1 else 0))
         self.cache = cache
-        self.cuts = cuts
         self.entries: list[Entry] = []
         row = 0
         for seq, n in pairs:
@@ -132,6 +133,8 @@ class Batch:
             row += n
         self.rows = row
         self.n_decode = sum(entry.n == 1 for entry in self.entries)
+        self.prefill_cells = sum(int(seen(e, None).sum()) for e in self.entries[self.n_decode :])  # query rows x keys
+        self.cut = cutter(self)
         self.sampled = [entry for entry in self.entries if entry.samples]
         ids, positions, slots = [], [], []
         for e in self.entries:
@@ -176,39 +179,39 @@ class Batch:
             yield DecodeBucket(first, last, width, self.to_device(slots.reshape(-1)), mask)
             first = last
 
-    def _groups(self, window: int | None) -> Iterable[tuple[QueryBlock, ...]]:
-        group: list[QueryBlock] = []
-        spent = 0
-        for block, cost in self._query_blocks(window):
-            if group and spent + cost > self.cuts.cells:
-                yield tuple(group)
-                group, spent = [], 0
-            group.append(block)
-            spent += cost
-        if group:
-            yield tuple(group)
+    def _groups(self, window: int | None) -> Iterable[tuple[int, tuple[QueryBlock, ...]]]:
+        """Query blocks in `cut.pieces` groups, at most, of about as many cells each; (number of the group, blocks)."""
+        prefills = self.entries[self.n_decode :]
+        if not prefills:
+            return
+        cells = np.concatenate([seen(e, window) for e in prefills])
+        before = cells.cumsum() - cells
+        piece = before * self.cut.pieces // max(1, int(cells.sum()))
+        first = prefills[0].row
+        groups: dict[int, list[QueryBlock]] = {}
+        for e in prefills:
+            of_row = piece[e.row - first : e.row - first + e.n]
+            starts = [0, *(np.flatnonzero(np.diff(of_row)) + 1).tolist(), e.n]
+            for start, stop in pairwise(starts):
+                blocks = groups.setdefault(int(of_row[start]), [])
+                blocks += [
+                    self._query_block(e, a, min(a + BLOCK_ROWS, stop), window) for a in range(start, stop, BLOCK_ROWS)
+                ]
+        yield from ((number, tuple(blocks)) for number, blocks in groups.items())
 
-    def _query_blocks(self, window: int | None) -> Iterable[tuple[QueryBlock, int]]:
-        """Query blocks and their costs in cells (query rows times keys): one row, or at most `cuts.cells`."""
-        for e in self.entries[self.n_decode :]:
-            done = 0
-            while done < e.n:
-                position = e.start + done
-                low = 0 if window is None else max(0, position - window + 1)
-                # rows * (position + rows - low) <= cuts.cells, solved for rows
-                keys = position - low
-                rows = int((-keys + (keys * keys + 4.0 * self.cuts.cells) ** 0.5) / 2)
-                rows = min(max(rows, 1), e.n - done)
-                high = position + rows
-                slots = None
-                if low < e.start:
-                    slots = self.to_device(slots_of(e.seq.blocks, self.cache.block_size, low, high))
-                base = e.row + low - e.start
-                yield (
-                    QueryBlock(e.row + done, e.row + done + rows, position, low, high, base, slots, window),
-                    rows * (high - low),
-                )
-                done += rows
+    def _query_block(self, e: Entry, a: int, b: int, window: int | None) -> QueryBlock:
+        position, high = e.start + a, e.start + b
+        low = 0 if window is None else max(0, position - window + 1)
+        slots = None
+        if low < e.start:
+            slots = self.to_device(slots_of(e.seq.blocks, self.cache.block_size, low, high))
+        return QueryBlock(e.row + a, e.row + b, position, low, high, e.row + low - e.start, slots, window)
+
+
+def seen(e: Entry, window: int | None) -> np.ndarray:
+    """Keys that each row of the entry attends to, int64 `[n]`."""
+    keys = np.arange(e.start + 1, e.start + e.n + 1)
+    return keys if window is None else np.minimum(keys, window)
 
 
 def check_entry(seq: SequenceState, n: int, cache: PagedKVCache, max_positions: int | None) -> None:
@@ -224,9 +227,3 @@ def check_entry(seq: SequenceState, n: int, cache: PagedKVCache, max_positions: 
         raise PassError(f"KV blocks {seq.blocks} are not all within 0..{cache.n_blocks - 1}")
     if max_positions is not None and stop > max_positions:
         raise PassError(f"position {stop - 1} is beyond the model's last, {max_positions - 1}")
-
-
-def blocks_needed(tokens: Sequence[int] | int, block_size: int) -> int:
-    """KV blocks that `tokens` tokens fill."""
-    n = tokens if isinstance(tokens, int) else len(tokens)
-    return -(-n // block_size)

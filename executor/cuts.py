@@ -1,46 +1,58 @@
-"""How a pass is cut into steps: from linear step times and the longest step allowed.
+"""How a pass is cut into steps.
 
-A cut depends on the batch and on the layer's routing only, never on the clock or on who waits: the same pass is always
-cut in the same way.
+A cut is a function of the pass alone, never of the clock or of who waits: the same pass is always cut in the same way,
+and gives the same bits. `traces.steps.StepModel` cuts passes in the same terms (its `Shape.group` and `Shape.pieces`),
+so the engine and the simulator can stop at the same points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from executor.batch import Batch
+
+
+class Cut(NamedTuple):
+    """One pass's cut: consecutive experts in a group, and groups of query blocks in an attention (at most)."""
+
+    experts: int = 1
+    pieces: int = 1
+
+
+Cutter = Callable[["Batch"], Cut]
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """Step times (seconds) and the longest step allowed.
+class StepCosts:
+    """Cuts passes by linear step times (seconds), so that no step that can be cut exceeds `max_step`.
 
-    One expert over m rows takes about `expert_base + m * expert_row`; attention takes `cell` per query row and key.
-    An expert is never cut, so a single one may exceed `max_step`.
+    One expert over m rows takes about `expert + m * row`; attention takes `cell` per query row and key. The rows of an
+    expert are estimated at three standard deviations above an even share: routing is not known when a pass is cut.
     """
 
+    n_experts: int
+    top_k: int
     max_step: float = 0.01
-    expert_base: float = 1e-3
-    expert_row: float = 1e-5
+    expert: float = 1e-4
+    row: float = 1e-5
     cell: float = 2e-8
 
-    @property
-    def cells(self) -> int:
-        """Query rows times keys in one group of query blocks."""
-        return max(1, int(self.max_step / self.cell))
-
-    def expert_groups(self, experts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-        """`experts` in order, cut into groups of at most `max_step` each; `counts[e]` rows go to expert e."""
-        groups: list[list[int]] = []
-        spent = 0.0
-        for e in experts:
-            cost = self.expert_base + counts[e] * self.expert_row
-            if not groups or spent + cost > self.max_step:
-                groups.append([])
-                spent = 0.0
-            groups[-1].append(e)
-            spent += cost
-        return groups
+    def __call__(self, batch: Batch) -> Cut:
+        mean = batch.rows * self.top_k / self.n_experts
+        each = self.expert + self.row * min(batch.rows, mean + 3 * math.sqrt(mean))
+        experts = min(max(int(self.max_step / each), 1), self.n_experts)
+        return Cut(experts, max(1, math.ceil(batch.prefill_cells * self.cell / self.max_step)))
 
 
-#: A point before every expert and every query row or two: for tests.
-FINEST = Cuts(max_step=1e-9, expert_base=1.0, expert_row=1.0, cell=1.0)
+def finest(batch: Batch) -> Cut:
+    """A point before every expert, and as many query pieces as there are rows."""
+    return Cut(1, max(1, batch.rows))
+
+
+def whole(batch: Batch) -> Cut:
+    """A point before each attention and before the experts of each layer only."""
+    return Cut(1 << 30, 1)

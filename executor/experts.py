@@ -28,15 +28,18 @@ def experts_forward(
     k = top_k_index.shape[-1]
     order, counts = sort_by_expert(top_k_index, n_experts)
     rows = hidden.index_select(0, order // k)
-    hit = [e for e in range(n_experts) if counts[e]]
-    groups = [hit] if running is None else running.batch.cuts.expert_groups(hit, counts)
+    group_size = n_experts
+    if running is not None:
+        group_size = running.batch.cut.experts
+        running.routing.append(counts)
     outputs: list[torch.Tensor] = []
     start = 0
-    if running is not None:
-        running.expert_calls += 1
-    for index, group in enumerate(groups):
+    for number, first in enumerate(range(0, n_experts, group_size)):
+        group = [e for e in range(first, min(first + group_size, n_experts)) if counts[e]]
+        if not group:
+            continue
         if running is not None:
-            running.reach("experts", index)
+            running.reach("experts", number)
         sizes = [counts[e] for e in group]
         stop = start + sum(sizes)
         outputs.append(run_experts(module, group, sizes, rows[start:stop]))

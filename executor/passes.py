@@ -22,7 +22,8 @@ class Point(NamedTuple):
     """A preemption point: what the pass would run next.
 
     `layer`: attention calls begun before this one (the decoder layer's number in all supported models). `stage`:
-    "attention" or "experts". `group`: 0 before the stage, i before its i-th group of experts or query blocks.
+    "attention" or "experts". `group`: the number of the group of query blocks or of experts that comes next; groups
+    without work are passed over. These are the numbers of `traces.steps.StepModel.where`.
     """
 
     layer: int
@@ -56,7 +57,7 @@ class RunningPass:
         self.layer = -1  # index of the last attention layer begun
         self.windows: list[int | None] = []  # what each attention layer so far was told of its sliding window
         self.declared_windows = declared_windows  # what the configuration says, layer by layer
-        self.expert_calls = 0
+        self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
         self._greenlet.running = self

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from executor.batch import Batch, SequenceState
-from executor.cuts import Cuts
+from executor.cuts import Cutter, whole
 from executor.kv_cache import PagedKVCache
 from executor.passes import RunAhead, RunningPass
 
@@ -17,14 +17,14 @@ from executor.passes import RunAhead, RunningPass
 class Runner:
     """Starts passes over one model and one KV cache. All of its passes belong to one thread.
 
-    `kv_blocks` blocks of `block_size` tokens; `cuts` says how passes are cut into steps.
+    `kv_blocks` blocks of `block_size` tokens; `cutter` says how each pass is cut into steps.
     """
 
-    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, cuts: Cuts | None = None):
+    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, cutter: Cutter = whole):
         self.model = model
         self.device = model.device
         self.cache = PagedKVCache(kv_blocks, block_size, self.device)
-        self.cuts = cuts or Cuts()
+        self.cutter = cutter
         self.windows = declared_windows(model.config)
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
@@ -35,7 +35,7 @@ class Runner:
 
         Raises PassError where the tokens, their blocks or their positions do not exist.
         """
-        batch = Batch(entries, self.cache, cuts=self.cuts, max_positions=self.max_positions)
+        batch = Batch(entries, self.cache, cutter=self.cutter, max_positions=self.max_positions)
         return RunningPass(batch, self._forward, self._run_ahead, self.windows)
 
     def _forward(self, batch: Batch) -> torch.Tensor:

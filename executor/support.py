@@ -52,7 +52,7 @@ def check_model(model: PreTrainedModel) -> None:
         run_to_end(runner.begin([(sequence, PROBE_TOKENS // 2)]))
         running = runner.begin([(sequence, PROBE_TOKENS - PROBE_TOKENS // 2), (other, 3)])
         logits = run_to_end(running)
-    if not running.expert_calls:
+    if not running.routing:
         raise UnsupportedModelError(
             f"{name}: its experts do not go through transformers' experts interface, "
             "so a pass cannot stop between experts"

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from executor.batch import SequenceState  # noqa: E402
-from executor.cuts import FINEST, Cuts  # noqa: E402
+from executor.cuts import finest, whole  # noqa: E402
 from executor.errors import UnsupportedModelError  # noqa: E402
 from executor.families import families, tiny_model  # noqa: E402
 from executor.model import load_model, prepare_model  # noqa: E402
@@ -64,9 +64,9 @@ def states(texts, block_size=4):
     return [SequenceState(list(t), list(range(i, i + 9 * len(texts), len(texts)))) for i, t in enumerate(texts)]
 
 
-def served(model, cuts):
+def served(model, cutter):
     with torch.inference_mode():
-        return run_batch(Runner(model, kv_blocks=40, block_size=4, cuts=cuts), states(prompts()), NEW_TOKENS)
+        return run_batch(Runner(model, kv_blocks=40, block_size=4, cutter=cutter), states(prompts()), NEW_TOKENS)
 
 
 @pytest.mark.parametrize("package", sorted(set(FAMILIES) - REFUSED))
@@ -74,8 +74,8 @@ def test_same_tokens_as_generate_with_a_point_everywhere(package):
     model = tiny_model(FAMILIES[package])
     expected = [generate(model, p) for p in prompts()]
     prepare_model(model)
-    assert served(model, FINEST) == expected
-    assert served(model, Cuts()) == expected
+    assert served(model, finest) == expected
+    assert served(model, whole) == expected
 
 
 @pytest.mark.parametrize("package", sorted(set(FAMILIES) & REFUSED))
@@ -88,7 +88,7 @@ def test_state_outside_attention_is_refused(package):
 def test_sliding_windows_that_are_off_by_default(model_type):
     model = tiny_model(model_type, sliding_window=6, use_sliding_window=True, max_window_layers=2)
     expected = [generate(model, p) for p in prompts()]
-    assert served(prepare_model(model), FINEST) == expected
+    assert served(prepare_model(model), finest) == expected
 
 
 def test_prompts_computed_in_chunks_of_any_size_give_the_same_tokens():
@@ -112,7 +112,7 @@ def test_a_saved_checkpoint_loads_with_the_hooks(tmp_path, monkeypatch):
     model = tiny_model("olmoe")
     expected = [generate(model, p) for p in prompts()]
     model.save_pretrained(tmp_path)
-    assert served(load_model(tmp_path), FINEST) == expected
+    assert served(load_model(tmp_path), finest) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from executor.batch import SequenceState  # noqa: E402
-from executor.cuts import FINEST, Cuts  # noqa: E402
+from executor.cuts import Cut, StepCosts, finest, whole  # noqa: E402
 from executor.errors import PassError  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
 from executor.model import prepare_model  # noqa: E402
@@ -36,7 +36,7 @@ def tokens(n, seed):
 
 def scene(model):
     """A runner with three sequences: `a` decodes, `b` has half its prompt computed, `c` is a newcomer."""
-    runner = Runner(model, kv_blocks=24, block_size=4, cuts=Cuts(max_step=3, expert_base=1.0, expert_row=0, cell=0.02))
+    runner = Runner(model, kv_blocks=24, block_size=4, cutter=lambda batch: Cut(experts=3, pieces=2))
     a = SequenceState(tokens(6, 1), [0, 3, 6])
     b = SequenceState(tokens(20, 2), [1, 4, 7, 10, 13])
     c = SequenceState(tokens(9, 3), [2, 5, 8])
@@ -104,9 +104,9 @@ def test_many_passes_resume_in_any_order(model):
 
 def test_points_change_no_bits_of_a_decode_pass(model):
     results = []
-    for cuts in (FINEST, Cuts(max_step=1e9)):
+    for cutter in (finest, whole):
         runner, a, _, _ = scene(model)
-        runner.cuts = cuts
+        runner.cutter = cutter
         results.append(run_to_end(runner.begin([(a, 1)])))
     assert torch.equal(*results)
 
@@ -184,11 +184,15 @@ def test_a_pass_that_does_not_fit_is_refused(model, sequence, n, message):
         runner.begin([(sequence, n)])
 
 
-def test_expert_groups_stay_below_the_longest_step_and_keep_their_order():
-    cuts = Cuts(max_step=1.0, expert_base=0.3, expert_row=0.01)
-    counts = [1, 0, 30, 200, 2, 5, 1]
-    experts = [0, 2, 3, 4, 5, 6]
-    groups = cuts.expert_groups(experts, counts)
-    assert [e for g in groups for e in g] == experts
-    assert all(len(g) == 1 or sum(0.3 + 0.01 * counts[e] for e in g) <= 1.0 for g in groups)
-    assert groups == [[0, 2], [3], [4, 5, 6]]
+def test_steps_are_cut_below_the_longest_step(model):
+    costs = StepCosts(n_experts=8, top_k=2, max_step=1.0, expert=0.1, row=0.01, cell=0.01)
+    runner = Runner(model, kv_blocks=24, block_size=4, cutter=costs)
+    short, long = (runner.begin([(SequenceState(tokens(n, 1), list(range(24))), n)]).batch for n in (2, 64))
+    assert short.cut == Cut(experts=8, pieces=1)
+    assert long.cut.experts == 2  # 16 rows on average, 28 at three standard deviations: 0.38 s each
+    assert long.cut.pieces == 21  # 64 * 65 / 2 cells at 0.01 s
+    groups = long.plan(None).groups
+    assert [number for number, _ in groups] == list(range(21))
+    rows = [row for _, blocks in groups for block in blocks for row in range(block.first, block.last)]
+    assert rows == list(range(64))
+    assert max(sum(b.last - b.first for b in blocks) * max(b.high for b in blocks) for _, blocks in groups) < 200

@@ -51,12 +51,10 @@ class Config(Keys):
     limits: LimitsConfig = LimitsConfig()
     policies: list[PolicyConfig]
     seeds: Count | list[Annotated[int, Field(ge=0)]] = 1  #: how many (0, 1, 2, ...) or which
-    sweep: dict[str, list[Any]] = Field(
-        default_factory=dict
-    )  #: key of this configuration -> values; every combination is run
-    provenance: dict[str, str] = Field(
-        default_factory=dict
-    )  #: written with results: versions, and where the timings come from
+    #: key of this configuration -> values; every combination is run
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    #: written with results: versions, and where the timings come from
+    provenance: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("timings")
     @classmethod

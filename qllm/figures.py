@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def _axes() -> Axes:
 def _write(figure: Figure, stem: Path, results: Results, caption: str) -> list[Path]:
     shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.supxlabel(caption, fontsize=7, color="0.35")
+    lines = textwrap.fill(caption, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
+    figure.supxlabel(lines, fontsize=7, color="0.35")
     with matplotlib.rc_context({"svg.hashsalt": results.config.name, "svg.fonttype": "none"}):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

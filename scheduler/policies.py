@@ -144,6 +144,23 @@ class Layer(Qllm):
     granularity: Granularity = "layer"
 
 
+class Hybrid(Qllm):
+    """Chunked prefill that also preempts for LS prefills: where LS waits, its prefill runs at once and alone,
+    suspending what runs; else everybody decodes and up to `budget` tokens are filled with prefill, most urgent first.
+
+    So LS gets qllm's TTFT, and BE prefills never wait for decodes to end as they do under Algorithm 1.
+    """
+
+    def __init__(self, budget: int = 512, max_suspended_s: float | None = None):
+        super().__init__(max_suspended_s=max_suspended_s)
+        self.budget = _at_least(1, "hybrid", "budget", budget)
+
+    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+        if not (s.waiting.level() <= self.urgent and batch.prefill(up_to=self.urgent)):
+            batch.decode()
+            batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
+
+
 #: policies by the name that a configuration uses
 POLICIES: dict[str, type[Policy]] = {
     "fcfs": Fcfs,
@@ -151,6 +168,7 @@ POLICIES: dict[str, type[Policy]] = {
     "chunked": Chunked,
     "layer": Layer,
     "qllm": Qllm,
+    "hybrid": Hybrid,
 }
 
 

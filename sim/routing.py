@@ -50,7 +50,7 @@ class Routing:
 
 @lru_cache(maxsize=2)
 def _pool(data: bytes, shape: tuple[int, int], top_k: int, seed: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """(tokens in the pool, uint16[2 tokens + 1, layers * experts] running counts of the pool twice over, normal noise)."""
+    """(tokens in the pool, uint16[2 tokens + 1, layers * experts] running counts of the pool twice over, noise)."""
     layers, experts = shape
     popularity = np.frombuffer(data).reshape(shape)
     rng = np.random.default_rng((seed, 0))

@@ -14,7 +14,7 @@ from scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
 from traces.requests import RequestTrace
 from traces.steps import StepModel, ticks
 
-from .device import Device, Process, fast_device, step_device
+from .device import Device, Observer, Process, fast_device, step_device
 from .routing import Routing
 from .runs import GpuModel, Run
 
@@ -97,7 +97,7 @@ def simulate(
     gpu = GpuModel(steps, routing, policy.granularity)
     slices: list[Slice] | None = [] if timeline else None
     env = simpy.Environment()
-    device = Device(env, world.scheduler, gpu, world.record, _observer(gpu, slices) if timeline else None)
+    device = Device(env, world.scheduler, gpu, world.record, None if slices is None else _observer(gpu, slices))
     device.start(step_device if step_by_step else fast_device)
     env.process(world.arrivals(env, device))
     env.run(until)
@@ -171,22 +171,28 @@ class _World:
     def result(self, slices: list[Slice] | None) -> SimResult:
         for r in self.scheduler.requests.values():
             self.times[:2, r.id] = r.first_launch, r.first_token
+        first_launch, first_token, finish, queueing, running, suspended = self.times
+        preemptions, evictions = self.counts
         return SimResult(
-            self.arrival,
-            *self.times,
-            *self.counts,
-            self.status,
-            self.reasons,
-            self.last,
-            self.scheduler.passes,
-            slices,
+            arrival=self.arrival,
+            first_launch=first_launch,
+            first_token=first_token,
+            finish=finish,
+            queueing=queueing,
+            running=running,
+            suspended=suspended,
+            preemptions=preemptions,
+            evictions=evictions,
+            status=self.status,
+            reasons=self.reasons,
+            makespan=self.last,
+            passes=self.scheduler.passes,
+            slices=slices,
         )
 
 
-def _observer(gpu: GpuModel, slices: list[Slice] | None):
+def _observer(gpu: GpuModel, slices: list[Slice]) -> Observer:
     def observe(p: Pass, run: Run, start: float, end: float, first: int, last: int, suspended: bool) -> None:
-        if slices is None:
-            return
         where = gpu.steps.where
         first_layer = where(run.shape, first)[0]
         layer, stage, _ = where(run.shape, last)

@@ -82,7 +82,7 @@ class StepModel:
             raise ValueError(f"expert_mode is {mode!r}, must be fused or separate")
         if mode == "fused" and timings.expert_mode == "separate":
             raise ValueError(
-                f"expert_mode is fused, but {timings.name} holds times of separate launches; use separate, or another trace"
+                f"expert_mode is fused, but {timings.name} holds times of separate launches; only separate is possible"
             )
         if not max_step > 0:
             raise ValueError(f"max_step is {max_step} s, must be above 0")

@@ -1,0 +1,76 @@
+"""Small worlds for the tests of scheduler and simulator: workloads, policies and timings drawn by hypothesis."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from scheduler import Limits, Policy, make_policy
+from sim import SimResult, simulate
+from traces.requests import RequestTrace
+from traces.steps import StepModel
+from traces.timing import affine_timings
+
+PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
+
+policies = st.one_of(
+    st.sampled_from(["fcfs", "priority"]).map(make_policy),
+    st.integers(1, 64).map(lambda n: make_policy("chunked", budget=n)),
+    st.builds(
+        make_policy,
+        st.sampled_from(["qllm", "layer", "hybrid"]),
+        max_suspended_s=st.sampled_from([None, 0.0, 0.01, 1.0]),
+    ),
+    st.builds(
+        make_policy,
+        st.sampled_from(["qllm", "layer"]),
+        fill_tokens=st.sampled_from([None, 0, 16]),
+        resume=st.sampled_from(["prefill", "idle"]),
+    ),
+)
+
+
+@st.composite
+def traces(draw: st.DrawFn, most: int = 25) -> RequestTrace:
+    """Up to `most` requests of three classes, some arriving together."""
+    n = draw(st.integers(1, most))
+    gaps = draw(st.lists(st.sampled_from([0.0, 0.0, 1e-4, 0.001, 0.0031, 0.02]), min_size=n, max_size=n))
+    prompts = draw(st.lists(st.sampled_from([1, 3, 8, 20, 33]), min_size=n, max_size=n))
+    outputs = draw(st.lists(st.sampled_from([1, 2, 7, 20]), min_size=n, max_size=n))
+    cls = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
+    return RequestTrace(np.cumsum(gaps), np.array(prompts), np.array(outputs), np.array(cls), tuple(PRIORITIES))
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    """Tight ones, so that batches fill up and KV blocks run out; the longest request (33 + 20 tokens) fits alone."""
+    blocks = draw(st.sampled_from([14, 20, 40, 400]))
+    seqs = draw(st.sampled_from([1, 2, 3, 8]))
+    return Limits(
+        max_seqs=seqs,
+        max_tokens=max(seqs, draw(st.sampled_from([8, 24, 64]))),
+        kv_blocks=blocks,
+        block_size=4,
+        urgent_blocks=draw(st.sampled_from([0, 0, 4])),
+        max_suspended_tokens=draw(st.sampled_from([None, None, 30])),
+        evict=draw(st.sampled_from(["recompute", "offload"])),
+    )
+
+
+@st.composite
+def step_models(draw: st.DrawFn) -> StepModel:
+    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts."""
+    timings = affine_timings(
+        layers=draw(st.sampled_from([1, 2, 5])),
+        experts=draw(st.sampled_from([2, 4, 9])),
+        top_k=draw(st.sampled_from([1, 2])),
+        host_s=draw(st.sampled_from([0.0, 2e-4])),
+        suspend_s=draw(st.sampled_from([0.0, 1e-5])),
+        resume_s=draw(st.sampled_from([0.0, 7e-6])),
+    )
+    max_step = draw(st.sampled_from([1e-5, 1e-4, 3e-4, float("inf")]))
+    return StepModel(timings, max_step=max_step, expert_mode=draw(st.sampled_from(["fused", "separate"])))
+
+
+def run(trace: RequestTrace, policy: Policy, limits: Limits, steps: StepModel, **more) -> SimResult:
+    return simulate(trace, priorities=PRIORITIES, policy=policy, limits=limits, steps=steps, **more)

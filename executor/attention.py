@@ -91,8 +91,10 @@ class Kernel:
         """
         batch, heads, group, rows, _ = q.shape
         if self.softcap is None and self.sinks is None:
-            if rows == 1:  # the heads of a group share their mask and keys: one matrix product for all of them
-                return F.scaled_dot_product_attention(q[:, :, :, 0], k, v, mask, scale=self.scale).unsqueeze(3)
+            if mask is None or mask.dim() == 4:  # one row a head, or all the same mask: a group's heads are rows too
+                return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask, scale=self.scale).view(
+                    batch, heads, group, rows, v.shape[-1]
+                )
             kv_shape = (batch, heads, group, *k.shape[2:3])
             out = F.scaled_dot_product_attention(
                 q.flatten(1, 2),

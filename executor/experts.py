@@ -7,13 +7,15 @@ order of its top-k indices, so the result depends neither on the grouping nor on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from executor.linear import linear
 from executor.passes import current_pass
+
+TILE_ROWS = 64
 
 
 def experts_forward(
@@ -27,29 +29,43 @@ def experts_forward(
     n_experts: int = module.num_experts  # type: ignore[assignment]
     k = top_k_index.shape[-1]
     order, counts = sort_by_expert(top_k_index, n_experts)
-    rows = hidden.index_select(0, order // k)
+    token = order // k
+    weight = top_k_weights.reshape(-1, 1).index_select(0, order)
+    # One row for each of a token's k outputs, so that they are summed in the order of its indices. Experts that are not
+    # held here (index >= num_experts, under expert parallelism) come last in `order` and count for nothing.
+    dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
+    make = torch.empty if sum(counts) == order.shape[0] else torch.zeros
+    outputs = make((order.shape[0], hidden.shape[1]), dtype=dtype, device=hidden.device)
     group_size = n_experts
     if running is not None:
         group_size = running.batch.cut.experts
         running.routing.append(counts)
-    outputs: list[torch.Tensor] = []
     start = 0
     for number, first in enumerate(range(0, n_experts, group_size)):
         group = [e for e in range(first, min(first + group_size, n_experts)) if counts[e]]
-        if not group:
-            continue
-        if running is not None:
+        if running is not None and group:
             running.reach("experts", number)
-        sizes = [counts[e] for e in group]
-        stop = start + sum(sizes)
-        outputs.append(run_experts(module, group, sizes, rows[start:stop]))
-        start = stop
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    # Rows of experts that this rank does not hold (index >= num_experts) come last and count for nothing.
-    by_token = out.new_zeros((order.shape[0], out.shape[1])) if start < order.shape[0] else torch.empty_like(out)
-    by_token.index_copy_(0, order[:start], out)
-    weighted = by_token.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(dim=1).to(hidden.dtype)
+        for tile in tiles(group, counts):
+            sizes = [counts[e] for e in tile]
+            part = slice(start, start + sum(sizes))
+            out = run_experts(module, tile, sizes, hidden.index_select(0, token[part]))
+            outputs.index_copy_(0, order[part], out * weight[part])
+            start = part.stop
+    return outputs.view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
+
+
+def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    """`experts` in runs of at least TILE_ROWS rows: small ones share their activation, large ones stay in the cache."""
+    tile: list[int] = []
+    rows = 0
+    for e in experts:
+        tile.append(e)
+        rows += counts[e]
+        if rows >= TILE_ROWS:
+            yield tile
+            tile, rows = [], 0
+    if tile:
+        yield tile
 
 
 def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -86,12 +102,14 @@ def project(
     module: torch.nn.Module, name: str, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """`rows` through the weight (and bias) `name` of each expert in turn."""
-    weight = getattr(module, name)
+    packed = getattr(module, f"_qllm_{name}", None)
+    weight = getattr(module, name) if packed is None else packed
+    transposed = packed is None and module.is_transposed
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     outputs = [
         linear(
             part,
-            weight[e].t() if module.is_transposed else weight[e],
+            weight[e].t() if transposed else weight[e],
             None if bias is None else bias[e],
         )
         for e, part in zip(experts, rows.split(sizes), strict=True)

@@ -1,48 +1,85 @@
-"""`linear(x, weight, bias)`, through oneDNN on CPUs in float32.
+"""`linear(x, weight, bias)`, on CPUs in float32 through oneDNN with packed weights.
 
-PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and less
-with few rows (benchmarks/linear_kernels.py prints both). oneDNN's fused linear is registered with PyTorch as
-`mkldnn::_linear_pointwise`; it takes plain tensors and computes in float32. Elsewhere this is `F.linear`.
+PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and reads
+a weight matrix slower than memory delivers it when there are few rows. oneDNN's fused linear and its packed weight
+format are registered with PyTorch as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; they compute in
+float32. Elsewhere, and where they are missing, this is `F.linear` on plain weights.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-_ONEDNN = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
-)
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]`, `bias` `[N]`."""
-    if _ONEDNN is not None and x.dtype is torch.float32 and x.device.type == "cpu":
-        return _ONEDNN(x, weight, bias, "none", [], "")
+    """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (plain or packed), `bias` `[N]`."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def use_onednn(model: torch.nn.Module) -> int:
-    """Send the plain `torch.nn.Linear` layers of a float32 CPU model through `linear`; returns how many.
+def can_pack() -> bool:
+    """Whether this PyTorch has oneDNN's packed linear, and it computes what `F.linear` does."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    x, weight = torch.linspace(-1, 1, 10).view(2, 5), torch.linspace(-2, 1, 15).view(3, 5)
+    try:
+        return torch.allclose(linear(x, pack(weight)), F.linear(x, weight), atol=1e-5)
+    except RuntimeError:
+        return False
 
-    Only exact `torch.nn.Linear` modules: a subclass (quantised, say) has its own forward.
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A packed copy of `weight` `[N, K]` (float32, CPU) for `linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
+
+
+def pack_model(model: torch.nn.Module) -> int:
+    """Pack the linear layers and experts of a float32 CPU model, and free the plain weights; returns how many.
+
+    The parameters keep their shapes but hold NaN without memory: the model computes through `linear` alone afterwards.
+    Only exact `torch.nn.Linear` modules are packed (a subclass, quantised say, has its own forward), and a weight that
+    several modules share stays as it is too.
     """
-    if _ONEDNN is None:
+    if not can_pack():
         return 0
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     count = 0
     for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.dtype is torch.float32 and module.weight.is_cpu:
-            module.forward = _bound(module)  # type: ignore[assignment, method-assign]
+        if type(module) is torch.nn.Linear and packable(module.weight):
+            packed = pack(module.weight)
+            module.forward = forward_of(packed, module.bias)  # type: ignore[assignment, method-assign]
+            if users[id(module.weight)] == 1:
+                release(module.weight)
             count += 1
+        elif hasattr(module, "is_transposed"):  # set by transformers' experts interface
+            for name in EXPERT_WEIGHTS:
+                weight = getattr(module, name, None)
+                if isinstance(weight, torch.nn.Parameter) and weight.dim() == 3 and packable(weight):
+                    setattr(module, f"_qllm_{name}", [pack(w.t() if module.is_transposed else w) for w in weight])
+                    release(weight)
+                    count += len(weight)
     return count
 
 
-def _bound(module: torch.nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+def packable(weight: torch.Tensor) -> bool:
+    return weight.dtype is torch.float32 and weight.device.type == "cpu"
+
+
+def release(parameter: torch.Tensor) -> None:
+    """Free a parameter's memory, keep its shape; whoever still reads it gets NaN."""
+    parameter.data = torch.full((), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
+
+
+def forward_of(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(input: torch.Tensor) -> torch.Tensor:  # the name that torch.nn.Linear.forward gives it
-        return linear(input, module.weight, module.bias)
+        return linear(input, packed, bias)
 
     return forward

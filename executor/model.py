@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from executor.linear import use_onednn
+from executor.linear import pack_model
 from executor.support import check_config, check_model
 
 
@@ -37,5 +37,5 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     check_config(model.config)
     check_model(model)
-    use_onednn(model)
+    pack_model(model)
     return model

@@ -277,7 +277,7 @@ class Scheduler:
 
     def _evictable(self, above: float) -> list[Request]:
         held = [r for r in self.ready if r.level > above]
-        return held + [r for r in self.waiting if r.level > above and r.blocks]
+        return held + [r for r in self.waiting.holding.values() if r.level > above]
 
     def _room_for(self, r: Request) -> list[Request] | None:
         """Whom to evict so that `r` can be admitted: nobody where blocks are free, less urgent requests (last admitted
@@ -286,7 +286,8 @@ class Scheduler:
             return None
         need = self.kv.blocks(r.remaining)
         room = self.kv.room(r.level)
-        ready, most = len(self.ready), self.limits.max_seqs
+        passes = self.suspended_passes if self.running is None else [*self.suspended_passes, self.running]
+        ready, most = len(self.ready) + sum([p.n_decode for p in passes]), self.limits.max_seqs
         if need + min(ready, most) <= room:  # a block for each decoding request stays free, lest one be evicted soon
             return []
         out = []

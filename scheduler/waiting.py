@@ -12,11 +12,13 @@ class WaitingQueues:
     """Requests that wait for (more of) their prefill, by level; within a level those already admitted come first
     (they hold KV blocks), then the policy's order."""
 
-    __slots__ = ("_count", "_heaps")
+    __slots__ = ("_count", "_heaps", "_tickets", "holding")
 
     def __init__(self) -> None:
         self._heaps: dict[int, list] = {}
         self._count: dict[int, int] = {}
+        self._tickets = 0
+        self.holding: dict[int, Request] = {}  #: those between two chunks of their prompt, which hold KV blocks
 
     def __len__(self) -> int:
         return sum(self._count.values())
@@ -32,9 +34,12 @@ class WaitingQueues:
             self._heaps[level] = []
             self._count[level] = 0
             self._heaps = dict(sorted(self._heaps.items()))
-        # the last key but one keeps requests from being compared, and voids the entry once the request moved on
-        heappush(self._heaps[level], (r.blocks == 0, r.order, r.id, r.computed, r))
+        self._tickets += 1
+        r.ticket = self._tickets  # an entry is void once its request has another ticket
+        heappush(self._heaps[level], (r.blocks == 0, r.order, r.ticket, r))
         self._count[level] += 1
+        if r.blocks:
+            self.holding[r.id] = r
 
     def peek(self, level: float) -> Request | None:
         """The first in `level`'s queue."""
@@ -47,13 +52,17 @@ class WaitingQueues:
 
     def pop(self, level: int) -> None:
         """Take the request that `peek` just gave out of `level`'s queue."""
-        heappop(self._heaps[level])
+        r = heappop(self._heaps[level])[-1]
+        r.ticket = 0
         self._count[level] -= 1
+        self.holding.pop(r.id, None)
 
     def void(self, r: Request, state: State) -> None:
         """Waiting `r` leaves its queue for another reason than being launched."""
         r.state = state
+        r.ticket = 0
         self._count[r.level] -= 1
+        self.holding.pop(r.id, None)
 
     def levels(self) -> list[int]:
         """Levels at which somebody waits, most urgent first."""
@@ -71,5 +80,4 @@ class WaitingQueues:
 
 
 def _valid(entry: tuple) -> bool:
-    held_none, _, _, computed, r = entry
-    return r.state is State.WAITING and r.computed == computed and (r.blocks == 0) is held_none
+    return entry[-1].ticket == entry[-2]

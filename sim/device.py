@@ -15,7 +15,7 @@ from typing import Any
 
 import simpy
 
-from scheduler import Pass, Scheduler
+from scheduler import Pass, Policy, Scheduler
 
 from .runs import GpuModel, Run
 
@@ -86,6 +86,7 @@ def fast_device(device: Device) -> Process:
     env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
     steps = gpu.steps
     stops = gpu.granularity != "iteration"
+    rechecks = stops and type(scheduler.policy).recheck_at is not Policy.recheck_at
     while True:
         if env.peek() == env._now:
             yield device.sleep(0.0, DECISION)
@@ -104,16 +105,17 @@ def fast_device(device: Device) -> Process:
         end = origin + run.total
         while True:
             now = env._now
-            until = min(end, scheduler.recheck_at(p, now)) if stops else end
+            until = min(end, scheduler.recheck_at(p, now)) if rechecks else end
             try:
-                if stops:
-                    device.interruptible = p
-                yield device.sleep(max(until - now, 0.0), FINISH if until == end else DECISION)
-                device.interruptible = None
-                if until == end:
-                    break
-                if not scheduler.should_yield(p, env._now):
-                    continue
+                if not (stops and scheduler.should_yield(p, now)):
+                    if stops:
+                        device.interruptible = p
+                    yield device.sleep(max(until - now, 0.0), FINISH if until == end else DECISION)
+                    device.interruptible = None
+                    if until == end:
+                        break
+                    if not scheduler.should_yield(p, env._now):
+                        continue
             except simpy.Interrupt:
                 pass
             done = run.next_point(max(env._now - origin, run.at))

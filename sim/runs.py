@@ -18,22 +18,30 @@ class Run:
     """One pass under way. `total`: seconds on the device from its start to its end; `at`: seconds of it done where it
     stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done."""
 
-    __slots__ = ("_cum", "_draw", "_gpu", "_points", "at", "done", "shape", "tokens", "total")
+    __slots__ = ("_cum", "_draw", "_gpu", "_points", "_shape", "_size", "at", "done", "total")
 
-    def __init__(self, gpu: GpuModel, shape: Shape, tokens: int, draw: int, total: float):
+    def __init__(self, gpu: GpuModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
         self._gpu = gpu
+        self._size = (p.tokens, p.n_decode, p.decode_context)
         self._draw = draw
-        self.shape = shape
-        self.tokens = tokens
+        self._shape = shape
         self.total = total
         self.at = 0.0
         self.done = 0
         self._cum: list[float] | None = None
         self._points: list[int] = []
 
+    @property
+    def shape(self) -> Shape:
+        """How the pass is cut; worked out when first asked for in passes that only decode."""
+        if self._shape is None:
+            _, n, context = self._size
+            self._shape = self._gpu.steps.shape((), n, context, n)
+        return self._shape
+
     def counts(self) -> np.ndarray:
         """Tokens per expert, int[layers, experts]."""
-        return self._gpu.routing.counts(self.tokens, self._draw)
+        return self._gpu.routing.counts(self._size[0], self._draw)
 
     def ends(self) -> list[float]:
         """Seconds from the pass's start to the end of each piece."""
@@ -83,25 +91,21 @@ class GpuModel:
 
     def start(self, p: Pass) -> Run:
         """`p` is launched for the first time."""
-        steps = self.steps
-        rows = p.n_decode
-        moved = 0
-        if p.prefill:
-            for r, new, cached in p.prefill:
-                rows += cached + new == r.prompt_tokens + r.generated
-        if p.restored or p.offloaded:
-            moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
-        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
-        tokens = p.tokens
-        draw = self.routing.draw()
-        if p.prefill:
-            experts_s = float(steps.experts(self.routing.counts(tokens, draw)).sum())
-        else:
-            variants = self._decodes.get(tokens)
+        steps, draw = self.steps, self.routing.draw()
+        if not p.prefill and p.restored is None and p.offloaded is None:
+            n = p.n_decode
+            variants = self._decodes.get(n)
             if variants is None:
-                variants = self._decodes[tokens] = self._variants(tokens)
+                variants = self._decodes[n] = self._variants(n)
             draw, experts_s = variants[draw % _VARIANTS]
-        return Run(self, shape, tokens, draw, steps.total(shape, experts_s))
+            return Run(self, p, draw, steps.decode_total(n, p.decode_context) + experts_s)
+        rows = p.n_decode
+        for r, new, cached in p.prefill:
+            rows += cached + new == r.prompt_tokens + r.generated
+        moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
+        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
+        experts_s = float(steps.experts(self.routing.counts(p.tokens, draw)).sum())
+        return Run(self, p, draw, steps.total(shape, experts_s), shape)
 
     def _variants(self, tokens: int) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""

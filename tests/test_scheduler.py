@@ -345,7 +345,19 @@ def test_a_user_policy_orders_its_queue():
 
 
 FORBIDDEN = {
-    "scheduler": {"torch", "simpy", "time", "datetime", "threading", "asyncio", "io", "os", "pathlib", "random", "numpy"},
+    "scheduler": {
+        "torch",
+        "simpy",
+        "time",
+        "datetime",
+        "threading",
+        "asyncio",
+        "io",
+        "os",
+        "pathlib",
+        "random",
+        "numpy",
+    },
     "traces": {"torch", "simpy", "sim", "executor", "qllm"},
     "sim": {"torch", "executor", "qllm", "time"},
     "executor": {"sim", "qllm", "simpy"},

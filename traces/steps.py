@@ -104,6 +104,7 @@ class StepModel:
         self._cuts: dict[int, tuple[int, int]] = {}
         self._dense: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {}
+        self._decode_fixed: dict[int, float] = {}
 
     def _expert_table(self, limit: int) -> np.ndarray:
         table = self.timings.expert_table(limit) + self._own_launch
@@ -150,24 +151,28 @@ class StepModel:
         cuts = self._cuts.get(tokens)
         if cuts is None:
             cuts = self._cuts[tokens] = self._experts_cut(tokens)
-        pieces = 1
-        if attention > self.max_step:
-            pieces = math.ceil(attention / self.max_step)
-            attention = attention / pieces + self._block
+        block, pieces = self._query_blocks(attention)
         lead = t.host_s
         if moved_tokens:
             lead += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
-        return Shape(
-            round(lead * TICKS_PER_S) * TICK,
-            dense[0],
-            round(attention * TICKS_PER_S) * TICK,
-            pieces,
-            dense[1],
-            self._base,
-            self._per_group,
-            head,
-            *cuts,
-        )
+        return Shape(ticks(lead), dense[0], block, pieces, dense[1], self._base, self._per_group, head, *cuts)
+
+    def decode_total(self, n_decode: int, decode_context: int) -> float:
+        """`total` of a pass that only decodes, without its experts' times: the fast path of the simulator."""
+        fixed = self._decode_fixed.get(n_decode)
+        if fixed is None:
+            shape = self.shape((), n_decode, decode_context, n_decode)
+            attention = self.layers * shape.attention * shape.pieces
+            fixed = self._decode_fixed[n_decode] = self.total(shape, 0.0) - attention
+        block, pieces = self._query_blocks(self.timings.attention_decode(n_decode, decode_context / n_decode))
+        return fixed + self.layers * block * pieces
+
+    def _query_blocks(self, attention: float) -> tuple[float, int]:
+        """(seconds of each, number) of the blocks that an attention of so many seconds is cut into."""
+        if attention <= self.max_step:
+            return round(attention * TICKS_PER_S) * TICK, 1
+        pieces = math.ceil(attention / self.max_step)
+        return round((attention / pieces + self._block) * TICKS_PER_S) * TICK, pieces
 
     def _experts_cut(self, tokens: int) -> tuple[int, int]:
         """(experts in a group, groups): as many as keep a group below `max_step` with the most popular expert's

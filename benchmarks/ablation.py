@@ -1,0 +1,58 @@
+"""fcfs -> priority -> chunked -> layer -> qllm -> hybrid on the three configurations: what each step buys and costs.
+
+    python benchmarks/ablation.py [CONFIG ...] [--jobs 2]
+
+Times are simulated on imported or modelled A100 timings (the caption says which), not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from qllm import simulate
+from traces.requests import TraceError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = ("paper", "long_prefill", "azure")
+
+
+def ablation(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row per rate and policy: LS latency, and what BE and throughput pay for it."""
+    ls, be = (summary[summary["class"] == c].set_index(["rate", "policy"]) for c in ("ls", "be"))
+    return pd.DataFrame(
+        {
+            "LS TTFT mean s": ls["ttft_mean_s"],
+            "p99 s": ls["ttft_p99_s"],
+            "p99 / isolated": ls["ttft_over_isolated_p99"],
+            "blocking p99 ms": 1e3 * ls["blocking_p99_s"],
+            "LS TPOT ms": 1e3 * ls["tpot_mean_s"],
+            "SLO": ls["slo_attainment"],
+            "BE turnaround s": be["turnaround_mean_s"],
+            "BE suspended s": be["suspended_mean_s"],
+            "req/s": ls["throughput_rps"] + be["throughput_rps"],
+            "tokens/s": ls["output_tokens_per_s"] + be["output_tokens_per_s"],
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", default=[str(CONFIGS / f"{name}.yaml") for name in NAMES])
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    pd.set_option("display.width", 220, "display.max_columns", 20, "display.max_rows", 200)
+    for config in args.configs:
+        try:
+            results = simulate(config, jobs=args.jobs)
+        except TraceError as error:
+            print(f"\n{config}: left out: {error}")
+            continue
+        print(f"\n{Path(config).stem} ({results.config.provenance['timings']})")
+        print(ablation(results.summary).round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()

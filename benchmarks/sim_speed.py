@@ -1,0 +1,143 @@
+"""How fast the simulator is: passes and requests per second on one core, memory, and time against size.
+
+    python benchmarks/sim_speed.py [--plot docs/img/sim_speed.png]
+
+Measured on the machine that runs it. Every layer and expert of every pass is resolved and the routing is drawn. The
+whole-process figures start a fresh Python each, imports included. Medians of alternated repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+from scheduler import Limits, make_policy
+from sim import simulate
+from traces.generate import generate
+from traces.steps import StepModel
+from traces.timing import Timings
+
+PEERS = """Peers (seen on such a machine, two cores): Vidur 3,000-6,000 iterations/s without experts, 8-11 s for 512
+requests; NVIDIA Dynamo's replay (Rust) 0.2-0.4 million iterations/s; neither resolves experts."""
+
+MODELS = {  # timing trace -> requests per second that keep an A100 busy with conversations
+    "a100-mixtral-8x7b-int4": 3.0,
+    "a100-qwen3-30b-a3b-bf16": 6.0,
+}
+CONVERSATION = {
+    "arrival": {"process": "poisson"},
+    "classes": {
+        "ls": {"share": 0.2, "prompt": {"quantiles": "azure_conv"}, "output": {"quantiles": "azure_conv"}},
+        "be": {"prompt": {"quantiles": "azure_conv"}, "output": {"quantiles": "azure_conv"}},
+    },
+}
+
+
+def once(timings: str, policy: str, requests: int, group_of_one: bool = True) -> tuple[float, int]:
+    """(seconds, passes) of one simulation, the request trace already made."""
+    trace = generate(CONVERSATION, rate=MODELS[timings], requests=requests, seed=1)
+    steps = StepModel(Timings.load(timings), max_step=1e-6 if group_of_one else 1e-3)
+    limits = Limits(max_seqs=64, max_tokens=8192, kv_blocks=16_000)
+    started = time.perf_counter()
+    result = simulate(
+        trace, priorities={"ls": 0, "be": 1}, policy=make_policy(policy), limits=limits, steps=steps, seed=1
+    )
+    return time.perf_counter() - started, result.passes
+
+
+def decode_only(timings: str, batch: int = 32, tokens: int = 3000) -> tuple[float, int]:
+    """The same for a batch that only decodes: the cost of a pass by itself."""
+    spec = {
+        "arrival": {"process": "poisson"},
+        "classes": {"ls": {"prompt": {"fixed": 64}, "output": {"fixed": tokens}}},
+    }
+    trace = generate(spec, rate=1e6, requests=batch, seed=1)
+    steps = StepModel(Timings.load(timings), max_step=1e-3)
+    started = time.perf_counter()
+    result = simulate(
+        trace, priorities={"ls": 0}, policy=make_policy("fcfs"), limits=Limits(max_seqs=batch), steps=steps, seed=1
+    )
+    return time.perf_counter() - started, result.passes
+
+
+def process(timings: str, policy: str, requests: int) -> dict[str, float]:
+    """Seconds and peak memory (bytes) of a whole fresh process."""
+    code = (
+        "import resource, json, sys; sys.path.insert(0, 'benchmarks')\n"
+        f"import sim_speed; s, p = sim_speed.once({timings!r}, {policy!r}, {requests})\n"
+        "print(json.dumps({'inside': s, 'passes': p, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))"
+    )
+    started = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return {"seconds": time.perf_counter() - started, **json.loads(out)}
+
+
+def start_up(*argv: str, repeats: int = 7) -> float:
+    """Median seconds of a command less those of an empty Python."""
+    empty, mine = [], []
+    for _ in range(repeats):
+        for times, command in ((empty, [sys.executable, "-c", "pass"]), (mine, [*argv])):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, capture_output=True)
+            times.append(time.perf_counter() - started)
+    return statistics.median(mine) - statistics.median(empty)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", help="write the figure of time against number of requests here")
+    args = parser.parse_args()
+    print(PEERS)
+    print("\npasses per second, one core (median of 5; conversations, every expert a boundary; and decoding only)")
+    for timings in MODELS:
+        once(timings, "qllm", 500)
+        for policy in ("fcfs", "chunked", "qllm"):
+            speeds = [p / s for s, p in (once(timings, policy, 5000) for _ in range(5))]
+            print(f"  {timings:26} {policy:8} {statistics.median(speeds):12,.0f}  (lowest {min(speeds):,.0f})")
+        speeds = [p / s for s, p in (decode_only(timings) for _ in range(5))]
+        print(f"  {timings:26} {'decoding':8} {statistics.median(speeds):12,.0f}  (lowest {min(speeds):,.0f})")
+    print("\nwhole process, 5,000 requests of conversation lengths (median of 5)")
+    for timings in MODELS:
+        for policy in ("fcfs", "qllm"):
+            runs = [process(timings, policy, 5000) for _ in range(5)]
+            seconds = statistics.median(r["seconds"] for r in runs)
+            print(f"  {timings:26} {policy:8} {seconds:6.2f} s  {5000 / seconds:8,.0f} requests/s")
+    print("\ntime and memory against the number of requests (qllm, whole process)")
+    sizes, seconds = [1_000, 3_000, 10_000, 30_000, 100_000], []
+    for n in sizes:
+        r = process("a100-mixtral-8x7b-int4", "qllm", n)
+        seconds.append(r["inside"])
+        print(
+            f"  {n:8,} requests  {r['inside']:7.2f} s  {1e6 * r['inside'] / n:6.1f} us each  peak {r['peak'] / 1e6:6.0f} MB"
+        )
+    slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+    print(f"  growth: time ~ requests^{slope:.2f}")
+    print(f"\nimport sim: {start_up(sys.executable, '-c', 'import sim'):.3f} s; ", end="")
+    print(f"qllm --help: {start_up(sys.executable, '-m', 'qllm.cli', '--help'):.3f} s (above an empty Python)")
+    if args.plot:
+        plot(sizes, seconds, args.plot)
+
+
+def plot(sizes: list[int], seconds: list[float], path: str) -> None:
+    """Seconds against requests, log-log, with a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    ax.loglog(sizes, seconds, "o-", label="measured")
+    ax.loglog(sizes, [seconds[-1] * n / sizes[-1] for n in sizes], ":", color="grey", label="linear")
+    ax.set(xlabel="requests", ylabel="seconds", title="Simulation time, measured on two CPU cores")
+    ax.legend()
+    fig.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -83,15 +83,21 @@ class Kernel:
         self.scale = scale
         self.softcap = softcap
         self.sinks = sinks
+        self.plain = softcap is None and sinks is None
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False
+    ) -> torch.Tensor:
         """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool `[rows, L]` or `[B, 1, 1, L]`.
+        `causal` (no mask, rows = L, plain only): row i sees keys 0 to i.
 
         Returns `[B, kv_heads, group, rows, Dv]`.
         """
         batch, heads, group, rows, _ = q.shape
-        if self.softcap is None and self.sinks is None:
-            if mask is None or mask.dim() == 4:  # one row a head, or all the same mask: a group's heads are rows too
+        if self.plain:
+            if not causal and (
+                mask is None or mask.dim() == 4
+            ):  # one row a head, or all the same mask: a group's heads are rows too
                 return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask, scale=self.scale).view(
                     batch, heads, group, rows, v.shape[-1]
                 )
@@ -101,6 +107,7 @@ class Kernel:
                 k.unsqueeze(2).expand(*kv_shape, k.shape[-1]).flatten(1, 2) if group > 1 else k,
                 v.unsqueeze(2).expand(*kv_shape, v.shape[-1]).flatten(1, 2) if group > 1 else v,
                 mask,
+                is_causal=causal,
                 scale=self.scale,
             )
             return out.view(batch, heads, group, rows, v.shape[-1])
@@ -154,5 +161,7 @@ def prefill(
         values = cache.values[layer].index_select(0, block.slots)
     heads, rows = keys.shape[1], block.last - block.first
     queries = q[block.first : block.last].transpose(0, 1).unflatten(0, (1, heads, -1))
-    result = kernel(queries, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], block.mask(q.device))
+    causal = kernel.plain and block.square
+    mask = None if causal else block.mask(q.device)
+    result = kernel(queries, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], mask, causal)
     out[block.first : block.last] = result.reshape(-1, rows, v.shape[-1]).transpose(0, 1)

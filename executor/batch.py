@@ -78,6 +78,12 @@ class QueryBlock:
     slots: torch.Tensor | None
     window: int | None
 
+    @property
+    def square(self) -> bool:
+        """Whether the rows are the keys, no window cuts in, and there is more than one: plain causal attention."""
+        rows = self.last - self.first
+        return rows == self.high - self.low > 1 and (self.window is None or rows <= self.window)
+
     def mask(self, device: torch.device) -> torch.Tensor | None:
         """bool `[rows, high - low]`, True where a row may look; None for one row, which sees all of them."""
         rows = self.last - self.first

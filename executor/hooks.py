@@ -6,6 +6,7 @@ Importing this module is enough; a model is switched over with `set_attn_impleme
 
 from __future__ import annotations
 
+import torch
 from transformers import AttentionInterface
 from transformers.integrations.moe import ExpertsInterface
 
@@ -13,6 +14,16 @@ from executor.attention import attention_forward
 from executor.experts import experts_forward
 
 NAME = "qllm"
+PASS_THROUGH = "qllm_pass_through"
+
+
+def pass_through(
+    module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts that return their input: with them rounding cannot send a token to another expert."""
+    return hidden.clone()
+
 
 AttentionInterface.register(NAME, attention_forward)
 ExpertsInterface.register(NAME, experts_forward)
+ExpertsInterface.register(PASS_THROUGH, pass_through)

@@ -107,6 +107,11 @@ def test_prompts_computed_in_chunks_of_any_size_give_the_same_tokens():
         assert sequence.tokens[len(prompt) :][:NEW_TOKENS] == tokens
 
 
+@pytest.mark.parametrize("package", ["mixtral", "gpt_oss", "deepseek_v3", "minimax_m2", "beam", "laguna"])
+def test_rounding_in_half_precision_is_not_taken_for_lost_state(package):
+    prepare_model(tiny_model(FAMILIES[package]).bfloat16())
+
+
 def test_a_saved_checkpoint_loads_with_the_hooks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = tiny_model("olmoe")

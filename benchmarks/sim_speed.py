@@ -71,7 +71,8 @@ def process(timings: str, policy: str, requests: int) -> dict[str, float]:
     code = (
         "import resource, json, sys; sys.path.insert(0, 'benchmarks')\n"
         f"import sim_speed; s, p = sim_speed.once({timings!r}, {policy!r}, {requests})\n"
-        "print(json.dumps({'inside': s, 'passes': p, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print(json.dumps({'inside': s, 'passes': p, 'peak': peak}))"
     )
     started = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -113,9 +114,8 @@ def main() -> None:
     for n in sizes:
         r = process("a100-mixtral-8x7b-int4", "qllm", n)
         seconds.append(r["inside"])
-        print(
-            f"  {n:8,} requests  {r['inside']:7.2f} s  {1e6 * r['inside'] / n:6.1f} us each  peak {r['peak'] / 1e6:6.0f} MB"
-        )
+        each, peak = 1e6 * r["inside"] / n, r["peak"] / 1e6
+        print(f"  {n:8,} requests  {r['inside']:7.2f} s  {each:6.1f} us each  peak {peak:6.0f} MB")
     slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
     print(f"  growth: time ~ requests^{slope:.2f}")
     print(f"\nimport sim: {start_up(sys.executable, '-c', 'import sim'):.3f} s; ", end="")

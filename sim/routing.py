@@ -8,11 +8,13 @@ limit of the same distribution.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
 
 _POOL_CELLS = 1 << 21  # tokens x layers x experts in the pool: 2 x 2^21 x 2 bytes = 8 MiB
+_NOISES = 64  # different draws of passes larger than the pool
 _BLOCK = 1 << 12  # random numbers drawn at a time
 
 
@@ -26,6 +28,7 @@ class Routing:
     def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0):
         self.layers, self.experts = popularity.shape
         self.share = np.minimum(popularity * top_k, 1.0)  # of the tokens, at each expert
+        self._deviation = np.sqrt(self.share * (1 - self.share))
         self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
         self._rng = np.random.default_rng((seed, 1))
         self._draws: list[int] = []
@@ -38,14 +41,15 @@ class Routing:
 
     def counts(self, tokens: int, draw: int) -> np.ndarray:
         """Tokens per expert of a pass of `tokens` tokens, int64[layers, experts]; the same `draw`, the same counts."""
-        shape = (self.layers, self.experts)
         if tokens <= self.size:
             at = draw % self.size
-            return (self._sums[at + tokens] - self._sums[at]).astype(np.int64).reshape(shape)
-        at = draw % (len(self._noise) - self.share.size)
-        noise = self._noise[at : at + self.share.size].reshape(shape)
-        drawn = tokens * self.share + np.sqrt(tokens * self.share * (1 - self.share)) * noise
-        return np.clip(np.rint(drawn), 0, tokens).astype(np.int64)
+            return (self._sums[at + tokens] - self._sums[at]).astype(np.intp).reshape(self.share.shape)
+        drawn = self._deviation * self._noise[draw % len(self._noise)]
+        drawn *= math.sqrt(tokens)
+        drawn += tokens * self.share
+        drawn += 0.5
+        np.maximum(drawn, 0, out=drawn)
+        return np.minimum(drawn, tokens, out=drawn).astype(np.intp)
 
 
 @lru_cache(maxsize=2)
@@ -66,4 +70,4 @@ def _pool(data: bytes, shape: tuple[int, int], top_k: int, seed: int) -> tuple[i
     counts[np.arange(1, size + 1)[:, None, None], np.arange(layers)[None, :, None], chosen] = 1
     counts[size + 1 :] = counts[1 : size + 1]  # a run may wrap around
     sums = np.cumsum(counts.reshape(2 * size + 1, -1), axis=0, dtype=np.uint16)
-    return size, sums, rng.standard_normal(4 * popularity.size)
+    return size, sums, rng.standard_normal((_NOISES, layers, experts))

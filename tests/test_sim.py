@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler import Limits, RequestTooLarge, Scheduler, make_policy
-from sim import Status, isolated_ttft
+from scheduler import Limits, Request, RequestTooLarge, Scheduler, SchedulerError, make_policy
+from sim import Routing, Status, isolated_ttft, uniform
+from sim.runs import GpuModel
 from traces.requests import RequestTrace
 from traces.steps import TICK, StepModel
 from traces.timing import affine_timings
@@ -53,7 +55,7 @@ def test_conservation_causality_and_time_that_adds_up(trace, policy, limits, ste
     slices = result.slices
     assert slices is not None
     costs = steps.suspend_s + steps.resume_s
-    for a, b in zip(slices, slices[1:], strict=False):
+    for a, b in pairwise(slices):
         assert a.end <= b.start
         in_system = (result.arrival <= a.end) & (result.finish > a.end) & f
         assert not in_system.any() or b.start - a.end <= costs + TICK, "idle while somebody is in the system"
@@ -71,7 +73,7 @@ def test_running_and_suspended_time_are_those_of_the_timeline(trace, policy, lim
     for pass_id in launched:
         mine = [s for s in slices if s.pass_id == pass_id]
         assert [s.suspended for s in mine] == [True] * (len(mine) - 1) + [False]
-        assert all(a.last == b.first for a, b in zip(mine, mine[1:], strict=False)), "a step was lost or done twice"
+        assert all(a.last == b.first for a, b in pairwise(mine)), "a step was lost or done twice"
     assert (result.suspended > 0).any() == any(s.suspended for s in slices)
 
 
@@ -128,15 +130,9 @@ def test_requests_that_cannot_fit_are_rejected_with_a_reason():
 
 def test_expert_queues_hold_what_a_suspended_pass_has_left():
     """An LS prompt stops a BE prefill between two experts; the queues hold exactly the tokens of those not yet run."""
-    from sim.runs import GpuModel
-
     steps = StepModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)
-    from sim import Routing, uniform
-
     gpu = GpuModel(steps, Routing(uniform(steps), 2), "expert")
     scheduler = Scheduler(make_policy("qllm"), Limits())
-    from scheduler import Request
-
     scheduler.add(Request(0, 50, 5, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
@@ -159,8 +155,6 @@ def test_expert_queues_hold_what_a_suspended_pass_has_left():
 
 
 def test_scheduler_rejects_what_can_never_fit_and_ids_in_use():
-    from scheduler import Request, SchedulerError
-
     scheduler = Scheduler(make_policy("fcfs"), Limits(kv_blocks=4, block_size=4))
     scheduler.add(Request(1, 10, 6), 0.0)
     with pytest.raises(RequestTooLarge, match="take 5 KV blocks"):

@@ -147,7 +147,16 @@ class Grid:
 
     def _row(self, x: int) -> tuple[list[float], list[float]]:
         """The line over y at one x, as values and slopes; kept, since batch sizes repeat."""
-        values = self._columns(np.array([float(x)]))[0]
+        if x < 0:
+            raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {x}")
+        if x == 0:
+            values = np.zeros(len(self.ys))
+        elif len(self.xs) == 1 or x <= self.xs[0]:
+            values = self.grid[0]
+        else:
+            i = min(int(np.searchsorted(self.xs, x)), len(self.xs) - 1)
+            left, right = self.grid[i - 1], self.grid[i]
+            values = left + (right - left) * ((x - self.xs[i - 1]) / (self.xs[i] - self.xs[i - 1]))
         slopes = np.diff(values) / np.diff(self.ys) if len(values) > 1 else np.zeros(1)
         row = (values.tolist(), slopes.tolist())
         self._rows[x] = row

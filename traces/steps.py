@@ -114,10 +114,10 @@ class StepModel:
     def experts(self, counts: np.ndarray) -> np.ndarray:
         """Seconds of each expert (whole ticks) for int[...] tokens each; an expert without tokens takes none."""
         try:
-            return self._table[counts]
+            return self._table.take(counts)
         except IndexError:  # beyond the measured range: the trace extrapolates, and says so
             self._table = self._expert_table(int(counts.max()))
-            return self._table[counts]
+            return self._table.take(counts)
 
     def shape(
         self,

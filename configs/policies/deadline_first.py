@@ -1,4 +1,4 @@
-"""Earliest deadline first: the class's deadline orders the queue, and an LS prompt that waits stops the running pass."""
+"""Earliest deadline first: the class sets the deadline, and an LS prompt that waits stops the running pass."""
 
 from scheduler import Policy
 

@@ -148,10 +148,11 @@ class Hybrid(Qllm):
     """Chunked prefill that also preempts for LS prefills: where LS waits, its prefill runs at once and alone,
     suspending what runs; else everybody decodes and up to `budget` tokens are filled with prefill, most urgent first.
 
-    So LS gets qllm's TTFT, and BE prefills never wait for decodes to end as they do under Algorithm 1.
+    So LS gets qllm's TTFT, and BE prefills never wait for decodes to end as they do under Algorithm 1. The budget may
+    be several times that of `chunked`, since it no longer bounds how long LS waits.
     """
 
-    def __init__(self, budget: int = 512, max_suspended_s: float | None = None):
+    def __init__(self, budget: int = 2048, max_suspended_s: float | None = None):
         super().__init__(max_suspended_s=max_suspended_s)
         self.budget = _at_least(1, "hybrid", "budget", budget)
 

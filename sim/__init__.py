@@ -1,6 +1,6 @@
 """The simulator: the Scheduler on virtual time, over a SimPy model of the GPU."""
 
-from .routing import Routing
+from .routing import Recorded, Routing
 from .simulate import SimResult, Slice, Status, isolated_ttft, simulate, uniform
 
-__all__ = ["Routing", "SimResult", "Slice", "Status", "isolated_ttft", "simulate", "uniform"]
+__all__ = ["Recorded", "Routing", "SimResult", "Slice", "Status", "isolated_ttft", "simulate", "uniform"]

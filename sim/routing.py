@@ -9,6 +9,7 @@ limit of the same distribution.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,12 +19,36 @@ _NOISES = 64  # different draws of passes larger than the pool
 _BLOCK = 1 << 12  # random numbers drawn at a time
 
 
+class Recorded:
+    """Routing that was recorded, pass by pass in the order of their launches: what the real engine's tokens chose.
+
+    counts: one int[layers, experts] per pass. Raises IndexError where more passes are launched than were recorded.
+    """
+
+    pooled = False
+
+    def __init__(self, counts: Sequence[np.ndarray]):
+        self._counts = counts
+        self._next = 0
+
+    def draw(self) -> int:
+        """The number of the next pass."""
+        self._next += 1
+        return self._next - 1
+
+    def counts(self, tokens: int, draw: int) -> np.ndarray:
+        """Tokens per expert of pass number `draw`, int[layers, experts]."""
+        return np.asarray(self._counts[draw])
+
+
 class Routing:
     """Draws of tokens per expert; the same seed gives the same draws.
 
     popularity: float[layers, experts], each row summing to 1. Choosing in proportion to popularity without replacement
     flattens a very skewed table somewhat: no expert can get more than one choice of a token.
     """
+
+    pooled = True  # draws may be kept and used again for passes of the same size
 
     def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0):
         self.layers, self.experts = popularity.shape

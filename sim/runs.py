@@ -9,7 +9,7 @@ import numpy as np
 from scheduler import Pass
 from traces.steps import Shape, StepModel
 
-from .routing import Routing
+from .routing import Recorded, Routing
 
 _VARIANTS = 32  # routing draws kept per size of a decode pass
 
@@ -83,7 +83,7 @@ class Run:
 class GpuModel:
     """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
 
-    def __init__(self, steps: StepModel, routing: Routing, granularity: str):
+    def __init__(self, steps: StepModel, routing: Routing | Recorded, granularity: str):
         self.steps = steps
         self.routing = routing
         self.granularity = granularity
@@ -92,7 +92,7 @@ class GpuModel:
     def start(self, p: Pass) -> Run:
         """`p` is launched for the first time."""
         steps, draw = self.steps, self.routing.draw()
-        if not p.prefill and p.restored is None and p.offloaded is None:
+        if self.routing.pooled and not p.prefill and p.restored is None and p.offloaded is None:
             n = p.n_decode
             variants = self._decodes.get(n)
             if variants is None:
@@ -111,18 +111,3 @@ class GpuModel:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
         return [(d, float(self.steps.experts(self.routing.counts(tokens, d)).sum())) for d in draws]
-
-    def isolated_prefill(self, tokens: int, max_tokens: int) -> float:
-        """Seconds from launch to first token of a prompt of `tokens` tokens alone on the device, routed exactly by
-        popularity (no draw): the floor of TTFT."""
-        steps, done, seconds = self.steps, 0, 0.0
-        while done < tokens:
-            n = min(tokens - done, max_tokens)
-            shape = steps.shape([(None, n, done)], 0, 0, int(done + n == tokens))
-            mean = n * self.routing.share
-            low = mean.astype(np.int64)
-            experts_s = steps.experts(low)
-            experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
-            seconds += steps.total(shape, float(experts_s.sum()))
-            done += n
-        return seconds

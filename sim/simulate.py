@@ -15,7 +15,7 @@ from traces.requests import RequestTrace
 from traces.steps import StepModel, ticks
 
 from .device import Device, Observer, Process, fast_device, step_device
-from .routing import Routing
+from .routing import Recorded, Routing
 from .runs import GpuModel, Run
 
 
@@ -78,6 +78,7 @@ def simulate(
     steps: StepModel,
     popularity: np.ndarray | None = None,
     seed: int = 0,
+    routing: Recorded | None = None,
     timeline: bool = False,
     until: float | None = None,
     step_by_step: bool = False,
@@ -86,15 +87,16 @@ def simulate(
 
     priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
     (`traces.steps.StepModel`). popularity: share of tokens routed to each expert, float[layers, experts]; uniform by
-    default. seed: of the routing. timeline: record a Slice for each stretch that a pass runs. until: stop at that time
+    default. seed: of the routing's draws. routing: recorded routing to use instead of draws. timeline: record a Slice for each stretch that a pass runs. until: stop at that time
     (seconds) instead of when everybody is served. step_by_step: use the slow reference device.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """
     levels = [priorities[name] for name in trace.classes]
     world = _World(trace, levels, Scheduler(policy, limits))
-    routing = Routing(uniform(steps) if popularity is None else popularity, steps.timings.top_k, seed)
-    gpu = GpuModel(steps, routing, policy.granularity)
+    shares = uniform(steps) if popularity is None else popularity
+    drawn = routing if routing is not None else Routing(shares, steps.timings.top_k, seed)
+    gpu = GpuModel(steps, drawn, policy.granularity)
     slices: list[Slice] | None = [] if timeline else None
     env = simpy.Environment()
     device = Device(env, world.scheduler, gpu, world.record, None if slices is None else _observer(gpu, slices))
@@ -114,10 +116,23 @@ def isolated_ttft(
 ) -> np.ndarray:
     """TTFT in seconds, float64[n], of prompts of so many tokens alone on an idle device: the floor for any policy.
     Routing is taken at its mean."""
-    routing = Routing(uniform(steps) if popularity is None else popularity, steps.timings.top_k)
-    gpu = GpuModel(steps, routing, "iteration")
+    share = np.minimum((uniform(steps) if popularity is None else popularity) * steps.timings.top_k, 1.0)
     lengths, back = np.unique(prompt_tokens, return_inverse=True)
-    return np.array([gpu.isolated_prefill(int(n), limits.max_tokens) for n in lengths])[back]
+    return np.array([_isolated_prefill(int(n), limits.max_tokens, steps, share) for n in lengths])[back]
+
+
+def _isolated_prefill(tokens: int, max_tokens: int, steps: StepModel, share: np.ndarray) -> float:
+    done, seconds = 0, 0.0
+    while done < tokens:
+        n = min(tokens - done, max_tokens)
+        shape = steps.shape([(None, n, done)], 0, 0, int(done + n == tokens))
+        mean = n * share
+        low = mean.astype(np.intp)
+        experts_s = steps.experts(low)
+        experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
+        seconds += steps.total(shape, float(experts_s.sum()))
+        done += n
+    return seconds
 
 
 class _World:

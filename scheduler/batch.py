@@ -32,13 +32,16 @@ class Batch:
         return self.prefill_tokens + (len(self._s.ready.batch) if self.decoding else 0)
 
     def decode(self) -> bool:
-        """Take the decode batch: the most urgent of those ready to decode, up to `limits.max_seqs`. Where the KV
-        blocks for their next tokens are short, the least urgent, last admitted requests give theirs up. Returns
-        whether anything is decoded."""
+        """Take the decode batch: the most urgent of those ready to decode, as many as the limits leave room for beside
+        the prefills taken so far. Where the KV blocks for their next tokens are short, the least urgent, last admitted
+        requests give theirs up. Returns whether anything is decoded."""
         s = self._s
         ready = s.ready
         if self.decoding or not ready.batch.members:
             return self.decoding
+        if self.chunks:
+            limits = s.limits
+            ready.trim(min(limits.max_seqs - len(self.chunks), limits.max_tokens - self.prefill_tokens))
         need = ready.batch.blocks_needed()
         if need:
             kv = s.kv

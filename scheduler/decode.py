@@ -8,7 +8,7 @@ counted by the phase of each member's length modulo the block size.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nlargest
 
 from .request import Request, State
 
@@ -145,8 +145,7 @@ class DecodePool:
             self.batch.remove(worst)
             self.batch.add(r)
             r = worst
-        self._idle[r.id] = r
-        heappush(self._idle_heap, (r.level, r.admitted, r))
+        self._sit(r)
 
     def remove(self, r: Request) -> None:
         """`r` leaves (evicted, aborted)."""
@@ -163,6 +162,14 @@ class DecodePool:
             _, _, r = heappop(self._idle_heap)
             if self._idle.pop(r.id, None) is not None:
                 self.batch.add(r)
+
+    def trim(self, size: int) -> None:
+        """The batch keeps its `size` most urgent members; the others sit idle until the next :meth:`refill`."""
+        surplus = len(self.batch.members) - size
+        if surplus > 0:
+            for r in nlargest(surplus, self.batch.members.values(), key=_rank):
+                self.batch.remove(r)
+                self._sit(r)
 
     def lend(self) -> DecodeBatch:
         """Hand the batch to a pass; its members are not ready until it comes back."""
@@ -185,6 +192,10 @@ class DecodePool:
                 batch.remove(r)
                 self.add(r)
             self._spare = batch
+
+    def _sit(self, r: Request) -> None:
+        self._idle[r.id] = r
+        heappush(self._idle_heap, (r.level, r.admitted, r))
 
     def _uncount(self, level: int, n: int) -> None:
         left = self.levels[level] - n

@@ -68,12 +68,16 @@ class Priority(Policy):
 
 class Chunked(Policy):
     """Iteration-level priority with chunked prefill (Sarathi-Serve, vLLM): each pass decodes everybody and fills up
-    to `budget` tokens with prefill, most urgent first, cutting prompts to fit."""
+    to `budget` tokens with prefill, most urgent first, cutting prompts to fit. Where the batch is full, a prompt takes
+    the place of a less urgent request that decodes."""
 
     def __init__(self, budget: int = 512):
         self.budget = _at_least(1, "chunked", "budget", budget)
 
     def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+        level = s.waiting.level()
+        if level < max(s.ready.batch.levels, default=level):
+            batch.prefill(up_to=level, tokens=self.budget, chunk=True)
         batch.decode()
         batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
 

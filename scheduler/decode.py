@@ -152,7 +152,6 @@ class DecodePool:
         self._uncount(r.level, 1)
         if r.batch is self.batch:
             self.batch.remove(r)
-            self.refill()
         else:
             del self._idle[r.id]
 
@@ -186,7 +185,6 @@ class DecodePool:
             self.batch, self._spare = batch, self.batch
             for level, n in batch.levels.items():
                 self.levels[level] = self.levels.get(level, 0) + n
-            self.refill()
         else:
             for r in list(batch.members.values()):
                 batch.remove(r)

@@ -153,6 +153,7 @@ class Scheduler:
             raise SchedulerError(f"{self.running!r} is still running")
         if self._offloaded:
             self._bring_home()
+        self.ready.refill()
         home = None
         if self.suspended_passes:
             home = min(self.suspended_passes, key=_home_order)
@@ -200,7 +201,6 @@ class Scheduler:
         for c in p.prefill:
             c.request.preemptions += 1
         self.suspended_passes.append(p)
-        self.ready.refill()
         return True
 
     def finished(self, p: Pass, now: float, ended: Iterable[Request] = ()) -> list[Request]:

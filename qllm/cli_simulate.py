@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from qllm.results import Results
 
 
+class Backend(StrEnum):
+    """Where the simulations run (qllm.backends)."""
+
+    local = "local"
+    ray = "ray"
+    dask = "dask"
+
+
 class Format(StrEnum):
     """How the summary is printed."""
 
@@ -27,6 +35,13 @@ def simulate(
     config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/paper.yaml", show_default=False)],
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: out/<name of the config>")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes; the results do not depend on it")] = os.cpu_count() or 1,
+    backend: Annotated[
+        Backend,
+        typer.Option(help="Where they run: a Ray cluster (RAY_ADDRESS) or Dask cluster (DASK_SCHEDULER_ADDRESS) if so"),
+    ] = Backend.local,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Run all of the sweep again, also what an earlier run has finished")
+    ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
     ] = None,
@@ -39,6 +54,7 @@ def simulate(
     """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
     from qllm.config import load_config
     from qllm.figures import save_figures
+    from qllm.points import forget
     from qllm.results import make_folder
     from qllm.sweep import differences, provenance
     from qllm.sweep import simulate as run_sweep
@@ -48,7 +64,15 @@ def simulate(
     for changed in differences(loaded.provenance, provenance(loaded)):
         warnings.warn(f"{config}: {changed}; the results may differ", stacklevel=1)
     folder = make_folder(out or Path("out") / loaded.name)  # before the work, not after it
-    results = run_sweep(loaded, jobs=jobs, progress=format is Format.table and sys.stderr.isatty())
+    keep = folder / "points"
+    if fresh:
+        forget(keep)
+    try:
+        shown = format is Format.table and sys.stderr.isatty()
+        results = run_sweep(loaded, jobs=jobs, backend=backend.value, keep=keep, progress=shown)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is finished is kept in {keep}/: the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     results.save(folder)
     caption = f"Timings: {results.config.provenance['timings']}"
     save_figures(results, folder, caption)
@@ -58,6 +82,9 @@ def simulate(
         typer.echo(json.dumps(_records(results), indent=2))
     else:
         _print_table(results, caption, folder)
+        _print_failures(results)
+    if not results.failures.empty:
+        raise typer.Exit(1)
 
 
 def _records(results: Results) -> list[dict[str, Any]]:
@@ -110,6 +137,23 @@ def _print_table(results: Results, caption: str, folder: Path) -> None:
     console.width = max(console.width, _WIDTH + 16 * len(others))  # a narrower one would cut the numbers
     console.print(table)
     console.print(f"{caption}\nResults: {folder}/", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_failures(results: Results) -> None:
+    """What failed, if anything, and why."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if results.failures.empty:
+        return
+    table = Table(box=SIMPLE_HEAD, title="Failed, and not in the results", title_justify="left")
+    for name in results.failures.columns:
+        table.add_column(str(name), overflow="fold")
+    for row in results.failures.itertuples(index=False):
+        table.add_row(*(escape(str(value)) for value in row))
+    Console().print(table)
 
 
 def _cell(value: Any, digits: str, header: str) -> str:

@@ -6,4 +6,9 @@ from traces.popularity import PopularityError
 from traces.requests import TraceError
 from traces.timing import TimingError
 
-EXPECTED = (ConfigError, TraceError, TimingError, PopularityError, SchedulerError)
+
+class SweepError(RuntimeError):
+    """A sweep that cannot go on: its workers were lost."""
+
+
+EXPECTED = (ConfigError, TraceError, TimingError, PopularityError, SchedulerError, SweepError)

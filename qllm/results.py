@@ -1,9 +1,9 @@
-"""The results of a simulation in memory and on disk: requests.parquet, summary.csv, config.yaml and the figures."""
+"""The results of a simulation in memory and on disk: requests.parquet, summary.csv, failures.csv and config.yaml."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from qllm.config import Config, load_config
 from qllm.metrics import summarise
 from qllm.yamlfile import ConfigError
 
-REQUESTS, SUMMARY, CONFIG = "requests.parquet", "summary.csv", "config.yaml"
+REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,24 @@ class Results:
               suspended_s, preemptions, evictions, isolated_ttft_s, status, reason
     summary   DataFrame, a row per point and class (see qllm.metrics)
     config    the resolved configuration, with provenance
+    failures  DataFrame, a row per simulation that failed: policy, swept keys, seed, error; the other tables lack them
     """
 
     requests: pd.DataFrame
     summary: pd.DataFrame
     config: Config
+    failures: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @classmethod
-    def of(cls, requests: pd.DataFrame, config: Config) -> Results:
+    def of(cls, requests: pd.DataFrame, config: Config, failures: pd.DataFrame | None = None) -> Results:
         """Results with the summary worked out from `requests`."""
         slos = {name: job.slo for name, job in config.classes.items()}
-        return cls(requests, summarise(requests, slos, list(config.sweep)), config)
+        summary = summarise(requests, slos, list(config.sweep))
+        return cls(requests, summary, config, pd.DataFrame() if failures is None else failures)
 
     def save(self, out: str | Path) -> Path:
-        """Write requests.parquet, summary.csv and config.yaml into the folder `out`, made if need be.
+        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv into the folder
+        `out`, made if need be.
 
         Raises ConfigError where that cannot be done.
         """
@@ -56,6 +60,10 @@ class Results:
         table = pa.Table.from_pandas(self.requests, preserve_index=False).replace_schema_metadata(None)
         pq.write_table(table, folder / REQUESTS, compression="zstd")
         self.summary.to_csv(folder / SUMMARY, index=False, float_format="%.9g", lineterminator="\n")
+        if self.failures.empty:
+            (folder / FAILURES).unlink(missing_ok=True)  # of an earlier run
+        else:
+            self.failures.to_csv(folder / FAILURES, index=False, lineterminator="\n")
         text = yaml.safe_dump(_portable(self.config, folder), sort_keys=False, allow_unicode=True, width=120)
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -80,7 +88,8 @@ def load_results(folder: str | Path) -> Results:
         requests = pq.read_table(folder / REQUESTS).to_pandas()
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{folder / REQUESTS}: not a parquet file: {str(error).splitlines()[0]}") from None
-    return Results.of(requests, load_config(folder / CONFIG))
+    failures = pd.read_csv(folder / FAILURES) if (folder / FAILURES).is_file() else None
+    return Results.of(requests, load_config(folder / CONFIG), failures)
 
 
 def _portable(config: Config, folder: Path) -> dict[str, Any]:

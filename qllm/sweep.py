@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import traceback
 import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,32 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import joblib
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qllm.build import isolated, load_timings, popularity, request_trace, scheduler_limits, step_model
-from qllm.config import RATE, Config, load_config
-from qllm.policies import blame
-from qllm.results import Results
-from qllm.yamlfile import ConfigError
-from sim import SimResult, Status
-from sim import simulate as run_simulation
+from qllm.backends import parallel
+from qllm.build import load_timings
+from qllm.config import Config, load_config
+from qllm.errors import EXPECTED, SweepError
+from qllm.points import Finished, finish, keys, read, write
+from qllm.results import Results, make_folder
+from qllm.runs import Run, plain, rows, runs
+
+Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
 
 
-@dataclass(frozen=True)
-class Run:
-    """One simulation: the configuration at a point of the sweep, the policy's index in it, and the seed."""
+@dataclass
+class Failure:
+    """A simulation that ended in an exception: a typed error, or whatever else with its traceback as text."""
 
-    config: Config
-    point: dict[str, Any]
-    policy: int
-    seed: int
-
-    def __str__(self) -> str:
-        where = ", ".join(f"{key}={value}" for key, value in {**self.point, "seed": self.seed}.items())
-        return f"policy {self.config.policies[self.policy].title} at {where}"
+    message: str
+    error: Exception | None
+    traceback: str = ""
 
 
 def simulate(
@@ -46,112 +44,95 @@ def simulate(
     *,
     set: list[str] | tuple[str, ...] = (),
     jobs: int = 1,
+    backend: str = "local",
+    keep: str | Path | None = None,
     progress: bool = False,
 ) -> Results:
     """Simulate a configuration (a YAML file, or one that was loaded): every point of its sweep, policy and seed.
 
-    `set` overrides keys of the file, e.g. ["sweep.rate=[1,2,4]"]; `jobs` processes work in parallel, with the same
-    results whatever their number. Raises ConfigError, TraceError, TimingError or SchedulerError, each one line.
+    `set` overrides keys of the file, e.g. ["sweep.rate=[1,2,4]"]. `jobs` processes work in parallel on the `backend`
+    (see qllm.backends), with the same results whatever their number and place. `keep`: a folder for finished
+    simulations; those that are there already are not run again.
+
+    A simulation that fails does not stop the others: it stands in the results' `failures`, and a warning says so.
+    Where nothing succeeds, the first error is raised. Raises ConfigError, TraceError, TimingError, SchedulerError or
+    SweepError (lost workers), each one line.
     """
     if not isinstance(config, Config):
         config = load_config(config, set)
-    todo = runs(config)
-    tables: list[pd.DataFrame] = []
-    told: dict[str, type[Warning]] = {}
-    parallel = joblib.Parallel(n_jobs=min(jobs, len(todo)), return_as="generator")
-    with _bar(len(todo), progress) as advance:
-        for table, warned in parallel(joblib.delayed(run_table)(run) for run in todo):
-            tables.append(table)
-            told.update(warned)
+    todo = _tasks(config, keep)
+    done: dict[int, Finished | Failure] = {}
+    for number, _, file in todo:
+        kept = read(file) if file else None
+        if kept:
+            done[number] = kept
+    with _bar(len(todo), len(done), progress) as advance:
+        for number, result in _simulated([task for task in todo if task[0] not in done], backend, jobs):
+            done[number] = result
             advance()
-    for message, category in told.items():
-        warnings.warn(message, category, stacklevel=2)
-    requests = pd.concat(tables, ignore_index=True)
-    return Results.of(requests, config.model_copy(update={"provenance": provenance(config)}))
+    return _results(config, [(run, done[number]) for number, run, _ in todo])
 
 
-def runs(config: Config) -> list[Run]:
-    """Every simulation of the sweep in the order of the tables: points, then policies, then seeds."""
-    found = []
-    for point in config.points():
-        at_point = config.at(point)
-        found += [
-            Run(at_point, point, policy, seed)
-            for policy in range(len(at_point.policies))
-            for seed in at_point.seed_list
-        ]
-    return found
+def _tasks(config: Config, keep: str | Path | None) -> list[Task]:
+    todo = runs(config)
+    if keep is None:
+        return [(number, run, None) for number, run in enumerate(todo)]
+    folder = make_folder(keep)
+    names = keys(todo)
+    return [(number, run, folder / f"{names[number]}.parquet") for number, run in enumerate(todo)]
 
 
-def run_table(run: Run) -> tuple[pd.DataFrame, dict[str, type[Warning]]]:
-    """Simulate `run`. Returns its rows of requests.parquet, and the warnings, which would be lost in a worker."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        table = _table(run, run_one(run))
-    return table, {str(warning.message): warning.category for warning in caught}
-
-
-def run_one(run: Run, timeline: bool = False) -> SimResult:
-    """Simulate `run`. An exception of a user's policy comes out as a ConfigError that names its file and line."""
-    config = run.config
-    policy = config.policies[run.policy]
-    trace = request_trace(config, run.seed)
-    limits = scheduler_limits(config, load_timings(config.timings))
+def attempt(number: int, run: Run, file: Path | None) -> tuple[int, Finished | Failure]:
+    """What a worker does: simulate `run` and keep what it gives in `file`. An exception becomes a Failure."""
     try:
-        return run_simulation(
-            trace,
-            priorities={name: job.priority for name, job in config.classes.items()},
-            policy=policy.build(),
-            limits=limits,
-            steps=step_model(config),
-            popularity=popularity(config),
-            seed=run.seed,
-            timeline=timeline,
-        )
+        return number, finish(run, file)
     except Exception as error:
-        if policy.file is None:
-            raise
-        raise ConfigError(f"{run}: {blame(error, policy.file)}") from None
+        typed = isinstance(error, EXPECTED)
+        message = str(error).removeprefix(f"{run}: ") if typed else f"{type(error).__name__}: {error}"
+        text = "" if typed else traceback.format_exc()
+        return number, Failure(" ".join(message.split()), error if typed else None, text)
 
 
-def _table(run: Run, result: SimResult) -> pd.DataFrame:
-    """Rows of requests.parquet for one run; text columns are categories, which keeps 100,000 requests small."""
-    config = run.config
-    trace = request_trace(config, run.seed)
-    n = len(trace)
+def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int, Finished | Failure]]:
+    """Simulate `todo`, handing over each result when it is there, in any order."""
+    if not todo:
+        return
+    files = {number: file for number, _, file in todo}
+    kept = "; what is finished is kept" if todo[0][2] else ""
+    try:
+        with parallel(backend, min(jobs, len(todo))) as run_all:
+            for number, result in run_all(joblib.delayed(attempt)(*task) for task in todo):
+                file = files[number]
+                if file is not None and isinstance(result, Finished) and not file.exists():
+                    write(result, file)  # the worker's machine does not see the folder
+                yield number, result
+    except BrokenProcessPool:
+        message = f"a worker process died, perhaps for lack of memory; allowed: fewer than {jobs} --jobs{kept}"
+        raise SweepError(message) from None
 
-    def text(codes: Any, names: list[str]) -> Any:
-        return pd.Categorical.from_codes(np.asarray(codes, dtype=np.int8), categories=pd.Index(names))
 
-    rate = config.rate if config.rate is not None else trace.rate
-    columns: dict[str, Any] = {
-        "policy": text(np.full(n, run.policy), [policy.title for policy in config.policies]),
-        "rate": np.full(n, np.nan if rate is None else rate),
-        **{key: np.full(n, _plain(value)) for key, value in run.point.items() if key != RATE},
-        "seed": np.full(n, run.seed, dtype=np.int64),
-        "id": np.arange(n),
-        "class": text([list(config.classes).index(trace.classes[i]) for i in trace.cls], list(config.classes)),
-        "arrival_s": result.arrival,
-        "prompt_tokens": trace.prompt_tokens,
-        "output_tokens": trace.output_tokens,
-        "first_launch_s": result.first_launch,
-        "first_token_s": result.first_token,
-        "finish_s": result.finish,
-        "queueing_s": result.queueing,
-        "running_s": result.running,
-        "suspended_s": result.suspended,
-        "preemptions": np.asarray(result.preemptions, dtype=np.int64),
-        "evictions": np.asarray(result.evictions, dtype=np.int64),
-        "isolated_ttft_s": isolated(config, trace.prompt_tokens),
-        "status": text(result.status, [status.name.lower() for status in Status]),
-        "reason": [result.reasons.get(i, "") for i in range(n)],
+def _results(config: Config, done: list[tuple[Run, Finished | Failure]]) -> Results:
+    """The tables, after warnings of what the simulations warned of and of what failed."""
+    tables = [rows(run, result.table) for run, result in done if isinstance(result, Finished)]
+    failed = [(run, result) for run, result in done if isinstance(result, Failure)]
+    if not tables:
+        first = failed[0][1]
+        raise first.error or RuntimeError(f"{failed[0][0]} failed:\n{first.traceback}")
+    told = {
+        message: kind for _, result in done if isinstance(result, Finished) for message, kind in result.warned.items()
     }
-    return pd.DataFrame(columns)
-
-
-def _plain(value: Any) -> Any:
-    """A swept value as a table's cell: numbers and text stay, the rest becomes text."""
-    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else str(value)
+    for message, category in told.items():
+        warnings.warn(message, category, stacklevel=3)
+    if failed:
+        text = f"{len(failed)} of {len(done)} simulations failed; first {failed[0][0]}: {failed[0][1].message}"
+        warnings.warn(text, stacklevel=3)
+    failures = [
+        {"policy": run.title, **{key: plain(value) for key, value in run.point.items()}, "seed": run.seed}
+        | {"error": result.message}
+        for run, result in failed
+    ]
+    requests = pd.concat(tables, ignore_index=True)
+    return Results.of(requests, config.model_copy(update={"provenance": provenance(config)}), pd.DataFrame(failures))
 
 
 def provenance(config: Config) -> dict[str, str]:
@@ -180,9 +161,9 @@ def _version(package: str) -> str:
 
 
 @contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Any]:
+def _bar(total: int, completed: int, shown: bool) -> Iterator[Any]:
     """A progress bar on stderr that goes away at the end; yields what to call after each simulation."""
     columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=total, completed=completed)
         yield lambda: bar.advance(task)

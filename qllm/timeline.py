@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qllm.config import Config
-from qllm.sweep import Run, run_one, runs
+from qllm.errors import EXPECTED
+from qllm.runs import Run, run_one, runs
 from sim import Slice
 
 
@@ -24,10 +25,15 @@ def timeline_runs(config: Config) -> list[Run]:
 
 
 def write_timeline(shown: list[Run], path: str | Path) -> int:
-    """Simulate the runs again with their slices recorded and write them to `path`. Returns the number of events."""
+    """Simulate the runs again with their slices recorded and write them to `path`, without those that fail (the sweep
+    has said so). Returns the number of events."""
     events = []
     for process, run in enumerate(shown, start=1):
-        events += trace_events(run_one(run, timeline=True).slices or [], run.config, process, str(run))
+        try:
+            slices = run_one(run, timeline=True).slices or []
+        except EXPECTED:
+            continue
+        events += trace_events(slices, run.config, process, str(run))
     data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": "simulated"}}
     Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     return len(events)

@@ -18,7 +18,7 @@ def test_simulate_writes_its_files_and_prints_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"requests.parquet", "summary.csv", "config.yaml", "timeline.json"}
-    assert files == tables | {"ttft.png", "ttft.svg", "slo.png", "slo.svg"}
+    assert files == tables | {"points", "ttft.png", "ttft.svg", "slo.png", "slo.svg"}
     assert "qllm" in done.stdout
     assert "affine: modelled" in done.stdout  # a modelled number is never shown as a measured one
     assert "\x1b" not in done.stdout
@@ -91,8 +91,9 @@ def test_a_policy_that_breaks_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(broken)
     config = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
     done = qllm("simulate", config, "--out", tmp_path / "out", "--jobs", 2)
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "mine.py:5: KeyError" in done.stderr
+    assert done.stdout.count("KeyError") == 4  # both rates and seeds; qllm's results stand above them
     assert "Traceback" not in done.stderr
 
 

@@ -76,7 +76,7 @@ def test_a_policy_that_breaks_while_it_runs_is_named_with_its_line(tmp_path: Pat
     write_policy(tmp_path, SHORTEST.replace("return (min", "raise ValueError('no idea')\n        return (min"))
     path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
     with pytest.raises(ConfigError, match=r"policy mine at rate=5, seed=0: .*mine\.py:8: ValueError: no idea"):
-        simulate(path)
+        simulate(path, set=["policies=[{file: mine.py}]"])
 
 
 def test_unknown_names_are_refused() -> None:

@@ -14,7 +14,8 @@ from qllm.build import request_trace, scheduler_limits
 from qllm.config import load_config
 from qllm.results import CONFIG as RESOLVED
 from qllm.results import REQUESTS, SUMMARY, Results, load_results
-from qllm.sweep import differences, provenance, runs, simulate
+from qllm.runs import runs
+from qllm.sweep import differences, provenance, simulate
 from qllm.timeline import timeline_runs, write_timeline
 from qllm.yamlfile import ConfigError
 from tests.cli_support import CONFIG, write_config

@@ -1,6 +1,9 @@
 """The simulator: the Scheduler on virtual time, over a SimPy model of the GPU."""
 
+from traces.results import RunResult as SimResult
+from traces.results import Slice, Status
+
 from .routing import Recorded, Routing
-from .simulate import SimResult, Slice, Status, isolated_ttft, simulate, uniform
+from .simulate import isolated_ttft, simulate, uniform
 
 __all__ = ["Recorded", "Routing", "SimResult", "Slice", "Status", "isolated_ttft", "simulate", "uniform"]

@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 import simpy
 
 from scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
 from traces.requests import RequestTrace
+from traces.results import RunResult as SimResult
+from traces.results import Slice, Status
 from traces.steps import StepModel, ticks
 
 from .device import Device, Observer, Process, fast_device, step_device
 from .routing import Recorded, Routing
 from .runs import GpuModel, Run
-
-
-class Status(IntEnum):
-    """How a request ended."""
-
-    FINISHED = 0
-    REJECTED = 1  #: could never fit the KV budget
-    UNFINISHED = 2  #: still in the system when the simulation stopped
-
-
-class Slice(NamedTuple):
-    """A stretch of time (seconds) that a pass ran. `first` and `last`: pieces done before and after (see
-    `StepModel.times`); `layer`: where it stopped; `level`: most urgent level in it."""
-
-    start: float
-    end: float
-    pass_id: int
-    level: int
-    prefills: int
-    decodes: int
-    tokens: int
-    first: int
-    last: int
-    first_layer: int
-    layer: int
-    stage: str
-    suspended: bool
-
-
-@dataclass
-class SimResult:
-    """Columns, one element a request in the trace's order; times in seconds, nan where it never came to that.
-
-    queueing + running + suspended = finish - arrival, for finished requests.
-    """
-
-    arrival: np.ndarray
-    first_launch: np.ndarray
-    first_token: np.ndarray
-    finish: np.ndarray
-    queueing: np.ndarray
-    running: np.ndarray
-    suspended: np.ndarray
-    preemptions: np.ndarray
-    evictions: np.ndarray
-    status: np.ndarray
-    reasons: dict[int, str] = field(default_factory=dict)  #: why a request was rejected, by index
-    makespan: float = 0.0  #: seconds from the trace's start to the last token
-    passes: int = 0
-    slices: list[Slice] | None = None
 
 
 def simulate(
@@ -87,8 +36,9 @@ def simulate(
 
     priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
     (`traces.steps.StepModel`). popularity: share of tokens routed to each expert, float[layers, experts]; uniform by
-    default. seed: of the routing's draws. routing: recorded routing to use instead of draws. timeline: record a Slice for each stretch that a pass runs. until: stop at that time
-    (seconds) instead of when everybody is served. step_by_step: use the slow reference device.
+    default. seed: of the routing's draws. routing: recorded routing to use instead of draws. timeline: record a Slice
+    for each stretch that a pass runs. until: stop at that time (seconds) instead of when everybody is served.
+    step_by_step: use the slow reference device.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """

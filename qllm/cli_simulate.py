@@ -47,7 +47,9 @@ def simulate(
     ] = None,
     timeline: Annotated[
         bool,
-        typer.Option("--timeline", help="Write timeline.json too: the last point, for ui.perfetto.dev"),
+        typer.Option(
+            "--timeline", help="Write timeline.json (for ui.perfetto.dev) and timeline.png too: the last point"
+        ),
     ] = False,
     format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
 ) -> None:
@@ -58,7 +60,8 @@ def simulate(
     from qllm.results import make_folder
     from qllm.sweep import differences, provenance
     from qllm.sweep import simulate as run_sweep
-    from qllm.timeline import timeline_runs, write_timeline
+    from qllm.timeline import record, timeline_runs, write_timeline
+    from qllm.timeline_figure import save_timeline
 
     loaded = load_config(config, set_ or [])
     for changed in differences(loaded.provenance, provenance(loaded)):
@@ -77,7 +80,9 @@ def simulate(
     caption = f"Timings: {results.config.provenance['timings']}"
     save_figures(results, folder, caption)
     if timeline:
-        write_timeline(timeline_runs(loaded), folder / "timeline.json")
+        recorded = record(timeline_runs(loaded))
+        write_timeline(recorded, folder / "timeline.json")
+        save_timeline(recorded, folder / "timeline.png", caption)
     if format is Format.json:
         typer.echo(json.dumps(_records(results), indent=2))
     else:

@@ -20,7 +20,7 @@ from qllm.metrics import band, good, per_request
 from qllm.results import Results
 
 # Okabe and Ito (2008), told apart by colour-blind readers; markers repeat the difference in black and white.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -30,7 +30,7 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
     The band (mean TTFT only) is the 95 % t-interval over seeds; the dashed line is the class's SLO where `column` is
     measured in the same unit. Returns the axes.
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     cls = cls or most_urgent(results)
     x = x_axis(results)
     for (label, style), lines in _lines(results.summary[results.summary["class"] == cls], x):
@@ -58,7 +58,7 @@ def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -
 
     The band is the 95 % t-interval over the seeds' attainments, cut off at 0 and 1. Returns the axes.
     """
-    ax = ax or _axes()
+    ax = ax or new_axes()
     cls = cls or most_urgent(results)
     x = x_axis(results)
     slos = {name: job.slo for name, job in results.config.classes.items()}
@@ -126,7 +126,7 @@ def _lines(rows: pd.DataFrame, x: str) -> Iterator[tuple[tuple[str, dict[str, An
         values = key if isinstance(key, tuple) else (key,)
         label = ", ".join([str(values[0]), *(f"{n}={v}" for n, v in zip(groups[1:], values[1:], strict=True))])
         style = {
-            "color": _COLOURS[position % len(_COLOURS)],
+            "color": COLOURS[position % len(COLOURS)],
             "marker": _MARKERS[position % len(_MARKERS)],
             "markersize": 4,
             "linewidth": 1.5,
@@ -156,7 +156,8 @@ def _figure(panels: int) -> Figure:
     return figure
 
 
-def _axes() -> Axes:
+def new_axes() -> Axes:
+    """Axes of a pyplot figure, as notebooks show them."""
     from matplotlib import pyplot  # only notebooks need pyplot and the window system that it may bring
 
     axes: Axes = pyplot.subplots(figsize=(5.4, 4.0), layout="constrained")[1]

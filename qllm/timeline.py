@@ -9,13 +9,14 @@ JSON object form; times in microseconds.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qllm.config import Config
 from qllm.errors import EXPECTED
 from qllm.runs import Run, run_one, runs
-from sim import Slice
+from sim import SimResult, Slice
 
 
 def timeline_runs(config: Config) -> list[Run]:
@@ -24,16 +25,20 @@ def timeline_runs(config: Config) -> list[Run]:
     return [run for run in runs(config) if run.point == last and run.seed == config.seed_list[0]]
 
 
-def write_timeline(shown: list[Run], path: str | Path) -> int:
-    """Simulate the runs again with their slices recorded and write them to `path`, without those that fail (the sweep
-    has said so). Returns the number of events."""
+def record(shown: list[Run]) -> list[tuple[Run, SimResult]]:
+    """Simulate the runs again with their slices recorded, without those that fail (the sweep has said so)."""
+    recorded = []
+    for run in shown:
+        with suppress(*EXPECTED):
+            recorded.append((run, run_one(run, timeline=True)))
+    return recorded
+
+
+def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path) -> int:
+    """Write what `record` gave to `path`. Returns the number of events."""
     events = []
-    for process, run in enumerate(shown, start=1):
-        try:
-            slices = run_one(run, timeline=True).slices or []
-        except EXPECTED:
-            continue
-        events += trace_events(slices, run.config, process, str(run))
+    for process, (run, result) in enumerate(recorded, start=1):
+        events += trace_events(result.slices or [], run.config, process, str(run))
     data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": "simulated"}}
     Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     return len(events)

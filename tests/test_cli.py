@@ -18,7 +18,7 @@ def test_simulate_writes_its_files_and_prints_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"requests.parquet", "summary.csv", "config.yaml", "timeline.json"}
-    assert files == tables | {"points", "ttft.png", "ttft.svg", "slo.png", "slo.svg"}
+    assert files == tables | {"points", "timeline.png", "ttft.png", "ttft.svg", "slo.png", "slo.svg"}
     assert "qllm" in done.stdout
     assert "affine: modelled" in done.stdout  # a modelled number is never shown as a measured one
     assert "\x1b" not in done.stdout

@@ -16,7 +16,7 @@ from qllm.results import CONFIG as RESOLVED
 from qllm.results import REQUESTS, SUMMARY, Results, load_results
 from qllm.runs import runs
 from qllm.sweep import differences, provenance, simulate
-from qllm.timeline import timeline_runs, write_timeline
+from qllm.timeline import record, timeline_runs, write_timeline
 from qllm.yamlfile import ConfigError
 from tests.cli_support import CONFIG, write_config
 from traces.readers import read_requests
@@ -194,7 +194,7 @@ def test_the_timeline_shows_passes_and_matching_suspensions(folder: Path, tmp_pa
     config = load_config(folder / "config.yaml")
     shown = timeline_runs(config)
     assert [str(run) for run in shown] == [f"policy {p} at rate=50, seed=0" for p in ("fcfs", "qllm")]
-    count = write_timeline(shown, tmp_path / "timeline.json")
+    count = write_timeline(record(shown), tmp_path / "timeline.json")
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
     assert len(events) == count
     tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}

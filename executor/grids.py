@@ -1,0 +1,84 @@
+"""Which passes a calibration measures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ALL = 1 << 30  # experts in a group: no point between experts
+
+
+class Cell(NamedTuple):
+    """One kind of pass: `sequences` of `new` tokens each over `context` cached ones, experts in groups of `group`.
+
+    `hot`: all tokens go to so many experts; 0 leaves them to the model's router.
+    """
+
+    sequences: int
+    new: int
+    context: int
+    group: int = ALL
+    hot: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.new
+
+    @property
+    def kv_tokens(self) -> int:
+        """KV slots that its sequences need."""
+        return self.sequences * (self.new + self.context)
+
+    @property
+    def key(self) -> str:
+        """Its name in the file of finished measurements."""
+        return ",".join(map(str, self))
+
+
+def ladder(limit: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... and `limit`: sizes that grow by half, close enough for straight lines between them."""
+    sizes = {1, limit}
+    size = 2
+    while size < limit:
+        sizes |= {size, size + size // 2}
+        size *= 2
+    return sorted(size for size in sizes if size <= limit)
+
+
+def coarse(limit: int) -> list[int]:
+    """1, 4, 16, 64, ... , `limit` / 2 and `limit`."""
+    sizes = {1, max(1, limit // 2), limit}
+    size = 4
+    while size < limit // 2:
+        sizes.add(size)
+        size *= 4
+    return sorted(sizes)
+
+
+def doubling(limit: int) -> list[int]:
+    """1, 2, 4, ... and `limit`."""
+    return sorted({limit, *(1 << i for i in range(limit.bit_length()) if 1 << i <= limit)})
+
+
+def contexts(limit: int) -> list[int]:
+    """0, 128, 512, 2048, ... and `limit`: attention grows in proportion to the context."""
+    sizes = {0, limit}
+    size = 128
+    while size < limit:
+        sizes.add(size)
+        size *= 4
+    return sorted(sizes)
+
+
+def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, experts: int, top_k: int) -> list[Cell]:
+    """The passes to measure for batches of up to `max_batch` sequences and `max_tokens` prompt tokens over contexts
+    of up to `max_context` tokens. Those that need more than `kv_tokens` KV slots are left out."""
+    found = [Cell(1, n, 0) for n in ladder(max_tokens)]
+    found += [Cell(1, n, c) for c in contexts(max_context)[1:] for n in coarse(max_tokens)]
+    found += [Cell(b, 1, c) for b in doubling(max_batch) for c in contexts(max_context)]
+    # Between groups of experts: the same passes in other cuts.
+    for group in sorted({1, max(2, experts // 8)}):
+        found += [Cell(1, n, 0, group) for n in (16, 64, 256) if n <= max_tokens]
+        found += [Cell(b, 1, 0, group) for b in (1, 8) if b <= max_batch]
+    # Experts with more tokens than the router would send them.
+    found += [Cell(1, n, 0, ALL, hot) for n in (64, 256, max_tokens) if n <= max_tokens for hot in (top_k, 2 * top_k)]
+    return [cell for cell in dict.fromkeys(found) if cell.kv_tokens <= kv_tokens and cell.hot <= experts]

@@ -1,0 +1,143 @@
+"""Times the parts of real passes: the functions that serve, with a clock read where the hooks begin and end.
+
+The attention and experts hooks are wrapped, not copied. Between two readings lies one part of a pass:
+
+    start - first attention     lead       (batch, embedding, and the first layer's norm and QKV)
+    experts' end - attention    pre        norm and QKV of the next layer
+    attention                   attention
+    attention's end - experts   post       output projection, norm, router; the whole MLP of a layer without experts
+    experts                     experts    all groups of one layer
+    last layer's end - logits   tail       final norm and LM head
+    logits - tokens             sample
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from executor.attention import attention_forward
+from executor.batch import SequenceState
+from executor.experts import experts_forward
+from executor.hooks import NAME
+from executor.passes import current_pass
+from executor.runner import Runner
+from executor.sampling import Sampling, sample
+
+TIMED = "qllm_timed"
+AFTER = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
+#: top-k indices `[T, k]` of a layer -> those to use instead
+Steer = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """One measured pass. `parts`: (name, seconds) in order, names as in the module's text; `routing`: rows of each
+    expert for each MoE layer; `groups`: groups of experts that had rows, for each MoE layer."""
+
+    parts: tuple[tuple[str, float], ...]
+    routing: tuple[tuple[int, ...], ...]
+    groups: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        """The whole pass, from the batch to the sampled tokens."""
+        return sum(seconds for _, seconds in self.parts)
+
+
+class Stopwatch:
+    """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator.
+
+    Events are ordered with the kernels, so that the time between two of them holds whatever the device waited for,
+    the host included.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
+        self.steer: Steer | None = None
+
+    def restart(self) -> None:
+        self.marks = []
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cpu":
+            self.marks.append((name, time.perf_counter()))
+            return
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        self.marks.append((name, event))
+
+    def intervals(self) -> list[float]:
+        """Seconds between each mark and the next."""
+        stamps = [stamp for _, stamp in self.marks]
+        if self.device.type == "cpu":
+            return [after - before for before, after in itertools.pairwise(stamps)]
+        stamps[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(stamps)]
+
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        """The attention hook between two readings."""
+        self.mark("attention")
+        out = attention_forward(*args, **kwargs)
+        self.mark("attended")
+        return out
+
+    def experts(
+        self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts hook between two readings; `steer` chooses the experts where it is set."""
+        if self.steer is not None and current_pass() is not None:
+            index = self.steer(index, module.num_experts)  # type: ignore[arg-type]
+        self.mark("experts")
+        out = experts_forward(module, hidden, index, weights)
+        self.mark("routed")
+        return out
+
+
+@contextmanager
+def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
+    """While this is open, passes over `model` are timed by the Stopwatch that it gives."""
+    watch = Stopwatch(model.device)
+    AttentionInterface.register(TIMED, watch.attention)
+    ExpertsInterface.register(TIMED, watch.experts)
+    try:
+        model.set_attn_implementation(TIMED)
+        model.set_experts_implementation(TIMED)
+        yield watch
+    finally:
+        model.set_attn_implementation(NAME)
+        model.set_experts_implementation(NAME)
+
+
+def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState, int]]) -> PassTimes:
+    """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
+    before = [seq.computed for seq, _ in entries]
+    watch.restart()
+    watch.mark("start")
+    running = runner.begin(entries)
+    groups: dict[int, int] = {}
+    while (point := running.advance()) is not None:
+        if point.stage == "experts":
+            groups[point.layer] = groups.get(point.layer, 0) + 1
+    watch.mark("logits")
+    rows = len(running.sampled)
+    if rows:
+        sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+    watch.mark("end")
+    for (seq, _), computed in zip(entries, before, strict=True):
+        seq.computed = computed
+    names = [name for name, _ in watch.marks]
+    parts = []
+    for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
+        part = {"logits": "tail", "end": "sample"}.get(following) or AFTER[name]
+        parts.append((part, seconds))
+    return PassTimes(tuple(parts), tuple(map(tuple, running.routing)), tuple(groups[layer] for layer in sorted(groups)))

@@ -1,0 +1,132 @@
+"""Finished measurements of a calibration, kept in a file beside its result until all are there."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from executor.errors import ExecutorError
+from executor.grids import Cell
+from executor.measure import PassTimes
+
+
+class CalibrationError(ExecutorError, ValueError):
+    """A calibration that cannot be made or gone on with; the message names the file or option."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Repeats of one kind of pass. parts: names of the intervals (`executor.measure`); seconds: float64[repeats,
+    intervals]; routing, groups: as in PassTimes."""
+
+    parts: tuple[str, ...]
+    seconds: np.ndarray
+    routing: tuple[tuple[int, ...], ...]
+    groups: tuple[int, ...]
+
+    @classmethod
+    def of(cls, passes: list[PassTimes]) -> Measured:
+        first = passes[0]
+        seconds = np.array([[seconds for _, seconds in p.parts] for p in passes])
+        return cls(tuple(name for name, _ in first.parts), seconds, first.routing, first.groups)
+
+    def and_also(self, other: Measured) -> Measured:
+        """With the repeats of both."""
+        return Measured(self.parts, np.concatenate([self.seconds, other.seconds]), self.routing, self.groups)
+
+    @property
+    def repeats(self) -> int:
+        return len(self.seconds)
+
+    def total(self, *names: str) -> float:
+        """Seconds of these parts (all where none is named): the sum of the medians of their intervals."""
+        return float(np.median(self.seconds, axis=0)[self._columns(names)].sum())
+
+    def each(self, name: str) -> np.ndarray:
+        """Median seconds of each interval of that name, float64[intervals]."""
+        return np.median(self.seconds, axis=0)[self._columns((name,))]
+
+    def spread(self, *names: str) -> float:
+        """Interquartile range (seconds) over the repeats of the sum of these parts."""
+        low, high = np.percentile(self.seconds[:, self._columns(names)].sum(axis=1), [25, 75])
+        return float(high - low)
+
+    def uncertainty(self) -> float:
+        """Half the width of the 95 % interval of the pass's median, relative: 1.96 x 1.2533 x 1.4826 MAD / sqrt(n)."""
+        totals = self.seconds.sum(axis=1)
+        median = float(np.median(totals))
+        return 1.96 * 1.2533 * 1.4826 * float(np.median(np.abs(totals - median))) / median / self.repeats**0.5
+
+    def _columns(self, names: tuple[str, ...]) -> np.ndarray:
+        return np.array([not names or part in names for part in self.parts])
+
+
+class Kept:
+    """The file of finished measurements: a first line that says what they are of, then one line each.
+
+    A line is written at once and flushed to the disk; one that was cut short by an interruption is dropped when the
+    file is read. Raises CalibrationError where the file is of something else.
+    """
+
+    def __init__(self, path: Path, of: dict[str, Any]):
+        self.path = path
+        self.cells: dict[str, Measured] = {}
+        self.numbers: dict[str, float] = {}
+        self.rounds: dict[str, int] = {}
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        whole = lines[:-1]  # what follows the last newline was cut short
+        if whole:
+            self._check(whole[0], of)
+            for line in whole[1:]:
+                self._take(json.loads(line))
+            path.write_text("\n".join(whole) + "\n", encoding="utf-8")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write({"of": of}, "w")
+
+    def _check(self, line: str, of: dict[str, Any]) -> None:
+        try:
+            found = json.loads(line)["of"]
+        except (ValueError, TypeError, KeyError):
+            raise CalibrationError(f"{self.path}, row 1: not a file of measurements; remove it to start anew") from None
+        for key in sorted({*of, *found}):
+            if found.get(key) != of.get(key):
+                raise CalibrationError(
+                    f"{self.path}: holds measurements with {key} = {found.get(key)}, asked for {of.get(key)}; remove "
+                    "it to start anew, or calibrate as before to go on"
+                )
+
+    def add(self, cell: Cell, passes: list[PassTimes]) -> None:
+        """Keep one visit's repeats of `cell`."""
+        measured = Measured.of(passes)
+        seconds = [[round(value, 10) for value in row] for row in measured.seconds.tolist()]
+        line = {"cell": cell.key, "parts": measured.parts, "seconds": seconds}
+        line |= {"routing": measured.routing, "groups": measured.groups}
+        self._write(line)
+        self._take(line)
+
+    def number(self, name: str, value: float) -> None:
+        """Keep a single result."""
+        self._write({"number": name, "value": value})
+        self.numbers[name] = value
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "number" in line:
+            self.numbers[line["number"]] = line["value"]
+            return
+        key = line["cell"]
+        routing = tuple(map(tuple, line["routing"]))
+        visit = Measured(tuple(line["parts"]), np.array(line["seconds"]), routing, tuple(line["groups"]))
+        self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
+        self.rounds[key] = self.rounds.get(key, 0) + 1
+
+    def _write(self, line: dict[str, Any], mode: str = "a") -> None:
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,146 @@
+"""From measured passes to the points of a timing trace.
+
+What a pass takes outside its layers is shared out so that the sum of the steps is the whole pass: what grows with the
+tokens (embedding, final norm) goes to `dense_pre`, what grows with the sequences (the batch's tables) to `head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from executor.grids import ALL, Cell
+from executor.measured import CalibrationError, Measured
+from traces.layer_fit import LayerFit, fit_layers
+from traces.timing_format import Point
+
+WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
+
+Cells = Mapping[Cell, Measured]
+
+
+def plain(cells: Cells) -> dict[Cell, Measured]:
+    """The passes that were routed by the model and not cut between experts."""
+    return {cell: found for cell, found in cells.items() if cell.group == ALL and not cell.hot}
+
+
+def host_seconds(cells: Cells) -> float:
+    """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
+    one = cells[Cell(1, 1, 0)]
+    following = one.each("pre")
+    return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
+
+
+def dense_points(cells: Cells, layers: int, host_s: float) -> list[Point]:
+    """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context."""
+    mine = plain(cells)
+    alone = {cell.new: found for cell, found in mine.items() if cell.sequences == 1 and cell.context == 0}
+    lead = {tokens: found.total("lead") for tokens, found in alone.items()}
+    heads = _heads(mine, lead)
+    points = []
+    for tokens, found in sorted(alone.items()):
+        pooled = [other for cell, other in mine.items() if cell.tokens == tokens]
+        repeats = sum(other.repeats for other in pooled)
+        pre = float(np.median([other.total("pre") for other in pooled]))
+        post = float(np.median([other.total("post") for other in pooled]))
+        norm = max(0.0, found.total("tail", "sample") - heads[1].seconds)
+        pre = max(0.0, lead[tokens] - host_s + pre + norm) / layers
+        spread = found.spread("lead", "pre") / layers
+        points.append(Point("dense_pre", tokens, None, pre, spread, repeats))
+        points.append(Point("dense_post", tokens, None, post / layers, found.spread("post") / layers, repeats))
+    return points + list(heads.values())
+
+
+def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
+    """head by sequences, from passes of one token each; with it what their lead takes beyond one sequence's."""
+    heads = {}
+    for rows in sorted({cell.sequences for cell in cells if cell.new == 1}):
+        found = [measured for cell, measured in cells.items() if cell.new == 1 and cell.sequences == rows]
+        single = float(np.interp(rows, sorted(lead), [lead[tokens] for tokens in sorted(lead)]))
+        beyond = max(0.0, float(np.median([measured.total("lead") for measured in found])) - single)
+        seconds = beyond + float(np.median([measured.total("tail", "sample") for measured in found]))
+        spread = float(np.median([measured.spread("tail", "sample") for measured in found]))
+        heads[rows] = Point("head", rows, None, seconds, spread, sum(measured.repeats for measured in found))
+    return heads
+
+
+def attention_points(cells: Cells, layers: int) -> list[Point]:
+    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
+
+    Passes that were not measured are filled in and marked as modelled: what a context adds to a prefill grows with its
+    tokens; what it adds to a decode batch, with the context.
+    """
+    mine = plain(cells)
+    one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
+    several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
+    prefill = _grid("attention_prefill", one, layers, along_context=False)
+    return prefill + _grid("attention_decode", several, layers, along_context=True)
+
+
+def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, along_context: bool) -> list[Point]:
+    times = {at: found.total("attention") / layers for at, found in measured.items()}
+    sizes, held = sorted({x for x, _ in times}), sorted({y for _, y in times})
+    points = []
+    for x in sizes:
+        for y in held:
+            if (x, y) in times:
+                found = measured[x, y]
+                spread = found.spread("attention") / layers
+                points.append(Point(step, x, y, times[x, y], spread, found.repeats))
+                continue
+            if along_context:
+                known = [(c, times[x, c]) for c in held if (x, c) in times]
+                seconds = _continued(known, y)
+            else:
+                known = [(n, times[n, y] - times[n, 0]) for n in sizes if (n, y) in times]
+                seconds = times[x, 0] + max(0.0, _continued(known, x))
+            points.append(Point(step, x, y, seconds, source="modelled"))
+    return points
+
+
+def _continued(known: list[tuple[int, float]], at: int) -> float:
+    """The straight line between the neighbours of `at`, or on from the last two."""
+    xs, ys = [float(x) for x, _ in known], [y for _, y in known]
+    if at <= xs[-1] or len(xs) == 1:
+        return float(np.interp(at, xs, ys)) if len(xs) > 1 or at <= xs[-1] else ys[0] * at / max(xs[0], 1.0)
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    return ys[-1] + slope * (at - xs[-1])
+
+
+def expert_fit(cells: Cells) -> LayerFit:
+    """base, cost of a further group and f from every measured layer. CalibrationError where no expert was reached."""
+    seconds: list[float] = []
+    counts: list[tuple[int, ...]] = []
+    groups: list[int] = []
+    for found in cells.values():
+        seconds += found.each("experts").tolist()
+        counts += found.routing
+        groups += found.groups
+    if not any(map(any, counts)):
+        raise CalibrationError("no pass reached an expert")
+    return fit_layers(seconds, counts, groups)
+
+
+def expert_points(fit: LayerFit, share: float) -> list[Point]:
+    """f as points; `share`: MoE layers among the layers, which a trace takes to be all alike."""
+    return [
+        Point("expert", int(tokens), None, float(seconds) * share)
+        for tokens, seconds in zip(fit.tokens, fit.seconds, strict=True)
+    ]
+
+
+def wide(cells: Cells) -> list[tuple[Cell, float]]:
+    """Passes whose interquartile range is above WIDE of their median, widest first, with that share."""
+    shares = [(cell, found.spread() / found.total()) for cell, found in cells.items()]
+    return sorted((pair for pair in shares if pair[1] > WIDE), key=lambda pair: -pair[1])
+
+
+def fit_quality(fit: LayerFit) -> dict[str, Any]:
+    """How well the expert model holds on the layers that it was fitted to."""
+    size = np.abs(fit.errors)
+    return {
+        "expert_fit_median_error": round(float(np.median(size)), 4),
+        "expert_fit_p90_error": round(float(np.quantile(size, 0.9)), 4),
+    }

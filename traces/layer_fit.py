@@ -1,0 +1,92 @@
+"""The expert-layer model t = base + per_group (groups - 1) + sum_e f(m_e), fitted to measured layers of any routing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from traces.timing_format import TimingError
+
+OUTLIER = 0.25  # a layer further than this from the first fit does not take part in the second
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """base, per_group: seconds; tokens int64[n], seconds float64[n]: f, non-decreasing.
+
+    errors: float64[layers], predicted / measured - 1 of every layer given; kept: bool[layers], those that were fitted.
+    """
+
+    base: float
+    per_group: float
+    tokens: np.ndarray
+    seconds: np.ndarray
+    errors: np.ndarray
+    kept: np.ndarray
+
+
+def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], groups: Sequence[int]) -> LayerFit:
+    """Fit base, the cost of a further group, and f by least squares on relative errors, none of them below zero.
+
+    seconds, counts (tokens of each expert) and groups (that had tokens): one element a measured layer. f is piecewise
+    linear between sizes that grow by half, as far as a size was seen. TimingError without two layers.
+    """
+    times = np.asarray(seconds, dtype=float)
+    rows = np.asarray(counts, dtype=np.int64)
+    if len(times) < 2 or rows.max(initial=0) < 1:
+        raise TimingError(f"the times of experts need at least 2 measured layers with tokens, got {len(times)}")
+    knots = _knots(int(rows.max()))
+    active = (rows > 0).sum(axis=1)
+    ramps = [np.clip((rows - a) / (b - a), 0, 1).sum(axis=1) for a, b in itertools.pairwise(knots)]
+    design = np.stack([np.ones(len(times)), np.asarray(groups) - 1, active, *ramps], axis=1)
+    kept = np.ones(len(times), dtype=bool)
+    for _ in range(2):
+        scaled = design[kept] / times[kept, None]
+        x = nonnegative(scaled, np.ones(kept.sum()))
+        errors = design @ x / times - 1
+        inside = np.abs(errors) <= OUTLIER
+        if inside.sum() < max(2, 0.5 * len(times)):
+            break
+        kept = inside
+    return LayerFit(float(x[0]), float(x[1]), np.array(knots), np.cumsum(x[2:]), errors, kept)
+
+
+def _knots(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `largest`, which is the last (2 where it is 1: f needs two sizes)."""
+    knots = [1, 2]
+    while knots[-1] < largest:
+        step = knots[-1]
+        knots.append(step + step // 2 if step & (step - 1) == 0 else step + step // 3)
+    if len(knots) > 2:
+        knots[-1] = largest
+    return knots
+
+
+def nonnegative(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """x >= 0 that minimises |design x - target| (Lawson and Hanson 1974, chapter 23), float64[columns]."""
+    n = design.shape[1]
+    gram, right = design.T @ design, design.T @ target
+    x, free = np.zeros(n), np.zeros(n, dtype=bool)
+    tolerance = 1e-10 * max(1.0, float(np.abs(right).max()))
+    for _ in range(10 * n):
+        gradient = right - gram @ x
+        candidates = np.where(free, -np.inf, gradient)
+        best = int(candidates.argmax())
+        if candidates[best] <= tolerance:
+            break
+        free[best] = True
+        while True:
+            trial = np.zeros(n)
+            trial[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
+            if (trial[free] > 0).all():
+                x = trial
+                break
+            falling = free & (trial <= 0)
+            share = x[falling] / np.maximum(x[falling] - trial[falling], 1e-300)
+            x = x + share.min() * (trial - x)
+            free &= x > 1e-15
+            x[~free] = 0.0
+    return x

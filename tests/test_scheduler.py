@@ -299,6 +299,47 @@ def test_urgent_request_evicts_strictly_less_urgent_ones_only_if_that_suffices()
         assert be.generated == 4
 
 
+def test_nobody_less_urgent_eats_the_blocks_that_an_urgent_request_waits_for():
+    """I7: while an LS prompt waits for memory, a BE prompt that would fit is not admitted."""
+    s = Scheduler(make_policy("priority"), Limits(kv_blocks=10, block_size=4))
+    add(s, 0, 24, 4, 0)
+    s.finished(s.next(0.0), 1.0)  # holds 6 of 10 blocks
+    ls = add(s, 1, 20, 4, 0, 1.0)  # needs 5
+    be = add(s, 2, 4, 4, 1, 1.0)  # needs 1
+    p = s.next(1.0)
+    assert not p.prefill
+    assert p.n_decode == 1
+    assert (ls.blocks, be.blocks) == (0, 0)
+
+
+def test_a_block_stays_free_for_each_request_that_decodes():
+    """Admission leaves room for the next tokens of those under way; evicting one gives its share back."""
+    s = Scheduler(make_policy("qllm", fill_tokens=0), Limits(kv_blocks=10, block_size=4))
+    for i in range(2):
+        add(s, i, 12, 8, 1)
+    s.finished(s.next(0.0), 1.0)  # two BE requests hold 3 blocks each, 4 are free
+    ls = add(s, 2, 12, 2, 0, 1.0)  # 3 blocks: with 2 to spare one short, so one BE request gives way
+    assert [c.request for c in s.next(1.0).prefill] == [ls]
+    assert [r.evictions for r in (s.requests[0], s.requests[1])] == [0, 1]
+
+
+def test_blocks_taken_for_a_decode_step_come_back_when_a_member_is_evicted_after_all():
+    class DecodeFirst(Policy):
+        def select(self, s, batch, now):
+            batch.decode()
+            batch.prefill()
+
+    s = Scheduler(DecodeFirst(), Limits(kv_blocks=9, block_size=4))
+    be = add(s, 0, 16, 8, 1)
+    s.finished(s.next(0.0), 1.0)  # 4 blocks, all full: the next step takes a fifth
+    ls = add(s, 1, 24, 2, 0, 1.0)  # 6 blocks: 4 are free, so BE has to give way
+    p = s.next(1.0)
+    assert [c.request for c in p.prefill] == [ls]
+    assert be.evictions == 1
+    check(s)
+    assert s.kv.free == 3
+
+
 def test_aborting_everybody_in_a_suspended_pass_hands_it_back_to_be_discarded():
     s, be = suspended_be_prefill("idle")
     assert s.abort(0, 0.6) is be

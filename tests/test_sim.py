@@ -109,6 +109,38 @@ def test_same_arguments_same_result_and_seed_matters(name):
     assert (a.finish != other.finish).any()
 
 
+@pytest.mark.parametrize("name", ["layer", "qllm", "hybrid"])
+@pytest.mark.parametrize("resume_s", [0.0, 5e-3])
+def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(name, resume_s):
+    """An LS prompt that arrives exactly at a preemption point stops the pass there, and one that arrives while a
+    suspended pass is being brought back lets it reach its next point; both devices agree."""
+    steps = StepModel(affine_timings(layers=3, experts=4, resume_s=resume_s, suspend_s=1e-4), max_step=1e-6)
+    limits = Limits(max_tokens=64)
+    gpu = GpuModel(steps, Routing(uniform(steps), 2, seed=0), make_policy(name).granularity)
+    scheduler = Scheduler(make_policy(name), limits)
+    scheduler.add(Request(0, 60, 3, 1), 0.0)
+    p = scheduler.next(0.0)
+    assert p is not None
+    run_ = gpu.start(p)
+    at = [run_.ends()[point] for point in run_.points()]
+    for point in (0, 1, len(at) - 1):
+        for second in (at[point] + 0.5 * resume_s + 2e-3, at[point] + 1e-3):
+            trace = RequestTrace(
+                np.array([0.0, at[point], second]),
+                np.array([60, 5, 5]),
+                np.array([3, 1, 1]),
+                np.array([1, 0, 0]),
+                ("ls", "be"),
+            )
+            fast = run(trace, make_policy(name), limits, steps, timeline=True)
+            slow = run(trace, make_policy(name), limits, steps, timeline=True, step_by_step=True)
+            assert fast.slices == slow.slices
+            assert fast.slices is not None
+            assert fast.slices[0].suspended
+            assert fast.slices[0].end == at[point]
+            assert all(s.last > s.first for s in fast.slices), "a pass came back and did nothing"
+
+
 def test_lone_request_takes_its_isolated_ttft():
     steps = StepModel(affine_timings(layers=4, experts=8, expert=(50e-6, 1e-6)))
     limits = Limits(max_tokens=64)

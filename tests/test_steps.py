@@ -118,6 +118,9 @@ def test_routing_follows_popularity_and_conserves_tokens():
     assert abs(many.sum() / (5 * 100_000) - 1) < 0.01
     expected = np.minimum(popularity * 2, 1) * 50_000
     assert (np.abs(many - expected) <= 6 * np.sqrt(expected)).all()
+    draws = np.array([routing.counts(50_000, d) for d in range(64)])
+    deviation = np.sqrt(expected * (1 - expected / 50_000))
+    assert draws.std(axis=0).mean() == pytest.approx(deviation.mean(), rel=0.1)
 
 
 def test_recorded_routing_is_replayed_pass_by_pass():

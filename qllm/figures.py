@@ -33,7 +33,7 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
     x = x_axis(results)
-    for (label, style), lines in _lines(results.summary[results.summary["class"] == cls], x):
+    for (label, style), lines in lines_of(results.summary[results.summary["class"] == cls], x):
         ax.plot(lines[x], lines[column], label=label, **style)
         if column == "ttft_mean_s":
             low = lines["ttft_mean_lo_s"].clip(lower=lines[column].min() / 100)
@@ -49,7 +49,7 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel(f"{cls} {_TITLES[column]}")
-    _finish(ax, x)
+    finish_axes(ax, x)
     return ax
 
 
@@ -64,7 +64,7 @@ def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -
     slos = {name: job.slo for name, job in results.config.classes.items()}
     values = per_request(results.requests[results.requests["class"] == cls])
     values["good"] = good(values, slos)
-    for (label, style), lines in _lines(values, x):
+    for (label, style), lines in lines_of(values, x):
         at = lines.groupby(x, sort=True)
         mean = at["good"].mean()
         bands = [band(group.groupby("seed")["good"].mean().to_numpy()) for _, group in at]
@@ -73,7 +73,7 @@ def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -
         ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
     ax.set_ylim(-0.02, 1.02)
     ax.set_ylabel(f"{cls} SLO attainment (good / sent)")
-    _finish(ax, x)
+    finish_axes(ax, x)
     return ax
 
 
@@ -118,7 +118,7 @@ _TITLES = {
 }
 
 
-def _lines(rows: pd.DataFrame, x: str) -> Iterator[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
+def lines_of(rows: pd.DataFrame, x: str) -> Iterator[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
     """((label, style), rows sorted by `x`) per policy and per combination of the other swept keys."""
     fixed = [name for name in rows.columns if "." in name and name != x] + ([RATE] if x != RATE else [])
     groups = ["policy", *(name for name in fixed if rows[name].nunique() > 1)]
@@ -142,7 +142,8 @@ def _unit(column: str) -> str:
     return "x isolated" if column == "ttft_over_isolated_p99" else " s"
 
 
-def _finish(ax: Axes, x: str) -> None:
+def finish_axes(ax: Axes, x: str) -> None:
+    """Name the x axis, draw a light grid, leave the frame out."""
     ax.set_xlabel("request rate (requests/s)" if x == RATE else x)
     ax.grid(True, which="major", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -164,11 +165,17 @@ def new_axes() -> Axes:
     return axes
 
 
+def add_caption(figure: Figure, caption: str | Results) -> None:
+    """Write `caption` below the panels of `figure`; of results, where their step times come from."""
+    text = caption if isinstance(caption, str) else f"Simulated. Timings: {caption.config.provenance['timings']}"
+    lines = textwrap.fill(text, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
+    figure.supxlabel(lines, fontsize=7, color="0.35")
+
+
 def _write(figure: Figure, stem: Path, results: Results, caption: str) -> list[Path]:
     shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    lines = textwrap.fill(caption, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
-    figure.supxlabel(lines, fontsize=7, color="0.35")
+    add_caption(figure, caption)
     with matplotlib.rc_context({"svg.hashsalt": results.config.name, "svg.fonttype": "none"}):
         figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})

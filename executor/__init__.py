@@ -7,4 +7,45 @@ attention  attention hook                                     kv_cache  paged KV
 experts    experts hook                                       sampling  logits to tokens
 linear     packed weights on CPUs                             families  the MoE families of transformers, tiny models
 runner     starts passes over one model and one KV cache
+
+engine     serves requests: submit, cancel, close             loop      the thread that decides and runs passes
+streams    tokens as they come, and the record of times       jobs      a request inside the engine
+clock      real time, or that of a step model                 replays   a request trace, sent and recorded
+memory     which KV blocks are whose                          tape      the timeline and routing of a run
+
+from executor import Engine
+
+with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", dtype="bfloat16") as engine:
+    for token in engine.submit("Hello", max_new_tokens=32, priority=0):
+        print(token.text, end="")
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from executor.clock import RealClock as RealClock
+    from executor.clock import VirtualClock as VirtualClock
+    from executor.engine import Engine as Engine
+    from executor.replays import replay as replay
+
+# Loaded when first used: torch and transformers take seconds to import.
+_WHERE = {
+    "Engine": "executor.engine",
+    "RealClock": "executor.clock",
+    "VirtualClock": "executor.clock",
+    "replay": "executor.replays",
+}
+
+__all__ = [*_WHERE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'executor' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_WHERE)

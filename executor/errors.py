@@ -17,3 +17,15 @@ class SamplingError(ExecutorError, ValueError):
 
 class PassError(ExecutorError, ValueError):
     """A pass that cannot be started: no tokens, too few KV blocks, positions beyond the model's."""
+
+
+class EngineClosed(ExecutorError):
+    """The engine was closed, or broke, before the request was served."""
+
+
+class RequestFailed(ExecutorError):
+    """The pass that the request was in broke; the message says how, `__cause__` is the exception."""
+
+
+class RequestError(ExecutorError, ValueError):
+    """A request that cannot be served: the message names the parameter and what is allowed."""

@@ -99,6 +99,21 @@ class RunningPass:
         if not self.done:
             self.fail(GreenletExit())
 
+    def held_bytes(self) -> int:
+        """Bytes of the activations that the pass, suspended, keeps: the tensors in its stack's variables, each storage
+        once; parameters and the KV cache are not its own. Only for the thread that runs it."""
+        held: dict[int, int] = {}
+        frame = self._greenlet.gr_frame
+        while frame is not None:
+            for value in frame.f_locals.values():
+                if isinstance(value, torch.Tensor) and not (value.is_mkldnn or isinstance(value, torch.nn.Parameter)):
+                    storage = value.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+            frame = frame.f_back
+        for tensor in (*self.batch.cache.keys, *self.batch.cache.values):
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(held.values())
+
     def begin_layer(self, window: int | None) -> int | None:
         """Called by the attention hook: a new layer begins. Returns its sliding window.
 

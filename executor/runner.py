@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from executor.batch import Batch, SequenceState
-from executor.cuts import Cutter, whole
+from executor.cuts import Cut, Cutter, whole
 from executor.kv_cache import PagedKVCache
 from executor.passes import RunAhead, RunningPass
 
@@ -30,12 +30,14 @@ class Runner:
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def begin(self, entries: Iterable[tuple[SequenceState, int]]) -> RunningPass:
-        """A pass over the next n tokens of each sequence; nothing runs before its first `advance()`.
+    def begin(self, entries: Iterable[tuple[SequenceState, int]], cut: Cut | None = None) -> RunningPass:
+        """A pass over the next n tokens of each sequence, cut by `cut` in place of the runner's cutter where given;
+        nothing runs before its first `advance()`.
 
         Raises PassError where the tokens, their blocks or their positions do not exist.
         """
-        batch = Batch(entries, self.cache, cutter=self.cutter, max_positions=self.max_positions)
+        cutter = self.cutter if cut is None else lambda _: cut
+        batch = Batch(entries, self.cache, cutter=cutter, max_positions=self.max_positions)
         return RunningPass(batch, self._forward, self._run_ahead, self.windows)
 
     def _forward(self, batch: Batch) -> torch.Tensor:

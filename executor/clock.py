@@ -1,0 +1,191 @@
+"""The engine's clocks: what time it is, and how a pass moves on in it.
+
+On the real clock a pass takes what it takes. On the virtual clock the same pass runs on the same model, but time is
+that of a step model (`traces.steps`), piece by piece, as on the simulator's step-by-step device: same times, same
+preemption points, same order of events at one instant.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+
+from executor.passes import Point, RunningPass
+from scheduler import Pass
+from traces.steps import Shape, StepModel
+
+STAGES = ("attention", "experts")
+
+
+class Course(Protocol):
+    """A pass under way. `done`: pieces done (see `traces.results.Slice`)."""
+
+    running: RunningPass
+    done: int
+
+    def advance(self) -> bool:
+        """Run to the next preemption point; False at the end of the pass. Raises what the pass raises."""
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the policy's granularity lets the pass stop where it stands."""
+
+    def place(self) -> tuple[int, str]:
+        """(layer, stage) of what comes next."""
+
+
+class Clock(Protocol):
+    """Times are seconds. `steps`: what cuts the passes, if anything but the engine's own cutter does."""
+
+    steps: StepModel | None
+
+    def now(self) -> float: ...
+
+    def idle(self, until: float | None) -> float | None:
+        """Nothing to do before `until` (None: before something is submitted): how long to listen meanwhile."""
+
+    def suspended(self) -> None:
+        """A pass was suspended: what that costs beyond its steps."""
+
+    def resumed(self) -> None:
+        """A suspended pass goes on: what that costs."""
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        """`p` begins; nothing of it ran yet."""
+
+
+class RealClock:
+    """time.monotonic. `steps`, if given, cut the passes; they say nothing about time."""
+
+    def __init__(self, steps: StepModel | None = None):
+        self.steps = steps
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def idle(self, until: float | None) -> float | None:
+        return None if until is None else max(0.0, until - time.monotonic())
+
+    def suspended(self) -> None:
+        pass
+
+    def resumed(self) -> None:
+        pass
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        return RealCourse(running, granularity)
+
+
+class RealCourse:
+    """A pass in real time; its pieces are the points that it passed."""
+
+    def __init__(self, running: RunningPass, granularity: str):
+        self.running = running
+        self.done = 0
+        self._granularity = granularity
+
+    def advance(self) -> bool:
+        self.done += 1
+        return self.running.advance() is not None
+
+    @property
+    def may_stop(self) -> bool:
+        if self._granularity == "layer":
+            point = self.running.point
+            return point is not None and point.stage == "attention" and point.group == 0
+        return self._granularity == "expert"
+
+    def place(self) -> tuple[int, str]:
+        point = self.running.point
+        if point is not None:
+            return point.layer, point.stage
+        return (self.running.layer + 1, "head") if self.running.done else (0, "lead")
+
+
+class VirtualClock:
+    """Time by `steps`, from 0 on. Idle time passes at once."""
+
+    def __init__(self, steps: StepModel):
+        self.steps: StepModel | None = steps
+        self._steps = steps
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def idle(self, until: float | None) -> float | None:
+        if until is None:
+            return None
+        self._now = max(self._now, until)
+        return 0.0
+
+    def suspended(self) -> None:
+        self._now += self._steps.suspend_s
+
+    def resumed(self) -> None:
+        self._now += self._steps.resume_s
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        return VirtualCourse(self, running, shape or shape_of(self._steps, p), granularity)
+
+
+class VirtualCourse:
+    """A pass in virtual time. It stops at the step model's points, those of groups without tokens included, where the
+    real pass has none; the real pass follows, never ahead of them."""
+
+    def __init__(self, clock: VirtualClock, running: RunningPass, shape: Shape, granularity: str):
+        self.running = running
+        self.done = 0
+        self.may_stop = True
+        self._clock = clock
+        self._steps = clock._steps
+        self._shape = shape
+        self._total = 2 + self._steps.layers * shape.steps_per_layer
+        self._points = frozenset(self._steps.points(shape, granularity).tolist())
+        self._groups: np.ndarray = np.empty(0)  # seconds of each group of experts of the layer where it stands
+
+    def advance(self) -> bool:
+        while self.done < self._total:
+            self._clock.sleep(self._next_piece())
+            self.done += 1
+            if self.done - 1 in self._points:
+                self._follow(*self._steps.where(self._shape, self.done))
+                return True
+        while not self.running.done:
+            self.running.advance()
+        return False
+
+    def place(self) -> tuple[int, str]:
+        return self._steps.where(self._shape, self.done)[:2]
+
+    def _next_piece(self) -> float:
+        """Seconds of the piece that comes next, as in `StepModel.times`."""
+        layer, stage, index = self._steps.where(self._shape, self.done)
+        if stage == "experts":
+            if index == 0:
+                self._follow(layer, stage, 0)
+                self._groups = self._steps.groups(self._shape, np.array(self.running.routing[layer]))
+            return float(self._groups[index])
+        return float(getattr(self._shape, stage))
+
+    def _follow(self, layer: int, stage: str, group: int) -> None:
+        """Bring the real pass to that point, or to the first one after it where there is none."""
+        target = (layer, STAGES.index(stage), group)
+        while not self.running.done and (self.running.point is None or _order(self.running.point) < target):
+            self.running.advance()
+
+
+def _order(point: Point) -> tuple[int, int, int]:
+    return point.layer, STAGES.index(point.stage), point.group
+
+
+def shape_of(steps: StepModel, p: Pass) -> Shape:
+    """How `p`, not launched yet, is cut, and its times but for the experts'."""
+    rows = p.n_decode + sum(cached + new == r.prompt_tokens + r.generated for r, new, cached in p.prefill)
+    moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
+    return steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)

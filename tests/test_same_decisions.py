@@ -1,0 +1,128 @@
+"""The promise of the project: the engine on the virtual clock and the simulator, given the same trace, the same timings
+and the routing that the engine recorded, take the same decisions and report the same times, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from executor import Engine, VirtualClock, replay  # noqa: E402
+from executor.families import tiny_model  # noqa: E402
+from executor.model import prepare_model  # noqa: E402
+from scheduler import POLICIES, Limits, Policy, make_policy  # noqa: E402
+from sim import Recorded, simulate  # noqa: E402
+from traces.requests import RequestTrace  # noqa: E402
+from traces.results import RunResult, Status  # noqa: E402
+from traces.steps import StepModel  # noqa: E402
+from traces.timing import affine_timings  # noqa: E402
+
+PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
+COLUMNS = ("arrival", "first_launch", "first_token", "finish", "queueing", "running", "suspended")
+COUNTS = ("preemptions", "evictions", "status")
+LAYERS, EXPERTS = 3, 8
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def model():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield prepare_model(tiny_model("qwen3_moe", num_hidden_layers=LAYERS))
+    torch.set_num_threads(threads)
+
+
+def workload(seed: int, n: int = 40) -> RequestTrace:
+    """Bursts of three classes, some requests at the same instant; the last can never fit."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(0.002, n) * rng.integers(0, 2, n)
+    prompts = rng.integers(1, 60, n)
+    prompts[-1] = 170
+    return RequestTrace(np.cumsum(gaps), prompts, rng.integers(1, 12, n), rng.integers(0, 3, n), tuple(PRIORITIES))
+
+
+def step_model(max_step: float = 1e-4, expert_mode: str = "fused") -> StepModel:
+    timings = affine_timings(
+        layers=LAYERS, experts=EXPERTS, top_k=2, host_s=1e-4, suspend_s=1e-5, resume_s=7e-6, kv_bytes_per_token=1 << 20
+    )
+    return StepModel(timings, max_step=max_step, expert_mode=expert_mode)
+
+
+def both(model, trace, policy: Policy, limits: Limits, steps: StepModel) -> tuple[RunResult, RunResult]:
+    with Engine(model, policy=policy, limits=limits, clock=VirtualClock(steps)) as engine:
+        real = replay(engine, trace, priorities=PRIORITIES, seed=3)
+    assert real.routing is not None
+    simulated = simulate(
+        trace,
+        priorities=PRIORITIES,
+        policy=policy,
+        limits=limits,
+        steps=steps,
+        routing=Recorded(real.routing),
+        timeline=True,
+    )
+    return real, simulated
+
+
+def assert_same(real: RunResult, simulated: RunResult) -> None:
+    assert real.slices == simulated.slices
+    for column in (*COLUMNS, *COUNTS):
+        np.testing.assert_array_equal(getattr(real, column), getattr(simulated, column), err_msg=column)
+    assert (real.makespan, real.passes) == (simulated.makespan, simulated.passes)
+    assert real.reasons == simulated.reasons
+
+
+def test_every_policy_is_put_to_the_test():
+    assert set(POLICIES) == {name for name, _ in SETTINGS}
+
+
+SETTINGS = [
+    ("fcfs", {}),
+    ("priority", {}),
+    ("chunked", {"budget": 16}),
+    ("layer", {"fill_tokens": 0}),
+    ("qllm", {}),
+    ("qllm", {"fill_tokens": 0, "max_suspended_s": 1e-3}),
+    ("qllm", {"fill_tokens": 16, "resume": "idle"}),
+    ("hybrid", {"budget": 40}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, name, settings):
+    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
+    real, simulated = both(model, workload(1), make_policy(name, **settings), limits, step_model())
+    assert_same(real, simulated)
+    assert (real.status == Status.FINISHED).sum() == 39
+    if make_policy(name).granularity != "iteration":
+        assert real.preemptions.sum() > 0
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+@pytest.mark.parametrize(("name", "settings"), SETTINGS)
+def test_engine_and_simulator_decide_alike_when_memory_is_short(model, name, settings, evict):
+    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=20, block_size=4, evict=evict, max_suspended_tokens=90)
+    real, simulated = both(model, workload(2), make_policy(name, **settings), limits, step_model(5e-5))
+    assert_same(real, simulated)
+    assert real.evictions.sum() > 0
+
+
+@pytest.mark.parametrize("max_step", [1e-5, 3e-4, float("inf")])
+@pytest.mark.parametrize("expert_mode", ["fused", "separate"])
+def test_engine_and_simulator_cut_passes_alike(model, max_step, expert_mode):
+    limits = Limits(max_seqs=3, max_tokens=32, kv_blocks=80, block_size=4, urgent_blocks=8)
+    steps = step_model(max_step, expert_mode)
+    assert_same(*both(model, workload(3, 24), make_policy("qllm"), limits, steps))
+
+
+def test_a_second_replay_on_the_same_engine_starts_anew(model):
+    trace, steps = workload(4, 10), step_model()
+    limits = Limits(max_seqs=3, max_tokens=64, kv_blocks=40, block_size=4)
+    with Engine(model, policy="qllm", limits=limits, clock=VirtualClock(steps)) as engine:
+        first, second = (replay(engine, trace, priorities=PRIORITIES) for _ in range(2))
+    for column in (*COLUMNS, *COUNTS):
+        np.testing.assert_array_equal(getattr(first, column), getattr(second, column), err_msg=column)
+    assert first.slices == second.slices

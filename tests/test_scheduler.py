@@ -318,7 +318,7 @@ def test_a_block_stays_free_for_each_request_that_decodes():
     for i in range(2):
         add(s, i, 12, 8, 1)
     s.finished(s.next(0.0), 1.0)  # two BE requests hold 3 blocks each, 4 are free
-    ls = add(s, 2, 12, 2, 0, 1.0)  # 3 blocks: with 2 to spare one short, so one BE request gives way
+    ls = add(s, 2, 24, 2, 0, 1.0)  # 6 blocks: 3 given up make 7, and one has to be left for the other BE request
     assert [c.request for c in s.next(1.0).prefill] == [ls]
     assert [r.evictions for r in (s.requests[0], s.requests[1])] == [0, 1]
 

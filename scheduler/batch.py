@@ -46,7 +46,7 @@ class Batch:
         if need:
             kv = s.kv
             while need > kv.free and ready.batch.members:
-                s.evict_last()
+                s.memory.evict_last()
                 need = ready.batch.blocks_needed()
             kv.take(need)
             self.growth = need
@@ -88,7 +88,7 @@ class Batch:
                         places = 0
                         break
                     n = int(room)
-                if not r.blocks and not s.admit(r):
+                if not r.blocks and not s.memory.admit(r):
                     self._memory_short = True
                     break
                 waiting.pop(level)

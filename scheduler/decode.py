@@ -140,8 +140,8 @@ class DecodePool:
         if len(self.batch.members) < self.size:
             self.batch.add(r)
             return
-        worst = max(self.batch.members.values(), key=_rank)
-        if _rank(r) < _rank(worst):
+        worst = max(self.batch.members.values(), key=rank)
+        if rank(r) < rank(worst):
             self.batch.remove(worst)
             self.batch.add(r)
             r = worst
@@ -166,7 +166,7 @@ class DecodePool:
         """The batch keeps its `size` most urgent members; the others sit idle until the next :meth:`refill`."""
         surplus = len(self.batch.members) - size
         if surplus > 0:
-            for r in nlargest(surplus, self.batch.members.values(), key=_rank):
+            for r in nlargest(surplus, self.batch.members.values(), key=rank):
                 self.batch.remove(r)
                 self._sit(r)
 
@@ -203,5 +203,6 @@ class DecodePool:
             del self.levels[level]
 
 
-def _rank(r: Request) -> tuple[int, int]:
+def rank(r: Request) -> tuple[int, int]:
+    """Order of those under way: most urgent first, then first admitted."""
     return r.level, r.admitted

@@ -45,8 +45,9 @@ class Policy:
         return False
 
     def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
-        """Whether `suspended` (the most urgent such pass) goes on now, before anything new is launched."""
-        return True
+        """Whether `suspended` (the most urgent such pass) goes on now, before anything new is launched: by default
+        unless what waits would stop it at once."""
+        return not self.preempts(s, suspended, now)
 
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
         """When `preempts` may turn true though nothing happens (seconds); inf: never."""

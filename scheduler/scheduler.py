@@ -24,50 +24,15 @@ I8 bounded suspension: where the policy sets a bound, a pass is suspended for no
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from math import isnan
 
 from .batch import Batch
 from .decode import DecodePool
-from .kv import KVBudget
+from .memory import Limits, Memory
 from .passes import NEVER, Pass
 from .policies import Policy
 from .request import Request, RequestTooLarge, SchedulerError, State
 from .waiting import WaitingQueues
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one GPU can hold.
-
-    max_seqs: sequences in a pass (the paper's batch size B). max_tokens: tokens in a pass; a longer prompt runs as
-    several passes. kv_blocks, block_size: the KV budget, in blocks of block_size tokens. urgent_blocks: blocks that
-    only requests of level <= 0 may be admitted to. max_suspended_tokens: tokens in suspended passes, whose
-    activations are kept; a pass that would exceed it does not yield. evict: what happens to the KV of a request that
-    has to give way, "recompute" (dropped) or "offload" (moved to host memory and back).
-    """
-
-    max_seqs: int = 32
-    max_tokens: int = 8192
-    kv_blocks: int = 65536
-    block_size: int = 16
-    urgent_blocks: int = 0
-    max_suspended_tokens: int | None = None
-    evict: str = "recompute"
-
-    def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_tokens", "kv_blocks", "block_size"):
-            if getattr(self, name) < 1:
-                raise SchedulerError(f"limits.{name} is {getattr(self, name)}, must be at least 1")
-        if self.max_tokens < self.max_seqs:
-            raise SchedulerError(
-                f"limits.max_tokens is {self.max_tokens}, must be at least max_seqs ({self.max_seqs}): "
-                "each decoding sequence takes one token"
-            )
-        if not 0 <= self.urgent_blocks < self.kv_blocks:
-            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks}, must be in [0, {self.kv_blocks})")
-        if self.evict not in ("recompute", "offload"):
-            raise SchedulerError(f"limits.evict is {self.evict!r}, must be recompute or offload")
 
 
 class Scheduler:
@@ -76,18 +41,14 @@ class Scheduler:
     def __init__(self, policy: Policy, limits: Limits):
         self.policy = policy
         self.limits = limits
-        self.kv = KVBudget(limits.kv_blocks, limits.block_size, limits.urgent_blocks)
         self.waiting = WaitingQueues()
         self.ready = DecodePool(limits.max_seqs, limits.block_size)
+        self.memory = Memory(limits, self.waiting, self.ready)
+        self.kv = self.memory.kv
         self.requests: dict[int, Request] = {}  #: everything in the system, by id
         self.suspended_passes: list[Pass] = []
         self.running: Pass | None = None
         self.passes = 0  #: passes launched
-        self._admitted: dict[int, int] = {}  # requests under way (they hold KV), by level
-        self._admissions = 0
-        self._offloaded: list[Request] = []
-        self._moved: list[Request] = []  # offloaded since the last launch
-        self._restored: list[Request] = []  # brought back since the last launch
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
@@ -119,9 +80,7 @@ class Scheduler:
         if r.state is State.WAITING:
             self.waiting.void(r, State.ABORTED)
         elif r.state is State.OFFLOADED:
-            self._offloaded.remove(r)
-            if r in self._moved:
-                self._moved.remove(r)
+            self.memory.forget(r)
         else:
             self.ready.remove(r)
         self._end(r, now, State.ABORTED)
@@ -151,8 +110,8 @@ class Scheduler:
         """The pass to launch, or to go on with; None if there is nothing to do. Nothing may be running."""
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
-        if self._offloaded:
-            self._bring_home()
+        if self.memory.offloaded:
+            self.memory.bring_home()
         self.ready.refill()
         home = None
         if self.suspended_passes:
@@ -210,6 +169,7 @@ class Scheduler:
         done: list[Request] = []
         batch = p.decode
         if batch is not None:
+            self.memory.decoding -= len(batch)
             done = batch.advance()
             for r in (*ended, *(p.aborted or ())):
                 if r.batch is batch:
@@ -244,100 +204,14 @@ class Scheduler:
 
     def has_slot(self, level: float) -> bool:
         """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
-        return sum([n for lv, n in self._admitted.items() if lv <= level]) < self.limits.max_seqs
+        return self.memory.holders(level) < self.limits.max_seqs
 
     def can_prefill(self, level: float) -> bool:
         """Whether the first request waiting at `level` could be launched now."""
         r = self.waiting.peek(level)
         if r is None:
             return False
-        return bool(r.blocks) or (self.has_slot(level) and self._room_for(r) is not None)
-
-    # ---- memory ------------------------------------------------------------------------------------------------
-
-    def admit(self, r: Request) -> bool:
-        """Take the KV blocks that the prefill of `r` needs, evicting strictly less urgent requests where that frees
-        enough. Returns whether it has them."""
-        victims = self._room_for(r)
-        if victims is None:
-            return False
-        for v in victims:
-            self._evict(v)
-        r.blocks = self.kv.blocks(r.remaining)
-        self.kv.take(r.blocks)
-        self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
-        if r.admitted < 0:
-            r.admitted = self._admissions
-            self._admissions += 1
-        return True
-
-    def evict_last(self) -> None:
-        """The least urgent, last admitted of those that decode or hold a part of their prefill gives its KV up."""
-        self._evict(max(self._evictable(-NEVER), key=lambda r: (r.level, r.admitted)))
-
-    def _evictable(self, above: float) -> list[Request]:
-        held = [r for r in self.ready if r.level > above]
-        return held + [r for r in self.waiting.holding.values() if r.level > above]
-
-    def _room_for(self, r: Request) -> list[Request] | None:
-        """Whom to evict so that `r` can be admitted: nobody where blocks are free, less urgent requests (last admitted
-        first) where theirs suffice, None where they do not or where a request in host memory goes first."""
-        if self._offloaded and any(o.level <= r.level for o in self._offloaded):
-            return None
-        need = self.kv.blocks(r.remaining)
-        room = self.kv.room(r.level)
-        passes = self.suspended_passes if self.running is None else [*self.suspended_passes, self.running]
-        ready, most = len(self.ready) + sum([p.n_decode for p in passes]), self.limits.max_seqs
-        if need + min(ready, most) <= room:  # a block for each decoding request stays free, lest one be evicted soon
-            return []
-        out = []
-        for v in sorted(self._evictable(r.level), key=lambda v: (v.level, v.admitted), reverse=True):
-            v.sync()
-            out.append(v)
-            room += v.blocks
-            ready -= v.state is State.READY
-            if need + min(ready, most) <= room:
-                return out
-        return None
-
-    def _evict(self, r: Request) -> None:
-        if r.state is State.READY:
-            self.ready.remove(r)
-        else:
-            self.waiting.void(r, State.WAITING)
-        self.kv.give(r.blocks)
-        self._admitted[r.level] -= 1
-        r.evictions += 1
-        r.blocks = 0
-        if self.limits.evict == "offload":
-            r.state = State.OFFLOADED
-            self._offloaded.append(r)
-            self._moved.append(r)
-        else:
-            r.computed = 0
-            self.waiting.push(r)
-
-    def _bring_home(self) -> None:
-        """Offloaded requests return, most urgent and first admitted first, as far as blocks are free."""
-        self._offloaded.sort(key=lambda r: (r.level, r.admitted))
-        while self._offloaded:
-            r = self._offloaded[0]
-            need = self.kv.blocks(max(r.computed + 1, r.prompt_tokens + r.generated))
-            spare = min(len(self.ready), self.limits.max_seqs)
-            if need + spare > self.kv.room(r.level):
-                return
-            del self._offloaded[0]
-            r.blocks = self.kv.blocks(r.computed) if r.remaining == 1 and r.generated else need
-            self.kv.take(r.blocks)
-            self._admitted[r.level] += 1
-            if r in self._moved:
-                self._moved.remove(r)  # it never left
-            else:
-                self._restored.append(r)
-            if r.remaining == 1 and r.generated:
-                self.ready.add(r)
-            else:
-                self.waiting.push(r)
+        return bool(r.blocks) or (self.has_slot(level) and self.memory.room_for(r) is not None)
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -348,6 +222,7 @@ class Scheduler:
                 surplus = batch.growth - self.ready.batch.blocks_needed()
                 self.kv.give(surplus)
             decode = self.ready.lend()
+            self.memory.decoding += len(decode)
         for c in batch.chunks:
             r = c.request
             r.state = State.IN_PASS
@@ -355,10 +230,7 @@ class Scheduler:
                 r.first_launch = now
         p = Pass(self.passes, batch.chunks, decode, now)
         self.passes += 1
-        if self._moved:
-            p.offloaded, self._moved = self._moved, []
-        if self._restored:
-            p.restored, self._restored = self._restored, []
+        p.offloaded, p.restored = self.memory.moves()
         self.running = p
         return p
 
@@ -392,6 +264,7 @@ class Scheduler:
     def _disband(self, p: Pass, now: float, state: State) -> list[Request]:
         """End everybody in a pass that will not be finished."""
         out = p.requests()
+        self.memory.decoding -= p.n_decode
         for r in out:
             if r.batch is not None:
                 r.batch.remove(r)
@@ -404,9 +277,7 @@ class Scheduler:
             r.state = state
         r.finish = now
         if r.blocks:
-            self.kv.give(r.blocks)
-            r.blocks = 0
-            self._admitted[r.level] -= 1
+            self.memory.release(r)
         del self.requests[r.id]
 
 

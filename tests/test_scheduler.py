@@ -47,14 +47,14 @@ def check(s: Scheduler) -> None:
     waiting, ready = list(s.waiting), list(s.ready)
     passes = [*s.suspended_passes, *([s.running] if s.running else [])]
     in_passes = [r for p in passes for r in p.requests()]
-    everywhere = [r.id for r in (*waiting, *ready, *in_passes, *s._offloaded)]
+    everywhere = [r.id for r in (*waiting, *ready, *in_passes, *s.memory.offloaded)]
     assert sorted(everywhere) == sorted(s.requests)
     assert len(waiting) == len(s.waiting)
     assert len(ready) == len(s.ready)
     assert len(s.ready.batch) <= s.limits.max_seqs
     assert sum(s.ready.levels.values()) == len(ready)
     assert s.kv.free + held_blocks(s) == s.kv.total
-    assert sum(s._admitted.values()) == sum(1 for r in s.requests.values() if r.blocks or r.batch)
+    assert s.memory.holders(float("inf")) == sum(1 for r in s.requests.values() if r.blocks or r.batch)
 
 
 @settings(max_examples=400, deadline=None)

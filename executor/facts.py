@@ -43,7 +43,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         run_to_end(running)
     return {
         "layers": running.layer + 1,
-        "hidden": int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index, union-attr, arg-type]
+        "hidden": int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index]
         "experts": len(running.routing[0]),
         "top_k": sum(running.routing[0]),
         "dtype": str(model.dtype).removeprefix("torch."),

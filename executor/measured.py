@@ -105,7 +105,7 @@ class Kept:
         """Keep one visit's repeats of `cell`."""
         measured = Measured.of(passes)
         seconds = [[round(value, 10) for value in row] for row in measured.seconds.tolist()]
-        line = {"cell": cell.key, "parts": measured.parts, "seconds": seconds}
+        line: dict[str, Any] = {"cell": cell.key, "parts": measured.parts, "seconds": seconds}
         line |= {"routing": measured.routing, "groups": measured.groups}
         self._write(line)
         self._take(line)

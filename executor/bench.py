@@ -1,0 +1,158 @@
+"""The passes of a calibration, run in rounds on one model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from executor.batch import Batch, SequenceState
+from executor.cuts import Cut
+from executor.grids import Cell
+from executor.measure import PassTimes, Stopwatch, measure, timed
+from executor.measured import Kept
+from executor.runner import Runner, run_to_end
+
+BLOCK = 16  # KV slots in a block
+SHORT_S = 0.25  # passes below this are repeated SHORT times a visit, longer ones once
+SHORT = 5
+ROUNDS = (2, 5)  # visits to each kind of pass: at least, at most
+PRECISION = 0.02  # half the 95 % interval of the median; further visits until it is below ...
+FURTHER_S = 60.0  # ... or so much time went into them
+PRECISION_TOLD = f"visited until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} times"
+
+#: called with (visits done, visits planned)
+Progress = Callable[[int, int], None]
+
+
+class Bench:
+    """The runner, its KV and the random prompts that calibration measures with."""
+
+    def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
+        self.cut = Cut()
+        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, cutter=self.cutter)
+        self.vocab: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self.model = model
+
+    def cutter(self, batch: Batch) -> Cut:
+        """The cut that the next pass is to have."""
+        return self.cut
+
+    def sequences(self, cell: Cell) -> list[tuple[SequenceState, int]]:
+        """Random tokens, the same in each visit. What is cached before them is whatever the KV cache holds, which
+        takes as long to attend to."""
+        rng = random.Random(cell.key)
+        length = cell.new + cell.context
+        blocks = -(-length // BLOCK)
+        return [
+            (
+                SequenceState(
+                    rng.choices(range(self.vocab), k=length), [*range(i * blocks, (i + 1) * blocks)], cell.context
+                ),
+                cell.new,
+            )
+            for i in range(cell.sequences)
+        ]
+
+    def visit_all(self, grid: list[Cell], kept: Kept, progress: Progress | None) -> None:
+        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one."""
+        done = sum(min(kept.rounds.get(cell.key, 0), ROUNDS[0]) for cell in grid)
+        planned = ROUNDS[0] * len(grid)
+        further = 0.0
+        with timed(self.model) as watch:
+            for number, cell in itertools.product(range(ROUNDS[1]), grid):
+                if kept.rounds.get(cell.key, 0) > number:
+                    continue
+                if number >= ROUNDS[0] and (further > FURTHER_S or kept.cells[cell.key].uncertainty() < PRECISION):
+                    continue
+                start = time.perf_counter()
+                kept.add(cell, self.visit(cell, watch))
+                further += time.perf_counter() - start if number >= ROUNDS[0] else 0.0
+                done, planned = done + 1, max(planned, done + 1)
+                if progress is not None:
+                    progress(done, planned)
+
+    def visit(self, cell: Cell, watch: Stopwatch) -> list[PassTimes]:
+        """One warm-up pass and then the repeats of a visit."""
+        self.cut = Cut(cell.group, 1)
+        watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
+        entries = self.sequences(cell)
+        warm = measure(self.runner, watch, entries)
+        repeats = SHORT if warm.seconds < SHORT_S else 1
+        passes = [measure(self.runner, watch, entries) for _ in range(repeats)]
+        watch.steer = None
+        return passes
+
+    def switch_seconds(self) -> float:
+        """What one suspension and its resumption cost: a prefill that is suspended before the attention of each layer
+        for a decode pass of another sequence, against both for themselves. The least of several runs each."""
+        self.cut = Cut(1 << 30, 1)
+        new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
+        long, short = self.sequences(Cell(1, new, 0))[0], self.sequences(Cell(1, 1, new))[0]
+        short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]
+        stops = 0
+
+        def interleaved() -> None:
+            nonlocal stops
+            stops = 0
+            running = self.runner.begin([long])
+            while (point := running.advance()) is not None:
+                if point.stage == "attention":
+                    stops += 1
+                    self._once(short)
+            long[0].computed = 0
+
+        def alone() -> None:
+            self._once(long)
+
+        def other() -> None:
+            self._once(short)
+
+        both, one, two = (min(self._seconds(what) for _ in range(4 * SHORT)) for what in (interleaved, alone, other))
+        return max(0.0, (both - one - stops * two) / stops)
+
+    def _once(self, entry: tuple[SequenceState, int]) -> None:
+        before = entry[0].computed
+        run_to_end(self.runner.begin([entry]))
+        entry[0].computed = before
+
+    def bandwidth(self) -> float:
+        """Bytes per second at which the KV of a sequence moves between the device and host memory."""
+        tokens = min(1024, self.runner.cache.n_blocks * BLOCK)
+        blocks = list(range(-(-tokens // BLOCK)))
+        rates = []
+        for _ in range(SHORT + 1):
+            moved = 0
+
+            def there_and_back() -> None:
+                nonlocal moved
+                host = self.runner.cache.offload(blocks, tokens)
+                self.runner.cache.restore(host, blocks)
+                moved = 2 * host.nbytes
+
+            seconds = self._seconds(there_and_back)
+            rates.append(moved / seconds)
+        return statistics.median(rates[1:])
+
+    def _seconds(self, what: Callable[[], None]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        what()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)
+
+
+def steered(index: torch.Tensor, hot: int) -> torch.Tensor:
+    """Top-k indices like `index` `[T, k]` that send all tokens to the first `hot` experts in turn."""
+    rows, k = index.shape
+    flat = torch.arange(rows * k, device=index.device, dtype=index.dtype)
+    return (flat % hot).view(rows, k)

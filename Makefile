@@ -1,14 +1,18 @@
-# `make demo`: simulate the paper's set-up on this machine. `make test`: install what the tests need and run them.
+# `make demo`: simulate the paper's set-up on this machine. `make demo-engine`: run a small MoE on the real
+# engine. `make test`: install what the tests need and run them.
 # Both create .venv; PYTHON chooses the interpreter (>= 3.11).
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-engine test test-all lint clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
+
+demo-engine: .venv/.installed-executor
+	$(BIN)/qllm run configs/demo_engine.yaml --out out/demo_engine
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
@@ -33,6 +37,11 @@ clean:
 	$(PIP) -c constraints.txt -e .
 	touch $@
 
+# With torch and transformers, for the engine.
+.venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e '.[executor]'
+	touch $@ .venv/.installed
+
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
-	touch $@ .venv/.installed
+	touch $@ .venv/.installed .venv/.installed-executor

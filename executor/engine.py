@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import secrets
 import threading
 from collections.abc import Callable, Iterable
@@ -17,14 +16,14 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from executor.batch import SequenceState
 from executor.clock import Clock, RealClock
 from executor.cuts import Cutter, StepCosts
 from executor.errors import EngineClosed, RequestError
+from executor.facts import memory_bytes, model_facts
 from executor.jobs import Job
 from executor.loop import Loop, held_bytes
 from executor.model import load_model, prepare_model
-from executor.runner import Runner, run_to_end
+from executor.runner import Runner
 from executor.sampling import Sampling
 from executor.streams import Stream, Tokenizer
 from scheduler import Limits, Policy, Request, Scheduler, make_policy
@@ -80,14 +79,14 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.clock: Clock = clock or RealClock()
-        probe = Probe.of(model)
+        facts = model_facts(model)
         given = limits or Limits()
         if limits is None or kv_memory is not None:
-            blocks = blocks_in(model, probe.token_bytes, given.block_size, kv_memory)
+            blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
             given = dataclasses.replace(given, kv_blocks=blocks)
         self.limits = given
         if cutter is None:
-            cutter = StepCosts(probe.experts, probe.top_k, max_step=max_step)
+            cutter = StepCosts(facts["experts"], facts["top_k"], max_step=max_step)
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
         self._runner = Runner(model, given.kv_blocks, given.block_size, cutter)
         self._stop_ids = stop_ids(model)
@@ -225,31 +224,11 @@ def stop_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a pass of one token tells of a model: bytes of KV of a token, experts in a layer (the most), top k."""
-
-    token_bytes: int
-    experts: int
-    top_k: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Probe:
-        runner = Runner(model, 1, 1)
-        with torch.inference_mode():
-            running = runner.begin([(SequenceState([0], [0]), 1)])
-            run_to_end(running)
-        routing = max(running.routing, key=len)
-        return cls(runner.cache.bytes_per_block(), len(routing), max(1, sum(routing)))
-
-
 def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None) -> int:
     """How many KV blocks of `block_size` tokens fit `kv_memory` bytes, or a share of what is free on the device."""
     if kv_memory is None:
-        if model.device.type == "cpu":
-            kv_memory = int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_SHARE)
-        else:
-            kv_memory = int(torch.get_device_module(model.device).mem_get_info(model.device)[0] * ACCELERATOR_SHARE)
+        share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
+        kv_memory = int(memory_bytes(model.device)[0] * share)
     blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
     if blocks < 1:
         raise ValueError(

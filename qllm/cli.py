@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qllm import cli_report, cli_simulate, cli_timings, cli_trace
+from qllm import cli_report, cli_run, cli_simulate, cli_timings, cli_trace
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Simulate and serve Mixture-of-Experts models for latency-sensitive and best-effort jobs on one GPU.",
 )
 app.command("simulate")(cli_simulate.simulate)
+app.command("run")(cli_run.run)
 app.command("report")(cli_report.report)
 app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_timings.app, name="timings")

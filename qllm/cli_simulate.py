@@ -84,15 +84,15 @@ def simulate(
         write_timeline(recorded, folder / "timeline.json")
         save_timeline(recorded, folder / "timeline.png", caption)
     if format is Format.json:
-        typer.echo(json.dumps(_records(results), indent=2))
+        typer.echo(json.dumps(records(results), indent=2))
     else:
-        _print_table(results, caption, folder)
+        print_table(results, caption, folder)
         _print_failures(results)
     if not results.failures.empty:
         raise typer.Exit(1)
 
 
-def _records(results: Results) -> list[dict[str, Any]]:
+def records(results: Results) -> list[dict[str, Any]]:
     """The summary's rows as plain data; what is undefined becomes null."""
     rows = results.summary.astype(object).where(results.summary.notna(), None)
     return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
@@ -113,7 +113,7 @@ _PRINTED = (
 _WIDTH = 110  #: columns that the table needs
 
 
-def _print_table(results: Results, caption: str, folder: Path) -> None:
+def print_table(results: Results, caption: str, folder: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -22,6 +22,7 @@ from qllm.yamlfile import ConfigError
 EXPLAINED = {
     "measured": "Simulated on step times that were measured on this device.",
     "imported": "Simulated on kernel times that others measured and published; nothing here was measured.",
+    "real": "Measured on the real engine; nothing here was simulated.",
     "modelled": "Simulated on modelled step times; nothing here was measured.",
 }
 #: Columns of the side-by-side table.

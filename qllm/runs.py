@@ -14,6 +14,8 @@ from qllm.policies import blame
 from qllm.yamlfile import ConfigError
 from sim import SimResult, Status
 from sim import simulate as run_simulation
+from traces.requests import RequestTrace
+from traces.results import RunResult
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ def run_one(run: Run, timeline: bool = False) -> SimResult:
 
 
 def outcome(run: Run) -> pd.DataFrame:
-    """Simulate `run`: a row per request, without what only this sweep calls it (see `rows`). Classes and statuses are
-    numbers, which every table format gives back as they were."""
-    config = run.config
-    trace = request_trace(config, run.seed)
-    result = run_one(run)
-    n = len(trace)
+    """Simulate `run`: a row per request, without what only this sweep calls it (see `rows`)."""
+    trace = request_trace(run.config, run.seed)
+    return request_table(run, trace, run_one(run), isolated(run.config, trace.prompt_tokens))
+
+
+def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
+    """A row per request of `trace`; `isolated_ttft`: seconds, float64[n]. Classes and statuses are numbers, which
+    every table format gives back as they were."""
+    config, n = run.config, len(trace)
     rate = config.rate if config.rate is not None else trace.rate
     names = list(config.classes)
     return pd.DataFrame(
@@ -97,7 +102,7 @@ def outcome(run: Run) -> pd.DataFrame:
             "suspended_s": result.suspended,
             "preemptions": np.asarray(result.preemptions, dtype=np.int64),
             "evictions": np.asarray(result.evictions, dtype=np.int64),
-            "isolated_ttft_s": isolated(config, trace.prompt_tokens),
+            "isolated_ttft_s": isolated_ttft,
             "status": np.asarray(result.status, dtype=np.int8),
             "reason": [result.reasons.get(i, "") for i in range(n)],
         }

@@ -34,12 +34,12 @@ def record(shown: list[Run]) -> list[tuple[Run, SimResult]]:
     return recorded
 
 
-def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path) -> int:
-    """Write what `record` gave to `path`. Returns the number of events."""
+def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path, time: str = "simulated") -> int:
+    """Write what `record` gave to `path`; `time`: simulated or measured. Returns the number of events."""
     events = []
     for process, (run, result) in enumerate(recorded, start=1):
         events += trace_events(result.slices or [], run.config, process, str(run))
-    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": "simulated"}}
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": time}}
     Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     return len(events)
 

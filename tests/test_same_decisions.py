@@ -94,7 +94,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
 def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, name, settings):
     limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
-    real, simulated = both(model, workload(1), make_policy(name, **settings), limits, step_model())
+    real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
     assert (real.status == Status.FINISHED).sum() == 39
     if make_policy(name).granularity != "iteration":

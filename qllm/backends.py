@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import joblib
 
+from qllm.errors import SweepError
 from qllm.yamlfile import ConfigError, suggestion
 
 Backend = Literal["local", "ray", "dask"]
@@ -21,9 +23,12 @@ def parallel(backend: str, jobs: int) -> Iterator[joblib.Parallel]:
 
     local  processes of this machine
     ray    the cluster that RAY_ADDRESS names, else one of `jobs` processes on this machine
-    dask   the scheduler that DASK_SCHEDULER_ADDRESS names, else one with `jobs` processes on this machine
+    dask   the scheduler that DASK_SCHEDULER_ADDRESS names (all of its workers), else one with `jobs` processes on this
+           machine; what a lost worker had to do goes to the others
 
-    Raises ConfigError for an unknown backend, and for one whose package is not installed.
+    Machines of a cluster must see the configuration's files under the same paths. Raises ConfigError for an unknown
+    backend, and for one whose package is not installed; SweepError where the cluster cannot be reached, or a worker
+    is lost for good.
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"--backend {backend}: {suggestion(backend, list(get_args(Backend)))}")
@@ -34,7 +39,10 @@ def parallel(backend: str, jobs: int) -> Iterator[joblib.Parallel]:
         with _dask(jobs), joblib.parallel_config("dask"):
             yield joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     else:
-        yield joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+        try:
+            yield joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+        except BrokenProcessPool:
+            raise _lost(backend) from None
 
 
 @contextmanager
@@ -49,9 +57,14 @@ def _ray(jobs: int) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs, "include_dashboard": False}
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **here)
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **here)
+        except (OSError, RuntimeError) as error:
+            raise SweepError(f"--backend ray: no cluster at {os.environ.get('RAY_ADDRESS', 'home')}: {error}") from None
     try:
         yield
+    except ray.exceptions.RayError:
+        raise _lost("ray") from None
     finally:
         if started:
             ray.shutdown()
@@ -64,12 +77,17 @@ def _dask(jobs: int) -> Iterator[None]:
         from distributed import Client
     except ImportError:
         raise _missing("dask", "dask[distributed]") from None
-    if dask.config.get("scheduler-address", None):
-        client = Client()
-    else:
-        client = Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    address = dask.config.get("scheduler-address", None)
+    try:
+        client = Client() if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    except OSError as error:
+        raise SweepError(f"--backend dask: no scheduler at {address or 'home'}: {error}") from None
     with client:
         yield
+
+
+def _lost(backend: str) -> SweepError:
+    return SweepError(f"--backend {backend}: a worker died, perhaps for lack of memory; allowed: fewer --jobs")
 
 
 def _missing(backend: str, package: str) -> ConfigError:

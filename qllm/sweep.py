@@ -7,7 +7,6 @@ import platform
 import traceback
 import warnings
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qllm.backends import parallel
 from qllm.build import load_timings
 from qllm.config import Config, load_config
-from qllm.errors import EXPECTED, SweepError
+from qllm.errors import EXPECTED
 from qllm.points import Finished, finish, keys, read, write
 from qllm.results import Results, make_folder
 from qllm.runs import Run, plain, rows, runs
@@ -98,17 +97,12 @@ def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int,
     if not todo:
         return
     files = {number: file for number, _, file in todo}
-    kept = "; what is finished is kept" if todo[0][2] else ""
-    try:
-        with parallel(backend, min(jobs, len(todo))) as run_all:
-            for number, result in run_all(joblib.delayed(attempt)(*task) for task in todo):
-                file = files[number]
-                if file is not None and isinstance(result, Finished) and not file.exists():
-                    write(result, file)  # the worker's machine does not see the folder
-                yield number, result
-    except BrokenProcessPool:
-        message = f"a worker process died, perhaps for lack of memory; allowed: fewer than {jobs} --jobs{kept}"
-        raise SweepError(message) from None
+    with parallel(backend, min(jobs, len(todo))) as run_all:
+        for number, result in run_all(joblib.delayed(attempt)(*task) for task in todo):
+            file = files[number]
+            if file is not None and isinstance(result, Finished) and not file.exists():
+                write(result, file)  # the worker's machine does not see the folder
+            yield number, result
 
 
 def _results(config: Config, done: list[tuple[Run, Finished | Failure]]) -> Results:

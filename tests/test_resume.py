@@ -188,3 +188,13 @@ def test_the_same_bytes_from_a_cluster(backend: str, package: str, tmp_path: Pat
     assert len(list((tmp_path / "other" / "points").glob("*.parquet"))) == RUNS
     assert (tmp_path / "one" / REQUESTS).read_bytes() == (tmp_path / "other" / REQUESTS).read_bytes()
     assert one.stdout.replace("/one", "") == other.stdout.replace("/other", "")
+
+
+def test_a_worker_that_dies_ends_the_sweep_with_one_line(tmp_path: Path) -> None:
+    dies = FAILS_AT_50.replace('raise ValueError("too fast")', "__import__('os')._exit(1)")
+    (tmp_path / "mine.py").write_text(dies)
+    config = write_config(tmp_path, CONFIG.replace("- {name: qllm, fill_tokens: 0}", "- {file: mine.py}"))
+    done = qllm("simulate", config, "--out", tmp_path / "out", "--jobs", 2, "--set", "sweep.rate=[5, 5000]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --backend local: a worker died")
+    assert done.stderr.count("\n") == 1

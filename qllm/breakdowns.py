@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from qllm.figures import finish_axes, lines_of, most_urgent, new_axes, x_axis
 from qllm.metrics import per_request
@@ -43,6 +44,9 @@ def plot_cdf(
         ax.step(ordered, share, where="post", label=label, color=style["color"], linewidth=1.5)
     finish_axes(ax, x)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(0, 1.01)
     ax.set_xlabel(f"{cls} {PER_REQUEST[column]}, {_titled(x, value)}")
     ax.set_ylabel("share of requests sent")

@@ -166,10 +166,15 @@ def new_axes() -> Axes:
 
 
 def add_caption(figure: Figure, caption: str | Results) -> None:
-    """Write `caption` below the panels of `figure`; of results, where their step times come from."""
-    text = caption if isinstance(caption, str) else f"Simulated. Timings: {caption.config.provenance['timings']}"
+    """Write `caption` below the panels of `figure`; of results, whether they are simulated, and on what."""
+    text = caption if isinstance(caption, str) else _origin(caption.config.provenance["timings"])
     lines = textwrap.fill(text, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
     figure.supxlabel(lines, fontsize=7, color="0.35")
+
+
+def _origin(timings: str) -> str:
+    """What a figure of results says: `timings` is the provenance of the step times, or names the real engine."""
+    return f"Measured. {timings}" if timings.startswith("engine: real") else f"Simulated. Timings: {timings}"
 
 
 def _write(figure: Figure, stem: Path, results: Results, caption: str) -> list[Path]:

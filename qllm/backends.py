@@ -24,7 +24,8 @@ def parallel(backend: str, jobs: int) -> Iterator[joblib.Parallel]:
     local  processes of this machine
     ray    the cluster that RAY_ADDRESS names, else one of `jobs` processes on this machine
     dask   the scheduler that DASK_SCHEDULER_ADDRESS names (all of its workers), else one with `jobs` processes on this
-           machine; what a lost worker had to do goes to the others
+           machine. What a lost worker had to do goes to the others; a simulation that kills each of them is waited
+           for without end, since joblib 1.6 is not told of it: interrupt, and the rest is kept
 
     Machines of a cluster must see the configuration's files under the same paths. Raises ConfigError for an unknown
     backend, and for one whose package is not installed; SweepError where the cluster cannot be reached, or a worker

@@ -94,6 +94,14 @@ class Timings(TimingHeader):
         """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
         return self._attention_decode(batch, context)
 
+    def check_matches(self, **used: Any) -> None:
+        """TimingError unless the header says what the trace is used with: any of device, model, dtype, layers, hidden,
+        experts, top_k. The message names each key that differs."""
+        differing = [(key, getattr(self, key), value) for key, value in used.items() if getattr(self, key) != value]
+        if differing:
+            told = "; ".join(f"{key} is {mine!r}, used with {value!r}" for key, mine, value in differing)
+            raise TimingError(f"timings {self.name!r} are of another model or device: {told}")
+
     def expert_table(self, limit: int) -> np.ndarray:
         """f(m) for m = 0..limit as float64[limit + 1], for callers that index it themselves."""
         return self._expert.table(limit)

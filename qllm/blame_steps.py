@@ -1,0 +1,123 @@
+"""Where a simulation and the real engine part: kinds of passes, the time between them, and kinds of steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from executor.batch import SequenceState
+from executor.cuts import Cut
+from executor.measure import Stopwatch, measure, timed
+from executor.runner import Runner
+from qllm.validate import Call, Compared
+from traces.steps import StepModel
+
+SAMPLED = 24  # passes measured again, step kind by step kind
+REPEATS = 3
+BLOCK = 16
+PARTS = {
+    "lead": "lead and dense_pre",
+    "pre": "lead and dense_pre",
+    "attention": "attention",
+    "post": "dense_post",
+    "experts": "experts",
+    "tail": "head",
+    "sample": "head",
+}
+
+
+def by_pass(runs: list[Compared]) -> pd.DataFrame:
+    """Seconds of the real runs by kind of pass (prefill, decode, mixed) and of the host between passes: measured in
+    the run, and predicted for the same passes with the same routing. Columns count, measured_s, predicted_s, error_s;
+    largest contributions first."""
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+
+    def add(kind: str, measured: float, predicted: float) -> None:
+        row = rows[kind]
+        row[0], row[1], row[2] = row[0] + 1, row[1] + measured, row[2] + predicted
+
+    for run in runs:
+        slices = run.real.slices or []
+        measured: dict[int, float] = defaultdict(float)
+        for s in slices:
+            measured[s.pass_id] += s.end - s.start
+        for (_, seconds), call, counts in zip(sorted(measured.items()), run.calls, run.real.routing or [], strict=True):
+            kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
+            add(f"{kind} passes", seconds, run.steps.total(call.shape, experts_seconds(run.steps, counts)))
+        for before, after in pairwise(slices):
+            waiting = (run.real.arrival <= before.end) & (run.real.finish > before.end + 1e-9)
+            if waiting.any():
+                switched = run.steps.suspend_s * before.suspended + run.steps.resume_s * (after.first > 0)
+                kind = "suspending and resuming" if before.suspended or after.first > 0 else "between passes"
+                add(kind, after.start - before.end, switched)
+    return _table(rows)
+
+
+def by_step(runs: list[Compared], model: PreTrainedModel, kv_blocks: int) -> pd.DataFrame:
+    """The same by kind of step: a sample of the real runs' passes measured once more, part by part, against the step
+    model. Columns as in `by_pass`."""
+    calls = [(run.steps, call) for run in runs for call in run.calls]
+    chosen = [calls[int(at)] for at in np.linspace(0, len(calls) - 1, min(SAMPLED, len(calls)))]
+    rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    runner = Runner(model, kv_blocks, BLOCK)
+    with torch.inference_mode(), timed(model) as watch:
+        for steps, call in chosen:
+            measured, counts = _again(runner, watch, call)
+            for kind, seconds in _predicted(steps, call, counts).items():
+                row = rows[kind]
+                row[0], row[1], row[2] = row[0] + 1, row[1] + measured.get(kind, 0.0), row[2] + seconds
+    return _table(rows)
+
+
+def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
+    """Predicted seconds of all experts for int[MoE layers, experts] tokens."""
+    return float(steps.experts(np.asarray(counts)).sum()) * steps.layers / len(counts)
+
+
+def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, float], np.ndarray]:
+    """(seconds by kind of step, medians; tokens per expert) of a pass like `call`: random tokens, decoding sequences
+    all of the mean length."""
+    sizes = [*call.chunks, *[(1, call.decode_context // max(call.n_decode, 1))] * call.n_decode]
+    vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rng, first = np.random.default_rng(0), 0
+    entries = []
+    for new, cached in sizes:
+        blocks = -(-(new + cached) // BLOCK)
+        tokens = rng.integers(vocabulary, size=new + cached).tolist()
+        entries.append((SequenceState(tokens, [*range(first, first + blocks)], cached), new))
+        first += blocks
+    runner.cutter = lambda _: Cut(call.shape.group, call.shape.pieces)
+    passes = [measure(runner, watch, entries) for _ in range(REPEATS + 1)][1:]
+    names = [name for name, _ in passes[0].parts]
+    medians = np.median([[seconds for _, seconds in p.parts] for p in passes], axis=0)
+    found: dict[str, float] = defaultdict(float)
+    for name, seconds in zip(names, medians.tolist(), strict=True):
+        found[PARTS[name]] += seconds
+    return found, np.array(passes[0].routing)
+
+
+def _predicted(steps: StepModel, call: Call, counts: np.ndarray) -> dict[str, float]:
+    shape, layers = call.shape, steps.layers
+    cuts = layers * (shape.base + shape.per_group * (shape.groups - 1))
+    return {
+        "lead and dense_pre": shape.lead + layers * shape.pre,
+        "attention": layers * shape.attention * shape.pieces,
+        "dense_post": layers * shape.post,
+        "experts": cuts + experts_seconds(steps, counts),
+        "head": shape.head,
+    }
+
+
+def _table(rows: dict[str, list[float]]) -> pd.DataFrame:
+    table = pd.DataFrame(
+        [(kind, int(count), measured, predicted) for kind, (count, measured, predicted) in rows.items()],
+        columns=["kind", "count", "measured_s", "predicted_s"],
+    )
+    table["error_s"] = table["predicted_s"] - table["measured_s"]
+    table["share"] = table["error_s"] / max(table["measured_s"].sum(), 1e-12)  # of all measured time
+    return table.sort_values("error_s", key=abs, ascending=False, ignore_index=True)

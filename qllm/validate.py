@@ -1,0 +1,185 @@
+"""The same requests on the real engine and in the simulator, and how far they are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel
+
+from executor.clock import RealClock
+from executor.engine import Engine, blocks_in
+from executor.replays import replay
+from qllm.build import load_timings, request_trace, scheduler_limits
+from qllm.config import Config
+from qllm.metrics import per_request
+from qllm.runs import Run
+from scheduler import Limits
+from sim import simulate
+from traces.requests import RequestTrace
+from traces.results import RunResult
+from traces.steps import Shape, StepModel
+
+METRICS = ("ttft_s", "tpot_s", "turnaround_s")
+STATISTICS = ("mean", "p50", "p95", "p99")
+WARM_UP = 8  # requests replayed first and not counted: kernels are chosen and compiled at their first sizes
+REAL, SIMULATED = "real", "simulated"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One real pass as the step model was asked for it: chunks (new tokens, cached before), decoding sequences, their
+    cached tokens in all, sequences that get a token; and what the model said."""
+
+    chunks: tuple[tuple[int, int], ...]
+    n_decode: int
+    decode_context: int
+    rows: int
+    shape: Shape
+
+
+class Asked(StepModel):
+    """A step model that remembers the passes it was asked to cut."""
+
+    calls: list[Call]
+
+    def shape(
+        self,
+        prefill: Sequence[tuple[Any, int, int]],
+        n_decode: int,
+        decode_context: int,
+        rows: int,
+        moved_tokens: int = 0,
+    ) -> Shape:
+        """As StepModel.shape."""
+        shape = super().shape(prefill, n_decode, decode_context, rows, moved_tokens)
+        chunks = tuple((new, cached) for _, new, cached in prefill)
+        self.calls.append(Call(chunks, n_decode, decode_context, rows, shape))
+        return shape
+
+
+@dataclass
+class Compared:
+    """One run in both worlds. calls: the real run's passes, in the order of `real.routing`; steps: predicts them."""
+
+    run: Run
+    trace: RequestTrace
+    real: RunResult
+    simulated: RunResult
+    steps: StepModel
+    calls: list[Call] = field(repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Requests per second offered."""
+        return self.run.config.rate or self.trace.rate or float("nan")
+
+    def requests(self) -> pd.DataFrame:
+        """A row per request and world: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
+        both = []
+        for world, result in ((REAL, self.real), (SIMULATED, self.simulated)):
+            frame = pd.DataFrame(
+                {
+                    "policy": self.run.title,
+                    "rate": self.rate,
+                    "seed": self.run.seed,
+                    "world": world,
+                    "id": np.arange(len(self.trace)),
+                    "class": np.array(self.trace.classes)[self.trace.cls],
+                    "arrival_s": result.arrival,
+                    "prompt_tokens": self.trace.prompt_tokens,
+                    "output_tokens": self.trace.output_tokens,
+                    "first_launch_s": result.first_launch,
+                    "first_token_s": result.first_token,
+                    "finish_s": result.finish,
+                    "preemptions": result.preemptions,
+                    "isolated_ttft_s": np.nan,
+                }
+            )
+            both.append(per_request(frame))
+        return pd.concat(both, ignore_index=True).drop(columns=["isolated_ttft_s", "ttft_over_isolated"])
+
+
+def compare(run: Run, model: PreTrainedModel) -> Compared:
+    """Replay one run of a configuration on the real clock, then simulate it with the routing shares that were seen.
+
+    The engine cuts its passes by the same step model. Raises what `replay` and `simulate` raise.
+    """
+    config = run.config
+    policy = config.policies[run.policy]
+    timings = load_timings(config.timings)
+    trace = request_trace(config, run.seed)
+    limits = real_limits(config, model)
+    priorities = {name: job.priority for name, job in config.classes.items()}
+    asked = Asked(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    asked.calls = []
+    with Engine(model, policy=policy.build(), limits=limits, clock=RealClock(asked), seed=run.seed) as engine:
+        replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=priorities, seed=run.seed)
+        asked.calls.clear()
+        real = replay(engine, trace, priorities=priorities, seed=run.seed)
+        calls = list(asked.calls)
+    steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    simulated = simulate(
+        trace,
+        priorities=priorities,
+        policy=policy.build(),
+        limits=limits,
+        steps=steps,
+        popularity=seen_popularity(real, steps.layers),
+        seed=run.seed,
+        timeline=True,
+    )
+    return Compared(run, trace, real, simulated, steps, calls)
+
+
+def real_limits(config: Config, model: PreTrainedModel) -> Limits:
+    """The configuration's limits; KV blocks, where it gives none, from the memory that is free on this machine."""
+    timings = load_timings(config.timings)
+    if config.limits.kv_blocks is None:
+        blocks = blocks_in(model, timings.kv_bytes_per_token, config.limits.block_size, None)
+        config = config.model_copy(update={"limits": config.limits.model_copy(update={"kv_blocks": blocks})})
+    return scheduler_limits(config, timings)
+
+
+def seen_popularity(real: RunResult, layers: int) -> np.ndarray:
+    """Share of each layer's assignments per expert over all passes of a real run, float64[layers, experts]; layers
+    without experts, which a step model does not know of, repeat the last one's."""
+    counts = np.sum(real.routing or [], axis=0).astype(float)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    return np.concatenate([shares, np.repeat(shares[-1:], layers - len(shares), axis=0)])
+
+
+def errors(requests: pd.DataFrame) -> pd.DataFrame:
+    """Simulated against real, pooled over seeds: a row per policy, rate, class ("all" too), metric and statistic with
+    real, simulated and error (simulated / real - 1; for preemptions the difference). Throughput is requests per second
+    from the first arrival to the last token."""
+    rows = []
+    pooled = pd.concat([requests, requests.assign(**{"class": "all"})])
+    for (policy, rate, cls), group in pooled.groupby(["policy", "rate", "class"], sort=False):
+        worlds = dict(iter(group.groupby("world")))
+        found: dict[tuple[str, str], list[float]] = {}
+        for world in (REAL, SIMULATED):
+            frame = worlds[world]
+            for metric in METRICS:
+                values = frame[metric].dropna().to_numpy()
+                for name in STATISTICS:
+                    found.setdefault((metric, name), []).append(statistic(values, name))
+            spans = frame.groupby("seed").agg(first=("arrival_s", "min"), last=("finish_s", "max"))
+            rate_done = frame["finish_s"].notna().sum() / (spans["last"] - spans["first"]).sum()
+            found.setdefault(("throughput_rps", "mean"), []).append(float(rate_done))
+            found.setdefault(("preemptions", "sum"), []).append(float(frame["preemptions"].sum()))
+        for (metric, statistic_name), (real, simulated) in found.items():
+            error = simulated - real if metric == "preemptions" else simulated / real - 1
+            rows.append([policy, rate, cls, metric, statistic_name, real, simulated, error])
+    columns = ["policy", "rate", "class", "metric", "statistic", REAL, SIMULATED, "error"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def statistic(values: np.ndarray, name: str) -> float:
+    """The mean, or a percentile such as "p99"; nan of nothing."""
+    if not len(values):
+        return float("nan")
+    return float(values.mean() if name == "mean" else np.quantile(values, int(name[1:]) / 100))

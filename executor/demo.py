@@ -12,7 +12,7 @@ def demo_model(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
     """The model that `DEMO` describes: 29 M parameters, vocabulary 4,000, up to 16,384 positions."""
-    config = Qwen3MoeConfig(
+    config = Qwen3MoeConfig(  # type: ignore[call-arg]
         vocab_size=4000,
         hidden_size=256,
         intermediate_size=256,

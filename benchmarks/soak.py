@@ -1,0 +1,149 @@
+"""Soak test of the engine: random arrivals, cancellations and injected exceptions, for as long as wanted.
+
+    python benchmarks/soak.py [--minutes 10] [--seed 0] [--policy qllm] [--evict offload]
+
+A tiny random MoE on the CPU, memory kept short. At the end every request must have been answered, no KV block may be
+missing and the process's memory must not have grown; exit code 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from executor.clock import Course, RealClock, RealCourse
+from executor.engine import Engine
+from executor.errors import RequestFailed
+from executor.families import tiny_model
+from executor.model import prepare_model
+from executor.passes import RunningPass
+from scheduler import Limits, Pass
+from traces.steps import Shape
+
+BLOCKS = 40
+GROWTH_MB = 64  # allowed between a fifth of the way and the end: allocators and thread pools fill up late
+
+
+class Injected(RuntimeError):
+    """The exception that is thrown into passes."""
+
+
+class FaultyCourse(RealCourse):
+    """Throws an exception into the pass at one point in `every`."""
+
+    def __init__(self, running: RunningPass, granularity: str, rng: random.Random, every: int):
+        super().__init__(running, granularity)
+        self._rng, self._every = rng, every
+
+    def advance(self) -> bool:
+        more = super().advance()
+        if more and self._rng.randrange(self._every) == 0:
+            self.running.fail(Injected("injected"))
+        return more
+
+
+class FaultyClock(RealClock):
+    def __init__(self, rng: random.Random, every: int):
+        super().__init__()
+        self._rng, self._every = rng, every
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        return FaultyCourse(running, granularity, self._rng, self._every)
+
+
+def memory_mb() -> float:
+    """Resident memory of this process."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def soak(seconds: float, seed: int = 0, policy: str = "qllm", evict: str = "offload", clients: int = 6) -> dict:
+    """Run it; returns counts of endings, "unanswered", "leaked_blocks", and resident memory early and late in MB."""
+    rng = random.Random(seed)
+    limits = Limits(max_seqs=6, max_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
+    endings: Counter[str] = Counter()
+    lock = threading.Lock()
+    sent = 0
+    until = time.monotonic() + seconds
+    early = 0.0
+    model = prepare_model(tiny_model("qwen3_moe"))
+    with Engine(model, policy=policy, limits=limits, clock=FaultyClock(rng, 4000), seed=seed) as engine:
+
+        def client(own: random.Random) -> None:
+            nonlocal sent
+            while time.monotonic() < until:
+                prompt = [own.randrange(3, 96) for _ in range(own.randrange(1, 60))]
+                with lock:
+                    sent += 1
+                new = own.randrange(1, 24)
+                stream = engine.submit(
+                    prompt, max_new_tokens=new, priority=own.randrange(3), temperature=own.choice((0, 1)), stop=()
+                )
+                give_up = own.randrange(new) if own.random() < 0.25 else None
+                if give_up == 0:
+                    time.sleep(own.random() * 0.02)
+                    stream.cancel()
+                try:
+                    for _ in stream:
+                        if len(stream.tokens) == give_up:
+                            stream.cancel()
+                except RequestFailed as error:
+                    if not isinstance(error.__cause__, Injected):
+                        raise
+                with lock:
+                    endings[stream.finish_reason or "unanswered"] += 1
+                time.sleep(own.expovariate(100))
+
+        threads = [threading.Thread(target=client, args=(random.Random(seed + i),)) for i in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(max(0.0, until - time.monotonic() - 0.8 * seconds))
+        early = memory_mb()
+        for thread in threads:
+            thread.join()
+        stats = engine.stats()
+        held = engine.call(lambda loop: loop.memory.held)
+        late = memory_mb()
+    return {
+        **endings,
+        "sent": sent,
+        "unanswered": sent - sum(endings.values()),
+        "leaked_blocks": max(held, BLOCKS - stats.free_blocks),
+        "passes": stats.passes,
+        "early_mb": round(early, 1),
+        "late_mb": round(late, 1),
+    }
+
+
+def flaws(found: dict) -> list[str]:
+    """What is wrong with the outcome of `soak`, [] if nothing is."""
+    out = [f"{found[key]} {key}" for key in ("unanswered", "leaked_blocks") if found[key]]
+    grown = found["late_mb"] - found["early_mb"]
+    return out + ([f"memory grew by {grown:.0f} MB"] if grown > GROWTH_MB else [])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", default="qllm")
+    parser.add_argument("--evict", choices=("recompute", "offload"), default="offload")
+    args = parser.parse_args()
+    found = soak(args.minutes * 60, args.seed, args.policy, args.evict)
+    print(json.dumps(found))
+    wrong = flaws(found)
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

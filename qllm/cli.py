@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qllm import cli_report, cli_run, cli_simulate, cli_timings, cli_trace
+from qllm import cli_calibrate, cli_report, cli_run, cli_simulate, cli_timings, cli_trace, cli_validate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("simulate")(cli_simulate.simulate)
 app.command("run")(cli_run.run)
 app.command("report")(cli_report.report)
+app.command("calibrate")(cli_calibrate.calibrate)
+app.command("validate")(cli_validate.validate)
 app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_timings.app, name="timings")
 

@@ -146,10 +146,10 @@ def engine(requests: int) -> None:
     print("| policy | requests | passes | suspensions | KV evictions | schedules |\n|---|---|---|---|---|---|")
     timings = affine_timings(layers=3, experts=8, top_k=2, host_s=1e-4, suspend_s=1e-5, resume_s=7e-6)
     steps = StepModel(timings, max_step=1e-4)
-    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=24, block_size=4)
+    limits = Limits(max_seqs=6, max_tokens=64, kv_blocks=40, block_size=4)
     model = prepare_model(tiny_model("qwen3_moe", num_hidden_layers=3))
     rng = np.random.default_rng(8)
-    gaps = rng.exponential(0.002, requests) * rng.integers(0, 2, requests)
+    gaps = rng.exponential(0.01, requests) * rng.integers(0, 2, requests)
     lengths = rng.integers(1, 60, requests), rng.integers(1, 12, requests)
     trace = RequestTrace(np.cumsum(gaps), *lengths, rng.integers(0, 2, requests), ("ls", "be"))
     for name in POLICIES:

@@ -44,9 +44,9 @@ class Bench:
         return self.cut
 
     def sequences(self, cell: Cell) -> list[tuple[SequenceState, int]]:
-        """Random tokens, the same in each visit. What is cached before them is whatever the KV cache holds, which
+        """Random tokens, the same in each visit and for each cut. What is cached before them is whatever the KV cache holds, which
         takes as long to attend to."""
-        rng = random.Random(cell.key)
+        rng = random.Random(str(cell[:3]))
         length = cell.new + cell.context
         blocks = -(-length // BLOCK)
         return [

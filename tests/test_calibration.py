@@ -1,0 +1,205 @@
+"""Calibration of a tiny model: the passes are real, the clock may be a counter."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from executor import measure as measuring
+from executor.bench import Bench
+from executor.calibrate import CalibrationWarning, Extent, calibrate
+from executor.facts import device_name, model_facts
+from executor.families import tiny_config, tiny_model
+from executor.grids import ALL, Cell, cells
+from executor.measure import timed
+from executor.measured import CalibrationError
+from executor.model import prepare_model
+from executor.routing_record import count_routing, write_popularity
+from executor.subject import Subject, load_subject, with_layers
+from traces.popularity import load_popularity
+from traces.steps import StepModel
+from traces.timing import TimingError, Timings
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.CalibrationWarning")
+EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    torch.set_num_threads(1)
+    return Subject("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)), 2, 1000, "random")
+
+
+@pytest.fixture(scope="module")
+def trace(subject, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("calibrated") / "tiny.csv"
+    calibrate(subject, path, EXTENT)
+    return path
+
+
+@pytest.fixture
+def counting(monkeypatch) -> None:
+    """Every reading of the clock inside a pass comes one millisecond after the last."""
+    readings = iter(range(1_000_000_000))
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(readings) * 1e-3))
+
+
+def test_the_written_trace_covers_the_extent_and_loads(subject, trace):
+    loaded = Timings.load(trace)
+    assert loaded.source == "measured"
+    assert (loaded.layers, loaded.experts, loaded.top_k, loaded.hidden) == (2, 8, 2, 64)
+    assert loaded.device == device_name(subject.model.device)
+    assert loaded.range("dense_pre") == (1, 16)
+    assert loaded.range("attention_prefill") == ((1, 0), (16, 32))
+    assert loaded.range("attention_decode") == ((1, 0), (3, 32))
+    assert loaded.range("expert")[1] >= 16
+    assert loaded.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, width, float32
+    assert loaded.repeats >= 2
+    assert all(point.spread_s is not None for point in loaded.points if point.step == "dense_pre")
+    assert loaded.host_bandwidth > 0
+    assert not list(trace.parent.glob("*.measured"))
+
+
+@pytest.mark.usefixtures("counting")
+def test_the_steps_sum_to_the_whole_pass(subject, tmp_path):
+    """With a clock that counts readings, a pass of L layers takes 4 L + 2 intervals, whatever its size."""
+    steps = StepModel(calibrate(subject, tmp_path / "tiny.csv", EXTENT))
+    for prefill, batch, context in (([(None, 16, 0)], 0, 0), ([(None, 8, 32)], 0, 0), ([], 3, 30)):
+        tokens = sum(new for _, new, _ in prefill) + batch
+        shape = steps.shape(prefill, batch, context, batch or 1)
+        counts = np.full((2, 8), math.ceil(tokens * 2 / 8))
+        total = steps.total(shape, float(steps.experts(counts).sum()))
+        assert total == pytest.approx((4 * 2 + 2) * 1e-3, rel=0.02)
+
+
+def test_an_interrupted_calibration_goes_on(subject, tmp_path, monkeypatch):
+    out = tmp_path / "tiny.csv"
+
+    def stop(done: int, planned: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(subject, out, EXTENT, stop)
+    kept = out.with_name("tiny.csv.measured")
+    first = [json.loads(line)["cell"] for line in kept.read_text().splitlines()[1:]]
+    assert len(first) == 10
+    kept.write_text(kept.read_text() + '{"cell": "1,2,0')  # the power failed in the middle of a line
+    visited: list[str] = []
+    visit = Bench.visit
+    monkeypatch.setattr(Bench, "visit", lambda self, cell, watch: visited.append(cell.key) or visit(self, cell, watch))
+    calibrate(subject, out, EXTENT)
+    assert out.exists()
+    assert not kept.exists()
+    grid = [cell.key for cell in cells(**vars(EXTENT), kv_tokens=10**9, experts=8, top_k=2)]
+    assert visited[: len(grid) - 10] == grid[10:]  # the first round is not begun anew
+
+
+def test_measurements_of_something_else_are_not_gone_on_with(subject, tmp_path):
+    out = tmp_path / "tiny.csv"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(subject, out, EXTENT, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(
+        CalibrationError, match=r"tiny.csv.measured: holds measurements with max_batch = 3, asked for 4"
+    ):
+        calibrate(subject, out, Extent(16, 32, 4))
+
+
+def test_an_extent_beyond_the_model_is_refused(subject, tmp_path):
+    with pytest.raises(CalibrationError, match=r"--max-tokens 256 over --max-context 32 .* 256 positions"):
+        calibrate(subject, tmp_path / "tiny.csv", Extent(256, 32, 3))
+    with pytest.raises(CalibrationError, match="--max-batch is 1, must be at least 2"):
+        Extent(16, 32, 1)
+
+
+@pytest.mark.usefixtures("counting")
+def test_parts_cuts_and_steering_of_a_pass(subject):
+    bench = Bench(subject.model, 64, 3)
+    with torch.inference_mode(), timed(subject.model) as watch:
+        whole = bench.visit(Cell(1, 16, 0), watch)[0]
+        single = bench.visit(Cell(1, 16, 0, 1), watch)[0]
+        hot = bench.visit(Cell(1, 16, 0, ALL, 2), watch)[0]
+    layer = ["attention", "post", "experts", "pre"]
+    assert [name for name, _ in whole.parts] == ["lead", *layer, *layer[:3], "tail", "sample"]
+    assert whole.groups == (1, 1)
+    assert single.groups == tuple(sum(count > 0 for count in rows) for rows in single.routing)
+    assert single.routing == whole.routing
+    assert hot.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
+    assert subject.model.config._attn_implementation == "qllm"  # as before
+
+
+def test_the_grid_leaves_out_what_does_not_fit():
+    grid = cells(max_tokens=16, max_context=128, max_batch=8, kv_tokens=300, experts=8, top_k=2)
+    assert Cell(2, 1, 128) in grid
+    assert Cell(4, 1, 128) not in grid
+    assert max(cell.kv_tokens for cell in grid) <= 300
+
+
+def test_corners_that_did_not_fit_are_modelled(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("executor.calibrate.memory_bytes", lambda _: (1, 10**9))
+    timings = calibrate(subject, tmp_path / "tiny.csv", EXTENT)
+    corner = [p for p in timings.points if p[:3] == ("attention_decode", 3, 32)]
+    assert [point.source for point in corner] == ["modelled"]
+
+
+def test_a_folder_with_a_configuration_alone_gets_random_weights(tmp_path):
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    found = load_subject(str(tmp_path))
+    assert found.weights.startswith("random")
+    assert found.layers == 4
+    assert found.weights_bytes == 4 * found.model.num_parameters()
+
+
+def test_a_model_that_does_not_fit_is_measured_by_a_few_layers(tmp_path, monkeypatch):
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    monkeypatch.setattr("executor.subject.memory_bytes", lambda _: (1, 10**9))
+    found = load_subject(str(tmp_path))
+    assert model_facts(found.model)["layers"] == 2
+    assert found.layers == 4
+    monkeypatch.undo()
+    timings = calibrate(found, tmp_path / "t.csv", EXTENT)
+    assert timings.layers == 4
+    assert timings.kv_bytes_per_token == 2 * model_facts(found.model)["kv_bytes_per_token"]
+    assert "2 layers with random weights" in timings.modelled["layers"]
+
+
+def test_leading_dense_layers_are_left_out_of_a_few_layers():
+    short = with_layers(tiny_config("deepseek_v3"), 2)
+    assert (short.num_hidden_layers, short.first_k_dense_replace) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "abacus"}, "--device abacus"),
+        ({"dtype": "int3"}, "--dtype int3: allowed: auto, float32"),
+        ({"name_or_path": "/nowhere/to/be/found"}, "--model /nowhere/to/be/found"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path: Path, arguments, message):
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    given = {"name_or_path": str(tmp_path), **arguments}
+    with pytest.raises(CalibrationError, match=message):
+        load_subject(given.pop("name_or_path"), **given)
+
+
+def test_routing_of_prompts_becomes_a_popularity_table(subject, tmp_path):
+    counts, tokens = count_routing(subject, [[5, 6, 7], [], [8, 9]], 16)
+    assert tokens == 5
+    assert [int(rows.sum()) for rows in counts.values()] == [10, 10]
+    write_popularity(tmp_path / "p.csv", counts, {"source": "a test"})
+    table = load_popularity(tmp_path / "p.csv", 8, 2)
+    assert np.allclose(table, np.array([counts[0], counts[1]]) / 10, atol=1e-6)
+
+
+def test_timings_of_another_model_or_device_are_refused(subject, trace):
+    timings = Timings.load(trace)
+    timings.check_matches(device=device_name(subject.model.device), layers=2, experts=8)
+    with pytest.raises(
+        TimingError, match=r"another model or device: device is .*, used with 'A100'; layers is 2, .* 3"
+    ):
+        timings.check_matches(device="A100", layers=3, experts=8)

@@ -32,6 +32,7 @@ from scheduler import Limits
 from traces.requests import RequestTrace
 from traces.results import RunResult
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 ISOLATED_LENGTHS = 6  # prompt lengths at which the TTFT of a lone request is measured
 ISOLATED_REPEATS = 3
 ISOLATED = (
@@ -81,8 +82,8 @@ def load_target(name: str | None, device: str, dtype: str, trust_remote_code: bo
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ConfigError(f"--device {device}: not usable here: {first}; allowed: cpu, or a device of torch") from None
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"--dtype {dtype}: unknown; allowed: auto, float32, bfloat16, float16")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: unknown; allowed: {', '.join(DTYPES)}")
     if name is None:
         chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         return Target(prepare_model(demo_model(place, chosen)), DEMO)

@@ -63,13 +63,8 @@ def run(policy: str, settings: dict, steps: StepModel) -> SimResult:
 def panel(ax: Axes, result: SimResult, title: str, layers: int) -> None:
     """One schedule, the LS requests below."""
     asked = trace()
-    slices = [
-        # fcfs knows one level; here a pass over a BE prompt is drawn as such
-        piece._replace(level=1) if piece.prefills and piece.tokens >= LONG else piece
-        for piece in result.slices or []
-    ]
     requests = list(zip(asked.cls.tolist(), asked.arrival.tolist(), result.first_token.tolist(), strict=True))
-    plot_timeline(slices, NAMES, layers=layers, requests=[r for r in requests if r[0] == 0], ax=ax)
+    plot_timeline(result.slices or [], NAMES, layers=layers, requests=[r for r in requests if r[0] == 0], ax=ax)
     ax.set_title(title, fontsize=10, loc="left")
 
 

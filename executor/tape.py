@@ -36,7 +36,7 @@ class Tape:
                 start=start - self.origin,
                 end=end - self.origin,
                 pass_id=p.id - self.passes,
-                level=int(p.level),
+                level=p.priority(),
                 prefills=len(p.prefill),
                 decodes=p.n_decode,
                 tokens=p.tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,35 @@ from traces.requests import SINGLE_CLASS, RequestTrace
 from traces.steps import StepModel
 from traces.timing import Timings
 
-# Files are read once per process, not once per point of a sweep.
-load_timings = lru_cache(maxsize=4)(Timings.load)
-_load_popularity = lru_cache(maxsize=4)(load_popularity)
-_read_trace = lru_cache(maxsize=4)(read_requests)
+
+# Files are read once per process, not once per point of a sweep; a file that has changed is read again.
+def load_timings(name: str) -> Timings:
+    """The timing trace of that path or bundled name. Raises TimingError."""
+    return _read_timings(name, _stamp(name))
+
+
+@lru_cache(maxsize=4)
+def _read_timings(name: str, _: object) -> Timings:
+    return Timings.load(name)
+
+
+@lru_cache(maxsize=4)
+def _read_popularity(name: str, experts: int, layers: int, _: object) -> np.ndarray:
+    return load_popularity(name, experts, layers)
+
+
+@lru_cache(maxsize=4)
+def _read_trace(file: str, format: str | None, _: object) -> RequestTrace:
+    return read_requests(file, format)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """What changes with a file's content; None where there is no such file (a bundled name)."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
@@ -67,7 +93,7 @@ def _within(trace: RequestTrace, duration: float) -> RequestTrace:
 
 def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     """The recorded trace cut, stretched and given classes as the configuration says."""
-    trace = _read_trace(replay.file, replay.format)
+    trace = _read_trace(replay.file, replay.format, _stamp(replay.file))
     if config.duration is not None:
         trace = _within(trace, config.duration)
     if config.requests is not None:
@@ -116,18 +142,24 @@ def scheduler_limits(config: Config, timings: Timings) -> Limits:
 def popularity(config: Config) -> np.ndarray:
     """Share of the tokens that go to each expert, float64[layers, experts]. Raises PopularityError."""
     timings = load_timings(config.timings)
-    return _load_popularity(config.popularity, timings.experts, timings.layers)
+    return _read_popularity(config.popularity, timings.experts, timings.layers, _stamp(config.popularity))
 
 
 def step_model(config: Config) -> StepModel:
     """Step times of the configured model, GPU and cuts. Raises TimingError, PopularityError, ConfigError."""
-    return _step_model(config.timings, config.popularity, config.max_step, config.expert_mode)
+    return _step_model(*_device_key(config))
+
+
+def _device_key(config: Config) -> tuple[str, str, float, str | None, object]:
+    """What the step model of a configuration depends on."""
+    stamps = _stamp(config.timings), _stamp(config.popularity)
+    return config.timings, config.popularity, config.max_step, config.expert_mode, stamps
 
 
 @lru_cache(maxsize=4)
-def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None) -> StepModel:
+def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> StepModel:
     loaded = load_timings(timings)
-    shares = _load_popularity(table, loaded.experts, loaded.layers)
+    shares = _read_popularity(table, loaded.experts, loaded.layers, _stamp(table))
     try:
         return StepModel(loaded, max_step=max_step, expert_mode=expert_mode, popularity=shares)
     except ValueError as error:
@@ -136,7 +168,7 @@ def _step_model(timings: str, table: str, max_step: float, expert_mode: str | No
 
 def isolated(config: Config, prompt_tokens: np.ndarray) -> np.ndarray:
     """TTFT of each prompt alone on the idle device, seconds, float64[n]."""
-    known = _isolated_by_length(config.timings, config.popularity, config.max_step, config.expert_mode, config.limits)
+    known = _isolated_by_length(*_device_key(config), config.limits)
     new = np.array([n for n in np.unique(prompt_tokens).tolist() if n not in known], dtype=np.int64)
     if len(new):
         limits = scheduler_limits(config, load_timings(config.timings))

@@ -126,10 +126,9 @@ def save_timeline(recorded: Sequence[tuple[Run, SimResult]], path: str | Path, c
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
-        blind = len(classes) > 1 and len({piece.level for piece in slices}) == 1
         inside = [piece for piece in slices if piece.end >= start and piece.start <= end]
-        plot_timeline(inside, {} if blind else classes, layers=step_model(run.config).layers, ax=ax)
-        ax.set_title(f"{run}{' (does not tell classes apart)' if blind else ''}", fontsize=10, loc="left")
+        plot_timeline(inside, classes, layers=step_model(run.config).layers, ax=ax)
+        ax.set_title(str(run), fontsize=10, loc="left")
         ax.set_xlabel("")
     panels[-1].set_xlabel("time (s)")
     panels[-1].set_xlim(start, end)

@@ -81,6 +81,10 @@ class Pass:
             out.extend(self.decode.members.values())
         return out
 
+    def priority(self) -> int:
+        """The most urgent priority among its requests, whatever levels the policy made of them."""
+        return min(r.priority for r in self.requests())
+
     def suspended_for(self, now: float) -> float:
         """Seconds that the pass has been suspended in all."""
         return self.suspended_s + max(0.0, now - self.suspended_at)

@@ -166,7 +166,7 @@ def _observer(gpu: GpuModel, slices: list[Slice]) -> Observer:
                 start,
                 end,
                 p.id,
-                int(p.level),
+                p.priority(),
                 len(p.prefill),
                 p.n_decode,
                 p.tokens,

@@ -72,7 +72,7 @@ def test_a_simulation_is_drawn_with_a_panel_a_policy(tmp_path: Path, monkeypatch
     assert save_timeline(recorded, tmp_path / "timeline.png", "Timings: affine: modelled")
     (figure,) = figures
     fcfs, qllm = (ax.get_title(loc="left") for ax in figure.axes)
-    assert fcfs == "policy fcfs at rate=50, seed=0 (does not tell classes apart)"
+    assert fcfs == "policy fcfs at rate=50, seed=0"
     assert qllm == "policy qllm at rate=50, seed=0"
     assert "modelled" in figure.get_supxlabel()
     left, right = figure.axes[1].get_xlim()

@@ -20,7 +20,7 @@ class Status(IntEnum):
 class Slice(NamedTuple):
     """A stretch of time (seconds) that a pass ran. `first` and `last`: pieces done before and after (see
     `StepModel.times`; on the engine's real clock: preemption points passed); `layer`: where it stopped; `level`: most
-    urgent level in it."""
+    urgent priority in it."""
 
     start: float
     end: float

@@ -193,6 +193,8 @@ class Loop:
                 self._broke(p, error)
                 return
             self._listen()
+            if self._stopping:
+                return
             if p.cancelled or (course.may_stop and scheduler.should_yield(p, clock.now())):
                 self._record(p, course, now, first, True)
                 self._suspend(p, flight)
@@ -293,8 +295,9 @@ class Loop:
 
     def _close(self) -> None:
         """End everything that is left, and what was sent until now."""
-        for p in self.scheduler.suspended_passes:
-            _flight(p).running.close()
+        for p in (*self.scheduler.suspended_passes, self.scheduler.running):
+            if p is not None and isinstance(p.cursor, Flight):
+                p.cursor.running.close()  # here: a greenlet ends in the thread that made it
         with self._door:
             self._closed = True
         while not self.inbox.empty():

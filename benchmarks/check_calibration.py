@@ -1,0 +1,68 @@
+"""Whole passes against the sum of their steps, after a calibration in the same run.
+
+    python benchmarks/check_calibration.py FOLDER [--threads 2] [--max-step 0.002] [--repeats 7] [--timings FILE]
+
+FOLDER: a checkpoint, or a folder with only a config.json (benchmarks/make_moe.py makes one); a missing one is made.
+Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. Prints each size and
+the median of the absolute errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from make_moe import make
+
+from executor.calibrate import Extent, calibrate
+from executor.calibration_check import check_passes, standard_mixes
+from executor.runner import Runner
+from executor.subject import load_subject
+from traces.steps import StepModel
+from traces.timing import Timings
+
+BLOCK = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-step", type=float, default=0.002)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--max-context", type=int, default=2048)
+    parser.add_argument("--max-batch", type=int, default=16)
+    parser.add_argument("--timings", type=Path, help="a finished calibration; default: calibrate first")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if not (args.folder / "config.json").exists():
+        make(args.folder)
+    subject = load_subject(str(args.folder), device=args.device, dtype=args.dtype)
+    extent = Extent(args.max_tokens, args.max_context, args.max_batch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "timings.csv"
+        timings = Timings.load(args.timings) if args.timings else calibrate(subject, path, extent)
+    mixes = standard_mixes(**vars(extent))
+    blocks = max(sum(-(-sum(pair) // BLOCK) for pair in mix) for mix in mixes)
+    runner = Runner(subject.model, blocks, BLOCK)
+    loop_s = timings.conditions["engine_loop_s"]  # these passes run without the engine's loop
+    alone = dataclasses.replace(timings, host_s=timings.host_s - loop_s)
+    print(f"{timings.device}; {timings.model}; the engine's loop, not in these passes: {1e3 * loop_s:.2f} ms")
+    checked = check_passes(runner, StepModel(alone, max_step=args.max_step), mixes, args.repeats)
+    print(f"{'sequences':>9} {'new':>6} {'cached':>7} {'measured ms':>12} {'predicted ms':>13} {'error':>7}")
+    for one in checked:
+        new, cached = sum(n for n, _ in one.mix), sum(c for _, c in one.mix)
+        times = f"{1e3 * one.measured:12.2f} {1e3 * one.predicted:13.2f} {one.error:+7.1%}"
+        print(f"{len(one.mix):9d} {new:6d} {cached:7d} {times}")
+    print(f"median |error| {statistics.median(abs(one.error) for one in checked):.1%} over {len(checked)} sizes")
+
+
+if __name__ == "__main__":
+    main()

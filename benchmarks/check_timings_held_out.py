@@ -23,6 +23,7 @@ from traces.timing_import import TILES
 from traces.timing_tables import Tables, gemm_seconds, series
 
 ROOT = Path(__file__).resolve().parents[1]
+GOAL = 0.06  # MAPE of a MoE layer on held-out points
 MOE = [
     ("mixtral-8x7b", "trtllm", "float16"),
     ("mixtral-8x7b", "sglang", "bfloat16"),
@@ -98,6 +99,7 @@ def gemm_shape_out(gemm: pd.DataFrame, n: int, k: int, without: str) -> list[flo
 def main(source: str | Path) -> None:
     tables = Tables(source, "a100_sxm")
     print("MoE layer, t = base + sum f(m), on held-out token counts")
+    worst: dict[str, float] = {}
     for name, framework, dtype in MOE:
         shape = SHAPES[name]
         try:
@@ -105,8 +107,11 @@ def main(source: str | Path) -> None:
         except TimingError as error:
             print(f"  {name}, {framework} {dtype}: {error}")
             continue
-        report(f"{name}, {framework} {dtype}: one left out", experts_one_out(layer, shape, tile))
-        report(f"{name}, {framework} {dtype}: every second left out", experts_half_out(layer, shape, tile))
+        single = report(f"{name}, {framework} {dtype}: one left out", experts_one_out(layer, shape, tile))
+        half = report(f"{name}, {framework} {dtype}: every second left out", experts_half_out(layer, shape, tile))
+        worst[name] = max(worst.get(name, 0.0), single, half)
+    for name, largest in worst.items():
+        print(f"  {name}: the largest MAPE of its kernels is {largest:.1%}, {GOAL:.0%} is the goal")
     print("Attention off the grid (neighbours twice as far as in the shipped files)")
     for kv in (8, 4):
         heads = {"head_dim": 128, "num_heads": 32, "num_key_value_heads": kv, "window_size": 0}

@@ -45,7 +45,7 @@ def spread(requests: pd.DataFrame) -> pd.DataFrame:
     lowest, highest = (
         getattr(means.groupby(["policy", "rate", "world"], sort=False), which)() for which in ("min", "max")
     )
-    return lowest.join(highest, lsuffix="_min", rsuffix="_max").reset_index()
+    return lowest.add_suffix("_min").join(highest.add_suffix("_max")).reset_index()
 
 
 def report(folder: Path) -> str:

@@ -1,0 +1,133 @@
+"""Validation: the same requests in both worlds, errors, and where they come from."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from executor.facts import device_name, model_facts
+from executor.families import tiny_config, tiny_model
+from executor.model import prepare_model
+from qllm.blame_steps import by_pass, by_step
+from qllm.cli import app
+from qllm.config import load_config
+from qllm.runs import runs
+from qllm.validate import REAL, SIMULATED, Compared, compare, errors
+from qllm.validation_results import report, save
+from traces.timing import Timings, affine_timings
+
+CONFIG = """\
+name: tiny
+timings: timings.csv
+classes:
+  ls: {priority: 0, share: 0.5, prompt: {fixed: 6}, output: {fixed: 3}}
+  be: {priority: 1, prompt: {uniform: [10, 40]}, output: {fixed: 4}}
+rate: 200
+requests: 12
+limits: {max_seqs: 4, max_tokens: 32, kv_blocks: 60}
+policies: [fcfs, qllm]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A configuration with the timing trace that it names, made for the tiny model on this device."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("validate")
+    tiny_config("qwen3_moe", num_hidden_layers=2).save_pretrained(folder / "model")
+    sizes = {"layers": 2, "hidden": 64, "experts": 8, "top_k": 2, "kv_bytes_per_token": 512}
+    device = device_name(torch.device("cpu"))
+    affine_timings(**sizes, device=device, dtype="float32", model="tiny").save(folder / "timings.csv")
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    return prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def compared(folder, model) -> list[Compared]:
+    return [compare(run, model) for run in runs(load_config(folder / "config.yaml"))]
+
+
+def test_both_worlds_serve_the_same_requests(compared):
+    for one in compared:
+        frame = one.requests()
+        real, simulated = (frame[frame["world"] == world].reset_index(drop=True) for world in (REAL, SIMULATED))
+        for column in ("id", "class", "prompt_tokens", "output_tokens", "arrival_s"):
+            assert (real[column] == simulated[column]).all()
+        assert real["finish_s"].notna().all()
+        assert (real["ttft_s"] > 0).all()
+
+
+def test_every_real_pass_is_known_as_the_step_model_saw_it(compared):
+    for one in compared:
+        assert len(one.calls) == one.real.passes == len(one.real.routing)
+        for call, counts in zip(one.calls, one.real.routing, strict=True):
+            tokens = sum(new for new, _ in call.chunks) + call.n_decode
+            assert (np.sum(counts, axis=1) == 2 * tokens).all()
+
+
+def test_passes_add_up_to_the_time_the_engine_ran(compared):
+    table = by_pass(compared).set_index("kind")
+    ran = sum(s.end - s.start for one in compared for s in one.real.slices)
+    assert table["measured_s"].filter(like="passes").drop("between passes").sum() == pytest.approx(ran)
+    assert table["count"].filter(like="passes").drop("between passes").sum() == sum(len(one.calls) for one in compared)
+    assert (table["error_s"] == table["predicted_s"] - table["measured_s"]).all()
+    assert list(table["error_s"].abs()) == sorted(table["error_s"].abs(), reverse=True)
+
+
+def test_steps_are_measured_again_kind_by_kind(compared, model):
+    table = by_step(compared[:1], model, 60).set_index("kind")
+    assert set(table.index) == {"lead and dense_pre", "attention", "dense_post", "experts", "head"}
+    assert (table["measured_s"] > 0).all()
+    assert model.config._attn_implementation == "qllm"
+
+
+def requests(world: str, ttft: list[float], finish: list[float]) -> pd.DataFrame:
+    rows = {"policy": "fcfs", "rate": 1.0, "seed": 0, "world": world, "class": ["ls", "be"], "arrival_s": [0.0, 1.0]}
+    rows |= {"ttft_s": ttft, "tpot_s": [0.1, 0.1], "finish_s": finish, "preemptions": [0, 1]}
+    return pd.DataFrame(rows).assign(turnaround_s=lambda frame: frame["finish_s"] - frame["arrival_s"])
+
+
+def test_errors_are_of_the_simulation_against_the_engine():
+    table = errors(pd.concat([requests(REAL, [1.0, 2.0], [2.0, 5.0]), requests(SIMULATED, [1.1, 2.6], [2.0, 4.0])]))
+    found = table.set_index(["class", "metric", "statistic"])["error"]
+    assert found["ls", "ttft_s", "mean"] == pytest.approx(0.1)
+    assert found["be", "ttft_s", "p99"] == pytest.approx(0.3)
+    assert found["all", "ttft_s", "mean"] == pytest.approx(3.7 / 3 - 1)
+    assert found["all", "tpot_s", "p50"] == 0
+    assert found["all", "throughput_rps", "mean"] == pytest.approx(5 / 4 - 1)
+    assert found["all", "preemptions", "sum"] == 0
+
+
+def test_files_and_report(compared, model, tmp_path):
+    save(compared, model, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"requests.csv", "errors.csv", "spread.csv", "passes.csv", "steps.csv", "validation.png"}
+    told = report(tmp_path)
+    for word in ("fcfs", "qllm", "ttft p99", "throughput_rps", "decode passes", "experts"):
+        assert word in told
+
+
+def test_the_command(folder, tmp_path):
+    arguments = ["validate", str(folder / "config.yaml"), "--model", str(folder / "model"), "--threads", "1"]
+    arguments += ["--timings", str(folder / "timings.csv"), "--out", str(tmp_path), "--set", "policies=[fcfs]"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "largest contributions" in done.output
+    assert (tmp_path / "validation.png").exists()
+
+
+def test_the_command_refuses_the_timings_of_another_model(folder, tmp_path, model):
+    assert model_facts(model)["experts"] == 8
+    timings = Timings.load(folder / "timings.csv")
+    affine_timings(layers=2, hidden=64, experts=16, dtype="float32", device=timings.device).save(tmp_path / "other.csv")
+    arguments = ["validate", str(folder / "config.yaml"), "--model", str(folder / "model"), "--threads", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--timings", str(tmp_path / "other.csv"), "--out", str(tmp_path / "o")])
+    assert "another model or device: experts is 16, used with 8" in str(done.exception)

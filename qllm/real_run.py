@@ -1,6 +1,7 @@
 """A configuration on the real engine: the same requests, limits, policies and tables as in its simulation.
 
 What the configuration says of timings, routing and the GPU's memory is not used: the device takes the time it takes.
+Only where its timing trace was measured on this very device and model does the trace cut the passes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from executor import Engine, replay
+from executor import Engine, RealClock, replay
 from executor.demo import DEMO, demo_model
 from executor.engine import blocks_in
 from executor.facts import device_name, model_facts, versions
 from executor.model import load_model, prepare_model
 from executor.streams import Stream
-from qllm.build import request_trace
+from qllm.build import load_timings, request_trace, step_model
 from qllm.config import Config
 from qllm.policies import blame
 from qllm.results import Results
@@ -32,6 +33,7 @@ from scheduler import Limits
 from traces.requests import RequestTrace
 from traces.results import RunResult
 
+SAME = ("source", "device", "layers", "hidden", "experts", "top_k", "dtype")  # of a timing trace and a target
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ISOLATED_LENGTHS = 6  # prompt lengths at which the TTFT of a lone request is measured
 ISOLATED_REPEATS = 3
@@ -50,6 +52,13 @@ class Target:
 
     def __str__(self) -> str:
         return f"{device_name(self.model.device)}; {self.name}; {str(self.model.dtype).removeprefix('torch.')}"
+
+    def clock(self, config: Config) -> RealClock:
+        """Real time; passes are cut by the configuration's timing trace where that was measured on this target."""
+        timings = load_timings(config.timings)
+        here = model_facts(self.model) | {"source": "measured", "device": device_name(self.model.device)}
+        same = all(getattr(timings, key) == here[key] for key in SAME)
+        return RealClock(step_model(config) if same else None)
 
     def limits(self, config: Config) -> Limits:
         """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
@@ -131,7 +140,8 @@ def run_one(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> R
     policy = this.config.policies[this.policy]
     priorities = {name: job.priority for name, job in this.config.classes.items()}
     try:
-        with Engine(target.model, policy=policy.build(), limits=limits, max_step=this.config.max_step) as engine:
+        clock, max_step = target.clock(this.config), this.config.max_step
+        with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:
             warm_up(engine, trace)
             return replay(engine, trace, priorities=priorities, seed=this.seed)
     except Exception as error:
@@ -148,7 +158,8 @@ def warm_up(engine: Engine, trace: RequestTrace) -> None:
 
 def isolated_ttft(config: Config, target: Target, limits: Limits, lengths: np.ndarray) -> np.ndarray:
     """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64."""
-    with Engine(target.model, policy="fcfs", limits=limits, max_step=config.max_step) as engine:
+    clock = target.clock(config)
+    with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
         for n in lengths[[0, -1]].tolist():
             _lone(engine, n, 2).result()
         found = []

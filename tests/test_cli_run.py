@@ -10,10 +10,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from executor.facts import device_name
+from qllm.config import load_config
 from qllm.real_run import load_target
 from qllm.results import load_results
 from qllm.yamlfile import ConfigError
 from tests.cli_support import qllm, write_config
+from traces.timing import affine_timings
 
 SMALL = ["--set", "sweep.rate=[20]", "--set", "seeds=1", "--set", "requests=8", "--set", "limits.kv_blocks=600"]
 
@@ -60,3 +63,16 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "allowed: 16384 together" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_timings_measured_here_cut_the_passes_and_others_do_not(tmp_path: Path) -> None:
+    target = load_target(None, "cpu", "float32")
+    here = {"layers": 8, "hidden": 256, "experts": 16, "top_k": 4, "dtype": "float32"}
+    for changed, used in (({}, True), ({"source": "modelled"}, False), ({"experts": 8}, False)):
+        timings = affine_timings(
+            **{**here, "source": "measured", "device": device_name(target.model.device), **changed}
+        )
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        timings.save(path)
+        config = load_config(write_config(tmp_path), [f"timings={path}"])
+        assert (target.clock(config).steps is not None) is used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from qllm.figures import COLOURS, new_axes
 from traces.shapes import WEIGHT_BYTES, ModelShape
@@ -29,6 +30,9 @@ def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("tokens of one expert")
     ax.set_ylabel("time that it adds to its layer (us)")
     _frame(ax)

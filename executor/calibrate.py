@@ -111,7 +111,7 @@ def build(
     fit = expert_fit(measured)
     points = dense_points(measured, layers, host_s) + attention_points(measured, layers) + expert_points(fit, share)
     modelled = {
-        "attention_prefill": "sizes between the measured ones over a cached context",
+        "attention_prefill": "sizes between the measured ones",
         "attention_decode": "corners whose KV does not fit in memory: along the last slope over the context",
     }
     if subject.layers != layers:

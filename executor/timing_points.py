@@ -16,6 +16,7 @@ from executor.measured import CalibrationError, Measured
 from traces.layer_fit import LayerFit, fit_layers
 from traces.timing_format import Point
 
+PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
@@ -69,8 +70,8 @@ def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
 def attention_points(cells: Cells, layers: int) -> list[Point]:
     """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
 
-    Passes that were not measured are filled in and marked as modelled: what a context adds to a prefill grows with its
-    tokens; what it adds to a decode batch, with the context.
+    Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
+    context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
     """
     mine = plain(cells)
     one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
@@ -82,15 +83,19 @@ def attention_points(cells: Cells, layers: int) -> list[Point]:
 def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, along_context: bool) -> list[Point]:
     times = {at: found.total("attention") / layers for at, found in measured.items()}
     sizes, held = sorted({x for x, _ in times}), sorted({y for _, y in times})
+    if not along_context:
+        sizes = _with_midpoints(times, sizes)
     points = []
     for x in sizes:
         for y in held:
-            if (x, y) in times:
+            if (x, y) in measured:
                 found = measured[x, y]
                 spread = found.spread("attention") / layers
                 points.append(Point(step, x, y, times[x, y], spread, found.repeats))
                 continue
-            if along_context:
+            if (x, y) in times:
+                seconds = times[x, y]
+            elif along_context:
                 known = [(c, times[x, c]) for c in held if (x, c) in times]
                 seconds = _continued(known, y)
             else:
@@ -98,6 +103,23 @@ def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, 
                 seconds = times[x, 0] + max(0.0, _continued(known, x))
             points.append(Point(step, x, y, seconds, source="modelled"))
     return points
+
+
+def _with_midpoints(times: dict[tuple[int, int], float], sizes: list[int]) -> list[int]:
+    """`sizes` and those midway between large ones. Attention grows with the square of a prompt, so a straight line
+    between two sizes is too slow by some percent: the midpoint at context 0 (put into `times`) lies on the parabola
+    through the two and the one before them."""
+    more = list(sizes)
+    for before, low, high in zip(sizes, sizes[1:], sizes[2:], strict=False):
+        middle = (low + high) // 2
+        if high - low < PARABOLA_FROM:
+            continue
+        xs = np.array([before, low, high], dtype=float)
+        ys = [times[int(x), 0] for x in xs]
+        on_curve = float(np.polyval(np.polyfit(xs, ys, 2), middle))
+        times[middle, 0] = min(max(on_curve, ys[1]), ys[2])
+        more.append(middle)
+    return sorted(more)
 
 
 def _continued(known: list[tuple[int, float]], at: int) -> float:

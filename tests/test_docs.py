@@ -9,6 +9,7 @@ on the real engine, is only parsed, as are commands inside sentences.
 from __future__ import annotations
 
 import doctest
+import inspect
 import re
 import shlex
 import shutil
@@ -23,6 +24,8 @@ import yaml
 from typer.testing import CliRunner
 
 from qllm.cli import app
+from qllm.metrics import SUMMARY_COLUMNS
+from scheduler import POLICIES
 
 mpl.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -156,3 +159,40 @@ def test_documents_show_every_command() -> None:
     assert "simulate" in offered
     for name in offered:
         assert f"qllm {name}" in shown, name
+
+
+def test_every_policy_setting_and_metric_is_documented() -> None:
+    policies = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    for name, cls in POLICIES.items():
+        row = next(line for line in policies.splitlines() if line.startswith(f"| `{name}` |"))
+        settings = list(inspect.signature(cls).parameters)
+        assert all(f"`{setting}`" in row for setting in settings) or f"as `{cls.__base__.__name__.lower()}`" in row
+    metrics = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert [column for column in SUMMARY_COLUMNS if f"`{column}`" not in metrics] == []
+
+
+def test_the_citation_names_the_paper_and_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2503.09304"
+
+
+@pytest.mark.slow
+def test_the_table_of_models_is_that_of_the_installed_transformers() -> None:
+    pytest.importorskip("torch")
+    script = ROOT / "benchmarks" / "list_model_families.py"
+    told = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    shown = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").replace("`", "")
+    for paragraph in told.strip().split("\n\n"):
+        assert paragraph in shown
+
+
+@pytest.mark.slow
+def test_the_check_of_fidelity_finds_no_difference() -> None:
+    script = ROOT / "benchmarks" / "check_fidelity.py"
+    command = [sys.executable, str(script), "--quick"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "identical" in told
+    assert "DIFFERENT" not in told

@@ -44,12 +44,19 @@ class Measured:
         return len(self.seconds)
 
     def total(self, *names: str) -> float:
-        """Seconds of these parts (all where none is named): the sum of the medians of their intervals."""
-        return float(np.median(self.seconds, axis=0)[self._columns(names)].sum())
+        """Seconds of these parts, all where none is named: the sum of `medians`."""
+        return float(self.medians[self._columns(names)].sum())
 
     def each(self, name: str) -> np.ndarray:
-        """Median seconds of each interval of that name, float64[intervals]."""
-        return np.median(self.seconds, axis=0)[self._columns((name,))]
+        """Seconds of each interval of that name, float64[intervals]: its `medians`."""
+        return self.medians[self._columns((name,))]
+
+    @property
+    def medians(self) -> np.ndarray:
+        """Median seconds of each interval, float64[intervals], scaled so that their sum is the median pass: what
+        disturbs one interval now and then is lost in its median, but some interval is disturbed in most passes."""
+        medians = np.median(self.seconds, axis=0)
+        return medians * (np.median(self.seconds.sum(axis=1)) / medians.sum())
 
     def spread(self, *names: str) -> float:
         """Interquartile range (seconds) over the repeats of the sum of these parts."""

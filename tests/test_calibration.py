@@ -16,7 +16,7 @@ from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
 from executor.grids import ALL, Cell, cells
 from executor.measure import timed
-from executor.measured import CalibrationError
+from executor.measured import CalibrationError, Measured
 from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
 from executor.subject import Subject, load_subject, with_layers
@@ -76,6 +76,13 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
         counts = np.full((2, 8), math.ceil(tokens * 2 / 8))
         total = steps.total(shape, float(steps.experts(counts).sum()))
         assert total == pytest.approx((4 * 2 + 2 + 5) * 1e-3, rel=0.02)
+
+
+def test_parts_sum_to_the_median_pass_though_disturbances_hit_another_interval_each_time():
+    seconds = np.ones((4, 4)) + 2 * np.eye(4)  # each pass takes 6, the median of each interval is 1
+    measured = Measured(("lead", "attention", "experts", "tail"), seconds, (), ())
+    assert measured.total() == pytest.approx(6)
+    assert measured.total("attention") == pytest.approx(1.5)
 
 
 def test_an_interrupted_calibration_goes_on(subject, tmp_path, monkeypatch):

@@ -43,18 +43,20 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
 
     for run in runs:
         slices = run.real.slices or []
+        loop_s = run.steps.timings.conditions.get("engine_loop_s", 0.0)  # part of host_s, and so of each pass's lead
         measured: dict[int, float] = defaultdict(float)
         for s in slices:
             measured[s.pass_id] += s.end - s.start
         for (_, seconds), call, counts in zip(sorted(measured.items()), run.calls, run.real.routing or [], strict=True):
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
-            add(f"{kind} passes", seconds, run.steps.total(call.shape, experts_seconds(run.steps, counts)))
+            predicted = run.steps.total(call.shape, experts_seconds(run.steps, counts))
+            add(f"{kind} passes", seconds, predicted - loop_s)
         for before, after in pairwise(slices):
             waiting = (run.real.arrival <= before.end) & (run.real.finish > before.end + 1e-9)
             if waiting.any():
                 switched = run.steps.suspend_s * before.suspended + run.steps.resume_s * (after.first > 0)
                 kind = "suspending and resuming" if before.suspended or after.first > 0 else "between passes"
-                add(kind, after.start - before.end, switched)
+                add(kind, after.start - before.end, switched + loop_s)
     return _table(rows)
 
 

@@ -13,6 +13,13 @@ streams    tokens as they come, and the record of times       jobs      a reques
 clock      real time, or that of a step model                 replays   a request trace, sent and recorded
 memory     which KV blocks are whose                          tape      the timeline and routing of a run
 
+calibrate  a timing trace from measured passes                measure   one pass, timed part by part
+bench      the passes of a calibration, in rounds             grids     which passes
+measured   finished measurements, kept on disk                timing_points  from them to the trace's points
+subject    the model that is calibrated                       facts     device, sizes, versions, clocks
+loop_cost  the engine's own time between passes               routing_record  experts that real prompts use
+calibration_check  whole passes against the sum of their steps
+
 from executor import Engine
 
 with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", dtype="bfloat16") as engine:

@@ -20,6 +20,9 @@ from executor.kv_cache import PagedKVCache, slots_of
 
 PAD_RATIO = 1.25  # decode sequences share one padded gather while the longest is at most this much longer ...
 PAD_SLACK = 32  # ... or at most so many tokens longer than the shortest
+GATHER_TOKENS = (
+    4096  # most tokens in a padded gather on a CPU: far larger ones were 3 to 5 times slower, seen from 16,384
+)
 BLOCK_ROWS = 256  # query rows in one attention call; its mask hides at most so many keys that are computed for nothing
 
 
@@ -173,7 +176,10 @@ class Batch:
         while first < self.n_decode:
             width = lengths[first]  # the longest: decode rows are sorted by context
             last = first + 1
-            while last < self.n_decode and width <= max(lengths[last] * PAD_RATIO, lengths[last] + PAD_SLACK):
+            rows = self.n_decode if self.cache.device.type != "cpu" else first + max(1, GATHER_TOKENS // width)
+            while last < min(self.n_decode, rows) and width <= max(
+                lengths[last] * PAD_RATIO, lengths[last] + PAD_SLACK
+            ):
                 last += 1
             slots = np.full((last - first, width), self.cache.zero_slot)
             for i, (e, length) in enumerate(zip(self.entries[first:last], lengths[first:last], strict=True)):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from executor.batch import AttentionPlan, QueryBlock
+from executor.cpu_attention import attend, suits
 from executor.errors import ExecutorError, UnsupportedModelError
 from executor.passes import RunningPass, current_pass
 
@@ -53,11 +54,17 @@ def attention_forward(
     plan = batch.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
+    head_first: list[torch.Tensor] = []  # K and V of this pass, copied once for all blocks that look at them
     for number, blocks in plan.groups:
         if number:
             running.reach("attention", number)
         for block in blocks:
-            prefill(running, layer, block, q, k, v, out, kernel)
+            if kernel.plain and suits(block, k):
+                if block.slots is None and not head_first:
+                    head_first += (key[0].contiguous(), value[0].contiguous())
+                prefill_by_parts(running, layer, block, q, head_first, out, scale)
+            else:
+                prefill(running, layer, block, q, k, v, out, kernel)
     return out.unsqueeze(0), None
 
 
@@ -165,3 +172,25 @@ def prefill(
     mask = None if causal else block.mask(q.device)
     result = kernel(queries, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], mask, causal)
     out[block.first : block.last] = result.reshape(-1, rows, v.shape[-1]).transpose(0, 1)
+
+
+def prefill_by_parts(
+    running: RunningPass,
+    layer: int,
+    block: QueryBlock,
+    q: torch.Tensor,
+    head_first: list[torch.Tensor],
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """`prefill` by `executor.cpu_attention`; `head_first`: K and V of this pass's rows, `[kv_heads, T, D]` each."""
+    if block.slots is None:
+        seen = slice(block.base, block.base + block.high - block.low)
+        keys, values = (t[:, seen] for t in head_first)
+    else:
+        cache = running.batch.cache
+        keys, values = (
+            t[layer].index_select(0, block.slots).transpose(0, 1).contiguous() for t in (cache.keys, cache.values)
+        )
+    rows = slice(block.first, block.last)
+    attend(block, q[rows], keys, values, out[rows], scale)

@@ -54,15 +54,15 @@ def attention_forward(
     plan = batch.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
-    head_first: list[torch.Tensor] = []  # K and V of this pass, copied once for all blocks that look at them
+    k_first = v_first = None  # K and V of this pass, [kv_heads, T, D], copied once for all blocks that look at them
     for number, blocks in plan.groups:
         if number:
             running.reach("attention", number)
         for block in blocks:
             if kernel.plain and suits(block, k):
-                if block.slots is None and not head_first:
-                    head_first += (key[0].contiguous(), value[0].contiguous())
-                prefill_by_parts(running, layer, block, q, head_first, out, scale)
+                if block.slots is None and k_first is None:
+                    k_first, v_first = key[0].contiguous(), value[0].contiguous()
+                prefill_by_parts(running, layer, block, q, k_first, v_first, out, scale)
             else:
                 prefill(running, layer, block, q, k, v, out, kernel)
     return out.unsqueeze(0), None
@@ -179,18 +179,20 @@ def prefill_by_parts(
     layer: int,
     block: QueryBlock,
     q: torch.Tensor,
-    head_first: list[torch.Tensor],
+    k_first: torch.Tensor | None,
+    v_first: torch.Tensor | None,
     out: torch.Tensor,
     scale: float,
 ) -> None:
-    """`prefill` by `executor.cpu_attention`; `head_first`: K and V of this pass's rows, `[kv_heads, T, D]` each."""
-    if block.slots is None:
+    """`prefill` by `executor.cpu_attention`; `k_first`, `v_first`: K and V of this pass's rows, `[kv_heads, T, D]`."""
+    if k_first is not None and v_first is not None and block.slots is None:
         seen = slice(block.base, block.base + block.high - block.low)
-        keys, values = (t[:, seen] for t in head_first)
+        keys, values = k_first[:, seen], v_first[:, seen]
     else:
-        cache = running.batch.cache
+        cache, slots = running.batch.cache, block.slots
+        assert slots is not None  # a block without them looks at this pass's rows
         keys, values = (
-            t[layer].index_select(0, block.slots).transpose(0, 1).contiguous() for t in (cache.keys, cache.values)
+            t[layer].index_select(0, slots).transpose(0, 1).contiguous() for t in (cache.keys, cache.values)
         )
     rows = slice(block.first, block.last)
     attend(block, q[rows], keys, values, out[rows], scale)

@@ -23,6 +23,7 @@ from executor.facts import memory_bytes, model_facts
 from executor.jobs import Job
 from executor.loop import Loop, held_bytes
 from executor.model import load_model, prepare_model
+from executor.openmp import release_team
 from executor.runner import Runner
 from executor.sampling import Sampling
 from executor.streams import Stream, Tokenizer
@@ -94,6 +95,7 @@ class Engine:
         self._ids = itertools.count()
         self._seed = secrets.randbits(63) if seed is None else seed
         self._loop = Loop(self._runner, self.scheduler, self.clock)
+        release_team()  # this thread has prepared the model and is not going to compute any more
         self._thread = threading.Thread(target=self._loop.run, name="qllm-engine", daemon=True)
         self._thread.start()
 

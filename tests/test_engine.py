@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -195,3 +196,20 @@ def test_an_exception_in_a_pass_ends_its_requests_alone(model, expected, monkeyp
 def test_importing_the_executor_does_not_import_torch():
     code = "import executor, sys; assert 'torch' not in sys.modules; assert 'Engine' in dir(executor)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_calling_thread_gives_up_its_openmp_team():
+    """Else its idle helpers count, and those of the engine's thread sleep between operations."""
+    script = """
+import os, threading, torch
+from executor.openmp import release_team
+torch.set_num_threads(2)
+torch.ones(512, 512) @ torch.ones(512, 512)
+torch.ones(1 << 20).exp()
+before = len(os.listdir("/proc/self/task"))
+released = release_team()
+after = len(os.listdir("/proc/self/task"))
+assert not released or after < before, (before, after)
+assert torch.ones(1 << 20).exp().sum() > 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

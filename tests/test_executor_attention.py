@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from executor.batch import QueryBlock
-from executor.cpu_attention import MIN_KEYS, MIN_ROWS, attend, available, suits
+from executor import cpu_attention
+from executor.batch import QueryBlock, SequenceState
+from executor.cpu_attention import MIN_CELLS, attend, available, suits
+from executor.cuts import finest
+from executor.families import tiny_model
+from executor.model import prepare_model
+from executor.runner import Runner, run_to_end
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN linear")
@@ -34,8 +39,37 @@ def test_block_of_a_prompt_equals_sdpa(rows, context, heads, kv_heads, widths, w
 
 
 def test_only_large_float32_blocks_on_cpus_take_it():
-    block = QueryBlock(0, MIN_ROWS, 0, 0, MIN_KEYS, 0, None, None)
+    rows = 64
+    block = QueryBlock(0, rows, 0, 0, MIN_CELLS // rows, 0, None, None)
     assert suits(block, torch.zeros(1)) == available()
     assert not suits(block, torch.zeros(1, dtype=torch.bfloat16))
-    assert not suits(QueryBlock(0, MIN_ROWS - 1, 0, 0, MIN_KEYS, 0, None, None), torch.zeros(1))
-    assert not suits(QueryBlock(0, MIN_ROWS, 0, 0, MIN_KEYS - 1, 0, None, None), torch.zeros(1))
+    assert not suits(QueryBlock(0, rows - 1, 0, 0, MIN_CELLS // rows, 0, None, None), torch.zeros(1))
+
+
+@pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN linear")
+def test_a_suspended_prefill_gives_the_same_bits_on_this_path_too(monkeypatch):
+    """As in test_executor_passes, with every block on this path: another pass runs at each point, chunks included."""
+    model = prepare_model(tiny_model("qwen3_moe"))
+
+    def serve(foreign: bool) -> list[torch.Tensor]:
+        runner = Runner(model, 64, 16, finest)
+        torch.manual_seed(1)
+        tokens = torch.randint(2, 60, (3, 60)).tolist()
+        sequences = [SequenceState(t, list(range(4 * i, 4 * i + 4))) for i, t in enumerate(tokens)]
+        logits = []
+        for n in (40, 20):  # the second chunk looks at the KV cache
+            running = runner.begin([(s, n) for s in sequences[:2]])
+            while running.advance() is not None:
+                if foreign:
+                    sequences[2].computed = 0
+                    run_to_end(runner.begin([(sequences[2], 50)]))
+            logits.append(running.logits.clone())
+        return logits
+
+    with torch.inference_mode():
+        plain = serve(foreign=False)
+        monkeypatch.setattr(cpu_attention, "MIN_CELLS", 0)
+        alone, disturbed = serve(foreign=False), serve(foreign=True)
+    for a, b, c in zip(alone, disturbed, plain, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=1e-4, rtol=1e-4)

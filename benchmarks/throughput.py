@@ -29,8 +29,8 @@ from processes import Cores, EngineFailed, Process, end_children_on_sigterm, why
 NEW_TOKENS = 32
 #: row -> (engine, variant)
 ROWS = {
-    "qllm": ("ours", "on"),
-    "qllm, no preemption points": ("ours", "off"),
+    "qllm": ("ours", ""),
+    "qllm, no preemption points": ("ours-off", ""),
     "transformers, eager": ("transformers", "eager"),
     "transformers, grouped_mm": ("transformers", "grouped_mm"),
     "vLLM": ("vllm", ""),
@@ -118,7 +118,7 @@ def main() -> None:
     missing = why_no_vllm(args.vllm_python)
     if missing:
         print(f"vLLM: its row is left out: {missing}\n")
-    pythons = {"ours": Path(sys.executable), "transformers": Path(sys.executable)}
+    pythons = dict.fromkeys(("ours", "ours-off", "transformers"), Path(sys.executable))
     if not missing:
         pythons["vllm"] = args.vllm_python.absolute()
     worker = str(Path(__file__).with_name("throughput_worker.py"))

@@ -13,14 +13,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 Prompts = list[list[int]]
 Run = Callable[[str, Prompts, int], Prompts]
 ANSWER = "ANSWER "
 
 
-def ours(model: str, threads: int, max_step: float) -> Run:
-    """Variants: `on`, as served; `off`, the same engine whose passes run through without a preemption point."""
+def ours(model: str, threads: int, max_step: float, points: bool = True) -> Run:
+    """As served, or, without `points`, the same engine whose passes run through without a preemption point. One engine
+    a process: each has a team of OpenMP threads, and with more threads than cores all of them wait by sleeping."""
     import torch
 
     from executor.cuts import whole
@@ -32,15 +34,14 @@ def ours(model: str, threads: int, max_step: float) -> Run:
     torch.set_num_threads(threads)
     loaded = load_model(model, dtype="float32")
     limits = Limits(kv_blocks=512)
-    engines = {
-        "on": Engine(loaded, limits=limits, max_step=max_step),
-        "off": Engine(loaded, limits=limits, cutter=whole),
-    }
-    reach = RunningPass.reach
+    if points:
+        engine = Engine(loaded, limits=limits, max_step=max_step)
+    else:
+        engine = Engine(loaded, limits=limits, cutter=whole)
+        RunningPass.reach = lambda *_: None  # type: ignore[method-assign]
 
     def run(variant: str, prompts: Prompts, new_tokens: int) -> Prompts:
-        RunningPass.reach = reach if variant == "on" else lambda *_: None  # type: ignore[method-assign]
-        streams = [engines[variant].submit(p, max_new_tokens=new_tokens, stop=()) for p in prompts]
+        streams = [engine.submit(p, max_new_tokens=new_tokens, stop=()) for p in prompts]
         return [stream.result().tokens for stream in streams]
 
     return run
@@ -89,7 +90,12 @@ def vllm(model: str, threads: int, max_step: float) -> Run:
     return run
 
 
-ENGINES = {"ours": ours, "transformers": transformers, "vllm": vllm}
+ENGINES: dict[str, Callable[[str, int, float], Run]] = {
+    "ours": ours,
+    "ours-off": partial(ours, points=False),
+    "transformers": transformers,
+    "vllm": vllm,
+}
 
 
 def main() -> None:

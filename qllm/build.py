@@ -128,6 +128,12 @@ def scheduler_limits(config: Config, timings: Timings) -> Limits:
                 f"{given.activation_bytes / 1e9:.1f} GB of activations leave no room for KV in "
                 f"{given.memory_fraction:g} of {timings.memory_bytes / 1e9:.1f} GB; allowed: more, or limits.kv_blocks"
             )
+    return limits_with(config, blocks)
+
+
+def limits_with(config: Config, blocks: int) -> Limits:
+    """The configured limits with that many KV blocks."""
+    given = config.limits
     return Limits(
         max_seqs=given.max_seqs,
         max_tokens=given.max_tokens,

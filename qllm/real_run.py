@@ -23,7 +23,7 @@ from executor.engine import blocks_in
 from executor.facts import device_name, model_facts, versions
 from executor.model import load_model, prepare_model
 from executor.streams import Stream
-from qllm.build import load_timings, request_trace, step_model
+from qllm.build import limits_with, load_timings, request_trace, step_model
 from qllm.config import Config
 from qllm.policies import blame
 from qllm.results import Results
@@ -69,15 +69,7 @@ class Target:
                 token = model_facts(self.model)["kv_bytes_per_token"]
                 self._blocks[given.block_size] = blocks_in(self.model, token, given.block_size, None)
             blocks = self._blocks[given.block_size]
-        return Limits(
-            max_seqs=given.max_seqs,
-            max_tokens=given.max_tokens,
-            kv_blocks=blocks,
-            block_size=given.block_size,
-            urgent_blocks=min(int(blocks * given.urgent_share), blocks - 1),
-            max_suspended_tokens=given.max_suspended_tokens,
-            evict=given.evict,
-        )
+        return limits_with(config, blocks)
 
 
 def load_target(name: str | None, device: str, dtype: str, trust_remote_code: bool = False) -> Target:

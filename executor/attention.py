@@ -137,13 +137,10 @@ def decode(
     running: RunningPass, layer: int, plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kernel
 ) -> None:
     """Rows of one token each, over their whole cached context."""
-    keys, values = running.batch.cache.keys[layer], running.batch.cache.values[layer]
-    heads = keys.shape[1]
     for bucket in plan.decode:
         rows = bucket.last - bucket.first
-        k = keys.index_select(0, bucket.slots).view(rows, bucket.width, heads, -1).transpose(1, 2)
-        v = values.index_select(0, bucket.slots).view(rows, bucket.width, heads, -1).transpose(1, 2)
-        queries = q[bucket.first : bucket.last].reshape(rows, heads, -1, 1, q.shape[-1])
+        k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in running.batch.cache.read(layer, bucket.slots))
+        queries = q[bucket.first : bucket.last].reshape(rows, k.shape[1], -1, 1, q.shape[-1])
         result = kernel(queries, k, v, bucket.mask)
         out[bucket.first : bucket.last] = result.reshape(rows, -1, v.shape[-1])
 
@@ -163,9 +160,7 @@ def prefill(
         seen = slice(block.base, block.base + block.high - block.low)
         keys, values = k[seen], v[seen]
     else:
-        cache = running.batch.cache
-        keys = cache.keys[layer].index_select(0, block.slots)
-        values = cache.values[layer].index_select(0, block.slots)
+        keys, values = running.batch.cache.read(layer, block.slots)
     heads, rows = keys.shape[1], block.last - block.first
     queries = q[block.first : block.last].transpose(0, 1).unflatten(0, (1, heads, -1))
     causal = kernel.plain and block.square
@@ -189,10 +184,7 @@ def prefill_by_parts(
         seen = slice(block.base, block.base + block.high - block.low)
         keys, values = k_first[:, seen], v_first[:, seen]
     else:
-        cache, slots = running.batch.cache, block.slots
-        assert slots is not None  # a block without them looks at this pass's rows
-        keys, values = (
-            t[layer].index_select(0, slots).transpose(0, 1).contiguous() for t in (cache.keys, cache.values)
-        )
+        assert block.slots is not None  # a block without them looks at this pass's rows
+        keys, values = (t.transpose(0, 1).contiguous() for t in running.batch.cache.read(layer, block.slots))
     rows = slice(block.first, block.last)
     attend(block, q[rows], keys, values, out[rows], scale)

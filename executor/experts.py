@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
+from executor.expert_queues import ExpertQueues
 from executor.linear import linear
 from executor.passes import current_pass
 
@@ -27,31 +27,25 @@ def experts_forward(
     """
     running = current_pass()
     n_experts: int = module.num_experts  # type: ignore[assignment]
-    k = top_k_index.shape[-1]
-    order, counts = sort_by_expert(top_k_index, n_experts)
-    token = order // k
-    weight = top_k_weights.reshape(-1, 1).index_select(0, order)
-    # One row for each of a token's k outputs, so that they are summed in the order of its indices. Experts that are not
-    # held here (index >= num_experts, under expert parallelism) come last in `order` and count for nothing.
-    dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
-    make = torch.empty if sum(counts) == order.shape[0] else torch.zeros
-    outputs = make((order.shape[0], hidden.shape[1]), dtype=dtype, device=hidden.device)
+    packed = getattr(module, "_qllm_down_proj", None) is not None
+    queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts, packed)
     group_size = n_experts
     if running is not None:
         group_size = running.batch.cut.experts
-        running.routing.append(counts)
-    start = 0
+        running.routing.append(queues.waiting.copy())
+        running.queues = queues
     for number, first in enumerate(range(0, n_experts, group_size)):
-        group = [e for e in range(first, min(first + group_size, n_experts)) if counts[e]]
-        if running is not None and group:
+        experts = range(first, min(first + group_size, n_experts))
+        others: list[ExpertQueues] = []
+        if running is not None and any(queues.waiting[e] for e in experts):
             running.reach("experts", number)
-        for tile in tiles(group, counts):
-            sizes = [counts[e] for e in tile]
-            part = slice(start, start + sum(sizes))
-            out = run_experts(module, tile, sizes, hidden.index_select(0, token[part]))
-            outputs.index_copy_(0, order[part], out * weight[part])
-            start = part.stop
-    return outputs.view(*top_k_index.shape, -1).sum(dim=1).to(hidden.dtype)
+            others = running.shared_queues()
+        group = [e for e in experts if queues.waiting[e]]  # a pass that ran meanwhile may have run some of them
+        for tile in tiles(group, queues.waiting):
+            run_tile(module, tile, queues, others)
+    if running is not None:
+        running.queues = None
+    return queues.result().to(hidden.dtype)
 
 
 def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
@@ -68,23 +62,27 @@ def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
         yield tile
 
 
-def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, list[int]]:
-    """Order of the `T * k` assignments by expert (stable, int64) and the number of rows of each expert.
+def run_tile(
+    module: torch.nn.Module, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
+) -> None:
+    """Run what waits in `queues` at each expert of `tile`, and in the same launch what `others` have waiting there."""
+    shares = [[queues, *(q for q in others if q.lends(e))] for e in tile]
+    parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
+    sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
+    whole = slice(parts[0][1].start, parts[-1][1].stop)
+    if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nobody else's, one after another
+        queues.put(whole, run_experts(module, tile, sizes, queues.rows(whole)))
+    else:
+        out = run_experts(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
+        for (q, span), part in zip(parts, out.split([_length(span) for _, span in parts]), strict=True):
+            q.put(span, part)
+    for e, of in zip(tile, shares, strict=True):
+        for q in of:
+            q.waiting[e] = 0
 
-    The one value that the host must know of a layer; on CUDA it comes through a pinned buffer, one synchronisation.
-    """
-    flat = top_k_index.reshape(-1)
-    if flat.device.type == "cpu":  # numpy: a tenth of the overhead per call for the few rows of a decode
-        ids = flat.numpy()
-        return torch.from_numpy(ids.argsort(kind="stable")), np.bincount(ids, minlength=n_experts)[:n_experts].tolist()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=n_experts)[:n_experts]
-    host = torch.empty(n_experts, dtype=counts.dtype, pin_memory=True)
-    host.copy_(counts, non_blocking=True)
-    ready = torch.Event(flat.device)
-    ready.record()
-    ready.synchronize()
-    return order, host.tolist()
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
 
 
 def run_experts(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ class PagedKVCache:
 
     def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key`, `value` (`[T, kv_heads, width]`) of layer `index` in `slots` (int64 `[T]`)."""
-        keys, values = self.layer(index, key, value)
-        keys.index_copy_(0, slots, key)
-        values.index_copy_(0, slots, value)
+        for store, new in zip(self.layer(index, key, value), (key, value), strict=True):
+            store.flatten(1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+
+    def read(self, index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of layer `index` in `slots` (int64 `[n]`), each `[n, kv_heads, width]`."""
+        return gather(self.keys[index], slots), gather(self.values[index], slots)
 
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers; 0 before the first pass."""
@@ -78,7 +82,7 @@ class PagedKVCache:
         return HostKV(
             tokens,
             tuple(
-                (to_host(k.index_select(0, slots)), to_host(v.index_select(0, slots)))
+                (to_host(gather(k, slots)), to_host(gather(v, slots)))
                 for k, v in zip(self.keys, self.values, strict=True)
             ),
         )
@@ -88,6 +92,12 @@ class PagedKVCache:
         slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, host.tokens)).to(self.device)
         for index, (key, value) in enumerate(host.layers):
             self.write(index, slots, key.to(self.device), value.to(self.device))
+
+
+def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows: over three dimensions, or by index_select,
+    the copy takes several times as long on a CPU."""
+    return F.embedding(slots, store.flatten(1)).view(-1, *store.shape[1:])
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
+LEAST_ROWS = 4  # a packed product over one or two rows takes longer than one over four
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (plain or packed), `bias` `[N]`."""
     if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from executor.hugepages import collapse_anonymous
 from executor.linear import pack_model
 from executor.support import check_config, check_model
 
@@ -37,5 +38,6 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     check_config(model.config)
     check_model(model)
-    pack_model(model)
+    if pack_model(model):
+        collapse_anonymous()
     return model

@@ -16,6 +16,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 if TYPE_CHECKING:
     from executor.batch import Batch, Entry
+    from executor.expert_queues import ExpertQueues
 
 
 class Point(NamedTuple):
@@ -58,6 +59,8 @@ class RunningPass:
         self.windows: list[int | None] = []  # what each attention layer so far was told of its sliding window
         self.declared_windows = declared_windows  # what the configuration says, layer by layer
         self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
+        self.queues: ExpertQueues | None = None  # while it stands before or between the experts of a layer
+        self.companions: Sequence[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
         self._greenlet.running = self
@@ -125,6 +128,10 @@ class RunningPass:
         if window is None and self.layer < len(self.declared_windows):
             return self.declared_windows[self.layer]
         return window
+
+    def shared_queues(self) -> list[ExpertQueues]:
+        """Queues of the companions that stand in the layer where this pass stands."""
+        return [p.queues for p in self.companions if p.queues is not None and p.layer == self.layer]
 
     def reach(self, stage: str, group: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 
 from executor.batch import QueryBlock
 
-PART_ROWS = 256  # query rows times heads of a group in one product
+PART_ROWS = 512  # query rows times heads of a group in one product
 MIN_ROWS = 16  # of a part, however many heads a group has
 MIN_CELLS = 32768  # query rows times keys of a block; below, the calls cost more than the products gain
 
 
 def suits(block: QueryBlock, key: torch.Tensor) -> bool:
-    """Whether `attend` is the faster way: a function of the block alone, so that suspending changes no bits."""
+    """Whether `attend` is the faster way: a function of the block alone, so that suspending changes no bits.
+
+    Over its own keys alone a block is too small for it: PyTorch's kernel then leaves out half of the work.
+    """
     cells = (block.last - block.first) * (block.high - block.low)
-    return cells >= MIN_CELLS and key.dtype is torch.float32 and key.device.type == "cpu" and available()
+    large = cells >= MIN_CELLS and not block.square
+    return large and key.dtype is torch.float32 and key.device.type == "cpu" and available()
 
 
 @cache

@@ -3,8 +3,9 @@
     python benchmarks/check_calibration.py FOLDER [--threads 2] [--max-step 0.002] [--repeats 7] [--timings FILE]
 
 FOLDER: a checkpoint, or a folder with only a config.json (benchmarks/make_moe.py makes one); a missing one is made.
-Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. Prints each size and
-the median of the absolute errors.
+Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. The machine is
+calibrated before and after them, and a prediction is the mean of both, so that a drift of its speed cancels. Prints
+each size, the median of the absolute errors, how far the two calibrations lie apart, and how long they took.
 """
 
 from __future__ import annotations
@@ -13,19 +14,35 @@ import argparse
 import dataclasses
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from make_moe import make
 
 from executor.calibrate import Extent, calibrate
-from executor.calibration_check import check_passes, standard_mixes
+from executor.calibration_check import Checked, predict, run_passes, standard_mixes
 from executor.runner import Runner
-from executor.subject import load_subject
+from executor.subject import Subject, load_subject
 from traces.steps import StepModel
 from traces.timing import Timings
 
 BLOCK = 16
+
+
+def timings_of(subject: Subject, extent: Extent, given: Path | None) -> tuple[Timings, float]:
+    """A calibration and the seconds it took, or the one that is given."""
+    if given:
+        return Timings.load(given), 0.0
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        return calibrate(subject, Path(folder) / "timings.csv", extent), time.perf_counter() - start
+
+
+def without_loop(timings: Timings, max_step: float) -> StepModel:
+    """Steps without what the engine's loop takes: the passes here run without it."""
+    loop_s = timings.conditions["engine_loop_s"]
+    return StepModel(dataclasses.replace(timings, host_s=timings.host_s - loop_s), max_step=max_step)
 
 
 def main() -> None:
@@ -46,22 +63,23 @@ def main() -> None:
         make(args.folder)
     subject = load_subject(str(args.folder), device=args.device, dtype=args.dtype)
     extent = Extent(args.max_tokens, args.max_context, args.max_batch)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "timings.csv"
-        timings = Timings.load(args.timings) if args.timings else calibrate(subject, path, extent)
     mixes = standard_mixes(**vars(extent))
     blocks = max(sum(-(-sum(pair) // BLOCK) for pair in mix) for mix in mixes)
+    first, took = timings_of(subject, extent, args.timings)
     runner = Runner(subject.model, blocks, BLOCK)
-    loop_s = timings.conditions["engine_loop_s"]  # these passes run without the engine's loop
-    alone = dataclasses.replace(timings, host_s=timings.host_s - loop_s)
-    print(f"{timings.device}; {timings.model}; the engine's loop, not in these passes: {1e3 * loop_s:.2f} ms")
-    checked = check_passes(runner, StepModel(alone, max_step=args.max_step), mixes, args.repeats)
+    passes = run_passes(runner, without_loop(first, args.max_step), mixes, args.repeats)
+    second, took_again = timings_of(subject, extent, args.timings)
+    apart = [predict(without_loop(t, args.max_step), passes) for t in (first, second)]
+    checked = [Checked(p.mix, p.seconds, (a + b) / 2) for p, a, b in zip(passes, *apart, strict=True)]
+    print(f"{first.device}; {first.model}; calibrated in {took:.0f} s and {took_again:.0f} s")
     print(f"{'sequences':>9} {'new':>6} {'cached':>7} {'measured ms':>12} {'predicted ms':>13} {'error':>7}")
     for one in checked:
         new, cached = sum(n for n, _ in one.mix), sum(c for _, c in one.mix)
         times = f"{1e3 * one.measured:12.2f} {1e3 * one.predicted:13.2f} {one.error:+7.1%}"
         print(f"{len(one.mix):9d} {new:6d} {cached:7d} {times}")
     print(f"median |error| {statistics.median(abs(one.error) for one in checked):.1%} over {len(checked)} sizes")
+    drift = statistics.median(b / a - 1 for a, b in zip(*apart, strict=True))
+    print(f"the second calibration predicts {drift:+.1%} (median) of what the first does")
 
 
 if __name__ == "__main__":

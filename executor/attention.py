@@ -54,17 +54,18 @@ def attention_forward(
     plan = batch.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
-    k_first = v_first = None  # K and V of this pass, [kv_heads, T, D], copied once for all blocks that look at them
+    keys_of = Keys(running, layer, key[0], value[0])
     for number, blocks in plan.groups:
         if number:
             running.reach("attention", number)
         for block in blocks:
-            if kernel.plain and suits(block, k):
-                if block.slots is None and k_first is None:
-                    k_first, v_first = key[0].contiguous(), value[0].contiguous()
-                prefill_by_parts(running, layer, block, q, k_first, v_first, out, scale)
+            by_parts = kernel.plain and suits(block, key)
+            k_seen, v_seen = keys_of(block, by_parts)
+            rows = slice(block.first, block.last)
+            if by_parts:
+                attend(block, q[rows], k_seen, v_seen, out[rows], scale)
             else:
-                prefill(running, layer, block, q, k, v, out, kernel)
+                prefill(block, q[rows], k_seen, v_seen, out[rows], kernel)
     return out.unsqueeze(0), None
 
 
@@ -145,46 +146,38 @@ def decode(
         out[bucket.first : bucket.last] = result.reshape(rows, -1, v.shape[-1])
 
 
+class Keys:
+    """K and V that query blocks attend to, of the pass's own rows (key, value `[kv_heads, T, D]`) or of a chunk's
+    sequence. What lies in the cache is gathered once a chunk and kept from its first block to its last."""
+
+    holds_activations = True
+
+    def __init__(self, running: RunningPass, layer: int, key: torch.Tensor, value: torch.Tensor):
+        self._cache, self._layer = running.batch.cache, layer
+        self._own = (key, value)
+        self._slots: torch.Tensor | None = None
+        self._gathered = self._own
+
+    def __call__(self, block: QueryBlock, contiguous: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, each `[kv_heads, high - low, D]`; contiguous within a head where asked for."""
+        if block.slots is None:
+            if contiguous:
+                self._own = tuple(t.contiguous() for t in self._own)  # type: ignore[assignment]
+            k, v = self._own
+        else:
+            if block.slots is not self._slots:
+                k, v = (t.transpose(0, 1).contiguous() for t in self._cache.read(self._layer, block.slots))
+                self._slots, self._gathered = block.slots, (k, v)
+            k, v = self._gathered
+        return k[:, block.seen], v[:, block.seen]
+
+
 def prefill(
-    running: RunningPass,
-    layer: int,
-    block: QueryBlock,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    kernel: Kernel,
+    block: QueryBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, kernel: Kernel
 ) -> None:
-    """One query block over the KV of its own sequence: this pass's rows, or gathered from the cache."""
-    if block.slots is None:
-        seen = slice(block.base, block.base + block.high - block.low)
-        keys, values = k[seen], v[seen]
-    else:
-        keys, values = running.batch.cache.read(layer, block.slots)
-    heads, rows = keys.shape[1], block.last - block.first
-    queries = q[block.first : block.last].transpose(0, 1).unflatten(0, (1, heads, -1))
+    """One query block: q `[rows, heads, Dk]` over k and v `[kv_heads, high - low, D]` into out `[rows, heads, Dv]`."""
+    queries = q.transpose(0, 1).unflatten(0, (1, k.shape[0], -1))
     causal = kernel.plain and block.square
     mask = None if causal else block.mask(q.device)
-    result = kernel(queries, keys.transpose(0, 1)[None], values.transpose(0, 1)[None], mask, causal)
-    out[block.first : block.last] = result.reshape(-1, rows, v.shape[-1]).transpose(0, 1)
-
-
-def prefill_by_parts(
-    running: RunningPass,
-    layer: int,
-    block: QueryBlock,
-    q: torch.Tensor,
-    k_first: torch.Tensor | None,
-    v_first: torch.Tensor | None,
-    out: torch.Tensor,
-    scale: float,
-) -> None:
-    """`prefill` by `executor.cpu_attention`; `k_first`, `v_first`: K and V of this pass's rows, `[kv_heads, T, D]`."""
-    if k_first is not None and v_first is not None and block.slots is None:
-        seen = slice(block.base, block.base + block.high - block.low)
-        keys, values = k_first[:, seen], v_first[:, seen]
-    else:
-        assert block.slots is not None  # a block without them looks at this pass's rows
-        keys, values = (t.transpose(0, 1).contiguous() for t in running.batch.cache.read(layer, block.slots))
-    rows = slice(block.first, block.last)
-    attend(block, q[rows], keys, values, out[rows], scale)
+    result = kernel(queries, k[None], v[None], mask, causal)
+    out.copy_(result.reshape(-1, q.shape[0], v.shape[-1]).transpose(0, 1))

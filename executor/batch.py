@@ -7,7 +7,7 @@ cut exactly like one that is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -69,7 +69,8 @@ class DecodeBucket:
 class QueryBlock:
     """Rows `first` to `last` of one prefill chunk, attending over positions `low` to `high` of its sequence.
 
-    `slots` is None where all these positions are rows of this very pass, `low` then counts from row `base`.
+    `slots` (int64): where the chunk's keys lie in the cache, the same tensor for all its blocks, position `low` at
+    `base`; None where all that it sees are rows of this very pass, `low` then is row `base`.
     """
 
     first: int
@@ -80,6 +81,11 @@ class QueryBlock:
     base: int
     slots: torch.Tensor | None
     window: int | None
+
+    @property
+    def seen(self) -> slice:
+        """Positions `low` to `high`, counted as `base` is."""
+        return slice(self.base, self.base + self.high - self.low)
 
     @property
     def square(self) -> bool:
@@ -203,21 +209,27 @@ class Batch:
         groups: dict[int, list[QueryBlock]] = {}
         for e in prefills:
             of_row = piece[e.row - first : e.row - first + e.n]
+            chunk = self._chunk(e, window)
             starts = [0, *(np.flatnonzero(np.diff(of_row)) + 1).tolist(), e.n]
             for start, stop in pairwise(starts):
                 blocks = groups.setdefault(int(of_row[start]), [])
-                blocks += [
-                    self._query_block(e, a, min(a + BLOCK_ROWS, stop), window) for a in range(start, stop, BLOCK_ROWS)
-                ]
+                blocks += [chunk(a, min(a + BLOCK_ROWS, stop)) for a in range(start, stop, BLOCK_ROWS)]
         yield from ((number, tuple(blocks)) for number, blocks in groups.items())
 
-    def _query_block(self, e: Entry, a: int, b: int, window: int | None) -> QueryBlock:
-        position, high = e.start + a, e.start + b
-        low = 0 if window is None else max(0, position - window + 1)
-        slots = None
-        if low < e.start:
-            slots = self.to_device(slots_of(e.seq.blocks, self.cache.block_size, low, high))
-        return QueryBlock(e.row + a, e.row + b, position, low, high, e.row + low - e.start, slots, window)
+    def _chunk(self, e: Entry, window: int | None) -> Callable[[int, int], QueryBlock]:
+        """Makes the query block of rows a to b of one chunk."""
+        lowest = 0 if window is None else max(0, e.start - window + 1)
+        slots, origin = None, e.start - e.row  # the position that base 0 stands for
+        if lowest < e.start:
+            slots = self.to_device(slots_of(e.seq.blocks, self.cache.block_size, lowest, e.start + e.n))
+            origin = lowest
+
+        def block(a: int, b: int) -> QueryBlock:
+            position = e.start + a
+            low = 0 if window is None else max(0, position - window + 1)
+            return QueryBlock(e.row + a, e.row + b, position, low, e.start + b, low - origin, slots, window)
+
+        return block
 
 
 def seen(e: Entry, window: int | None) -> np.ndarray:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from executor.batch import Batch, SequenceState
 from executor.cuts import Cut
-from executor.grids import Cell
-from executor.measure import PassTimes, Stopwatch, measure, timed
+from executor.grids import Cell, mixed_lengths
+from executor.measure import PassTimes, Stopwatch, fill_cache, measure, timed
 from executor.measured import Kept
 from executor.runner import Runner, run_to_end
 
@@ -36,6 +36,8 @@ class Bench:
     def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
         self.cut = Cut()
         self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, cutter=self.cutter)
+        with torch.inference_mode():
+            fill_cache(self.runner)
         self.vocab: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self.model = model
 
@@ -45,19 +47,18 @@ class Bench:
 
     def sequences(self, cell: Cell, salt: str = "") -> list[tuple[SequenceState, int]]:
         """Random tokens, the same in each visit and for each cut; others with another `salt`. What is cached before
-        them is whatever the KV cache holds, which takes as long to attend to."""
+        them is random KV, which takes as long to attend to as any. Sequences that decode together are of different
+        lengths, as they are in serving: from half of the cell's context to one and a half."""
         rng = random.Random(f"{cell[:3]}{salt}")
-        length = cell.new + cell.context
-        blocks = -(-length // BLOCK)
-        return [
-            (
-                SequenceState(
-                    rng.choices(range(self.vocab), k=length), [*range(i * blocks, (i + 1) * blocks)], cell.context
-                ),
-                cell.new,
-            )
-            for i in range(cell.sequences)
-        ]
+        entries, first = [], 0
+        positions = self.runner.max_positions
+        most = None if positions is None else positions - cell.new
+        for context in mixed_lengths(cell.context, cell.sequences, most):
+            length = cell.new + context
+            blocks = [*range(first, first - (-length // BLOCK))]
+            first += len(blocks)
+            entries.append((SequenceState(rng.choices(range(self.vocab), k=length), blocks, context), cell.new))
+        return entries
 
     def visit_all(self, grid: list[Cell], kept: Kept, progress: Progress | None) -> None:
         """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one."""

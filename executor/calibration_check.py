@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import time
@@ -12,9 +13,11 @@ import torch
 
 from executor.batch import SequenceState
 from executor.cuts import Cut
+from executor.grids import mixed_lengths
+from executor.measure import fill_cache
 from executor.runner import Runner, run_to_end
 from executor.sampling import Sampling, sample
-from traces.steps import StepModel
+from traces.steps import Shape, StepModel
 
 #: (new tokens, tokens cached before) of each sequence of a pass
 Mix = list[tuple[int, int]]
@@ -34,32 +37,71 @@ class Checked:
         return self.predicted / self.measured - 1
 
 
-def check_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5) -> list[Checked]:
-    """Run each mix uninterrupted, cut as the step model cuts it, and compare with `StepModel.total` for the routing
-    that it had. Measured from the batch to the sampled tokens; nothing is read inside the pass."""
+@dataclass(frozen=True)
+class RunPass:
+    """One kind of pass that was run. seconds: median; shape: how it was cut; routing: tokens per expert, int[layers,
+    experts]."""
+
+    mix: Mix
+    seconds: float
+    shape: Shape
+    routing: np.ndarray
+
+
+def run_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5) -> list[RunPass]:
+    """Run each mix uninterrupted, cut as `steps` cuts it. Measured from the batch to the sampled tokens; nothing is
+    read inside the pass. Before each repeat runs one with other tokens, whose experts are others: else a small batch
+    would find its experts' weights in the processor's cache, as it never does in serving."""
     times: list[list[float]] = [[] for _ in mixes]
-    predicted = [0.0] * len(mixes)
+    routing: list[np.ndarray] = [np.empty(0)] * len(mixes)
+    shapes = [shape_of_mix(steps, mix) for mix in mixes]
     with torch.inference_mode():
+        fill_cache(runner)
         for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
             for at, mix in enumerate(mixes):
-                seconds, predicted[at] = _once(runner, steps, mix)
+                _once(runner, shapes[at], mix, "other")
+                seconds, routing[at] = _once(runner, shapes[at], mix)
                 if number:
                     times[at].append(seconds)
     medians = map(statistics.median, times)
-    return [Checked(mix, m, p) for mix, m, p in zip(mixes, medians, predicted, strict=True)]
+    return [RunPass(*found) for found in zip(mixes, medians, shapes, routing, strict=True)]
 
 
-def _once(runner: Runner, steps: StepModel, mix: Mix) -> tuple[float, float]:
+def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
+    """Seconds of each pass by `steps`, for the routing and the cut that it had."""
+    found = []
+    for p in passes:
+        shape = shape_of_mix(steps, p.mix, p.shape)
+        experts_s = float(steps.experts(p.routing).sum()) * steps.layers / len(p.routing)
+        found.append(steps.total(shape, experts_s))
+    return found
+
+
+def check_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5) -> list[Checked]:
+    """`run_passes` beside `predict`."""
+    passes = run_passes(runner, steps, mixes, repeats)
+    return [Checked(p.mix, p.seconds, s) for p, s in zip(passes, predict(steps, passes), strict=True)]
+
+
+def shape_of_mix(steps: StepModel, mix: Mix, cut: Shape | None = None) -> Shape:
+    """How `steps` cuts a pass over `mix` and what it takes; as many pieces and groups as `cut` has, where given."""
+    prefill = [(None, new, context) for new, context in mix if new > 1]
+    decoding = [context for new, context in mix if new == 1]
+    shape = steps.shape(prefill, len(decoding), sum(decoding), len(mix))
+    if cut is None:
+        return shape
+    attention = shape.attention * shape.pieces / cut.pieces
+    return dataclasses.replace(shape, attention=attention, pieces=cut.pieces, group=cut.group, groups=cut.groups)
+
+
+def _once(runner: Runner, shape: Shape, mix: Mix, salt: str = "") -> tuple[float, np.ndarray]:
     vocab: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    rng, size, next_block = random.Random(str(mix)), runner.cache.block_size, 0
+    rng, size, next_block = random.Random(f"{mix}{salt}"), runner.cache.block_size, 0
     entries = []
     for new, context in mix:
         blocks = range(next_block, next_block + -(-(new + context) // size))
         next_block = blocks.stop
         entries.append((SequenceState(rng.choices(range(vocab), k=new + context), [*blocks], context), new))
-    prefill = [(None, new, context) for new, context in mix if new > 1]
-    decoding = [context for new, context in mix if new == 1]
-    shape = steps.shape(prefill, len(decoding), sum(decoding), len(mix))
     _wait(runner)
     start = time.perf_counter()
     running = runner.begin(entries, Cut(shape.group, shape.pieces))
@@ -67,9 +109,7 @@ def _once(runner: Runner, steps: StepModel, mix: Mix) -> tuple[float, float]:
     rows = len(running.sampled)
     sample(logits, [Sampling()] * rows, [0] * rows, [0] * rows)
     _wait(runner)
-    seconds = time.perf_counter() - start
-    experts_s = float(steps.experts(np.array(running.routing)).sum()) * steps.layers / len(running.routing)
-    return seconds, steps.total(shape, experts_s)
+    return time.perf_counter() - start, np.array(running.routing)
 
 
 def _wait(runner: Runner) -> None:
@@ -84,7 +124,7 @@ def standard_mixes(max_tokens: int, max_context: int, max_batch: int) -> list[Mi
     mixes += [[(max(2, int(max_tokens * a)), int(max_context * b))] for a, b in ((0.1, 0.4), (0.3, 0.8), (0.7, 0.3))]
     for share in (0.0, 0.1, 0.35, 0.7, 1.0):
         batch = max(1, int(max_batch * share))
-        mixes += [[(1, int(max_context * c * (0.5 + i / batch))) for i in range(batch)] for c in (0.06, 0.3)]
+        mixes += [[(1, length) for length in mixed_lengths(max_context * c, batch)] for c in (0.06, 0.3)]
     few = max(1, max_batch // 3)
     mixes.append([(max(2, max_tokens // 8), 0)] * 3)
     mixes.append([(max(2, max_tokens // 3), 0), *[(1, max_context // 5)] * few])

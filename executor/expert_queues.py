@@ -18,6 +18,8 @@ class ExpertQueues:
     `waiting`: rows that wait at each expert. `lent_rows`: longest queue that another pass may run along with its own.
     """
 
+    holds_activations = True
+
     def __init__(
         self,
         hidden: torch.Tensor,

@@ -82,3 +82,10 @@ def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, 
     # Experts with more tokens than the router would send them.
     found += [Cell(1, n, 0, ALL, hot) for n in (64, 256, max_tokens) if n <= max_tokens for hot in (top_k, 2 * top_k)]
     return [cell for cell in dict.fromkeys(found) if cell.kv_tokens <= kv_tokens and cell.hot <= experts]
+
+
+def mixed_lengths(mean: float, sequences: int, most: int | None = None) -> list[int]:
+    """Lengths of sequences as they meet in serving: evenly spread from half of `mean` to one and a half, none above
+    `most`, summing to `sequences` x `mean` but for rounding."""
+    width = mean if most is None else min(mean, 2 * (most - mean))
+    return [round(mean + width * ((i + 0.5) / sequences - 0.5)) for i in range(sequences)]

@@ -8,7 +8,8 @@ to the thread that made it: begin, advance and close passes in one thread. Infer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -108,8 +109,8 @@ class RunningPass:
         held: dict[int, int] = {}
         frame = self._greenlet.gr_frame
         while frame is not None:
-            for value in frame.f_locals.values():
-                if isinstance(value, torch.Tensor) and not (value.is_mkldnn or isinstance(value, torch.nn.Parameter)):
+            for value in chain.from_iterable(map(tensors, frame.f_locals.values())):
+                if not (value.is_mkldnn or isinstance(value, torch.nn.Parameter)):
                     storage = value.untyped_storage()
                     held[storage.data_ptr()] = storage.nbytes()
             frame = frame.f_back
@@ -138,6 +139,16 @@ class RunningPass:
         self._run_ahead.mark()
         point = Point(self.layer, stage, group)
         self._greenlet.parent.switch(point)
+
+
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """`value` where it is a tensor, those in it where it is a tuple or an object of the hooks that holds some."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        yield from chain.from_iterable(map(tensors, value))
+    elif getattr(type(value), "holds_activations", False):
+        yield from tensors(tuple(vars(value).values()))
 
 
 def current_pass() -> RunningPass | None:

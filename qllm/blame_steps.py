@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from executor.batch import SequenceState
 from executor.cuts import Cut
-from executor.measure import Stopwatch, measure, timed
+from executor.grids import mixed_lengths
+from executor.measure import Stopwatch, fill_cache, measure, timed
 from executor.runner import Runner
 from qllm.validate import Call, Compared
 from traces.steps import StepModel
@@ -68,6 +69,7 @@ def by_step(runs: list[Compared], model: PreTrainedModel, kv_blocks: int) -> pd.
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     runner = Runner(model, kv_blocks, BLOCK)
     with torch.inference_mode(), timed(model) as watch:
+        fill_cache(runner)
         for steps, call in chosen:
             measured, counts = _again(runner, watch, call)
             for kind, seconds in _predicted(steps, call, counts).items():
@@ -83,8 +85,10 @@ def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
 
 def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, float], np.ndarray]:
     """(seconds by kind of step, medians; tokens per expert) of a pass like `call`: random tokens, decoding sequences
-    all of the mean length."""
-    sizes = [*call.chunks, *[(1, call.decode_context // max(call.n_decode, 1))] * call.n_decode]
+    of lengths around the mean."""
+    most = None if runner.max_positions is None else runner.max_positions - 1
+    decoding = mixed_lengths(call.decode_context / max(call.n_decode, 1), call.n_decode, most)
+    sizes = [*call.chunks, *((1, length) for length in decoding)]
     vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     rng, first = np.random.default_rng(0), 0
     entries = []

@@ -32,7 +32,7 @@ def _blocks(run: Compared) -> int:
     """KV blocks of 16 tokens that the largest pass of a run needs."""
     sizes = (
         sum(-(-(new + cached) // 16) for new, cached in call.chunks)
-        + call.n_decode * (1 + call.decode_context // max(call.n_decode, 1) // 16)
+        + call.n_decode * (2 + call.decode_context // max(call.n_decode, 1) // 16)
         for call in run.calls
     )
     return max(sizes, default=1)

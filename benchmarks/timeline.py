@@ -1,15 +1,18 @@
-"""Draw docs/img/timeline.png: the same few requests under fcfs, priority and qllm.
+"""Draw docs/img/timeline.png, or timeline_engine.png: the same few requests under fcfs, priority and qllm.
 
     python benchmarks/timeline.py [--out docs/img/timeline.png]
+    python benchmarks/timeline.py --engine FOLDER [--threads 2]    # FOLDER: the checkpoint of make_moe.py, or where to
 
-The picture of the paper's figure 1, from our own scheduler: two BE prompts of 16k tokens, and LS prompts that arrive
-while they run. Simulated on imported A100 kernel times, not measured here.
+The picture of the paper's figure 1, from our own scheduler: two long BE prompts, and LS prompts that arrive while they
+run. Simulated on imported A100 kernel times with prompts of 16k tokens; with --engine, measured on the real engine on
+this CPU, prompts a fourth as long and arrivals eight times as far apart. Needs a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,12 +21,18 @@ from matplotlib.figure import Figure
 
 from qllm.timeline_figure import plot_timeline, timeline_key
 from scheduler import Limits, make_policy
-from sim import SimResult, simulate
+from sim import simulate
 from traces.requests import RequestTrace
+from traces.results import RunResult
 from traces.steps import StepModel
 from traces.timing import Timings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMAGES = Path(__file__).parents[1] / "docs" / "img"
 NAMES = {0: "LS", 1: "BE"}
+PRIORITIES = {"ls": 0, "be": 1}
 LONG = 16_384  #: tokens of a BE prompt
 TIMINGS = "a100-qwen3-30b-a3b-bf16"
 PANELS = (
@@ -31,6 +40,7 @@ PANELS = (
     ("priority", {}, "priority, between passes: LS prompts wait for the end of the BE pass that runs"),
     ("qllm", {"fill_tokens": 0}, "qllm: the BE pass stops inside a layer, lets LS run, and goes on where it stood"),
 )
+ENGINE_SHORTER, ENGINE_SLOWER = 4, 8  #: what a CPU's requests are beside those of the simulated GPU
 #: arrival (s), prompt tokens, output tokens, class
 REQUESTS = (
     (0.00, LONG, 12, "be"),
@@ -41,18 +51,21 @@ REQUESTS = (
 )
 
 
-def trace() -> RequestTrace:
+def trace(engine: bool = False) -> RequestTrace:
     """The requests of the picture."""
     arrival, prompt, output, names = zip(*REQUESTS, strict=True)
     cls = np.array([("ls", "be").index(name) for name in names])
-    return RequestTrace(np.array(arrival), np.array(prompt), np.array(output), cls, ("ls", "be"))
+    at, tokens = np.array(arrival), np.array(prompt)
+    if engine:
+        at, tokens = ENGINE_SLOWER * at, tokens // ENGINE_SHORTER
+    return RequestTrace(at, tokens, np.array(output), cls, ("ls", "be"))
 
 
-def run(policy: str, settings: dict, steps: StepModel) -> SimResult:
-    """The picture's requests under one policy."""
+def run(policy: str, settings: dict, steps: StepModel) -> RunResult:
+    """The picture's requests under one policy, simulated."""
     return simulate(
         trace(),
-        priorities={"ls": 0, "be": 1},
+        priorities=PRIORITIES,
         policy=make_policy(policy, **settings),
         limits=Limits(max_seqs=32, max_tokens=16_384, kv_blocks=4096, block_size=16),
         steps=steps,
@@ -60,42 +73,78 @@ def run(policy: str, settings: dict, steps: StepModel) -> SimResult:
     )
 
 
-def panel(ax: Axes, result: SimResult, title: str, layers: int) -> None:
+def run_engine(policy: str, settings: dict, model: PreTrainedModel) -> RunResult:
+    """The same on the real engine."""
+    from executor import Engine, replay
+
+    limits = Limits(max_seqs=32, max_tokens=LONG // ENGINE_SHORTER, kv_blocks=1024, block_size=16)
+    with Engine(model, policy=make_policy(policy, **settings), limits=limits) as engine:
+        replay(engine, trace(True).head(1), priorities=PRIORITIES)  # warms up
+        return replay(engine, trace(True), priorities=PRIORITIES)
+
+
+def panel(ax: Axes, result: RunResult, asked: RequestTrace, title: str, layers: int) -> None:
     """One schedule, the LS requests below."""
-    asked = trace()
     requests = list(zip(asked.cls.tolist(), asked.arrival.tolist(), result.first_token.tolist(), strict=True))
     plot_timeline(result.slices or [], NAMES, layers=layers, requests=[r for r in requests if r[0] == 0], ax=ax)
     ax.set_title(title, fontsize=10, loc="left")
 
 
-def draw(out: Path) -> None:
-    """Write the figure to `out`."""
-    timings = Timings.load(TIMINGS)
-    steps = StepModel(timings, max_step=0.002)
+def draw(out: Path, results: list[RunResult], asked: RequestTrace, layers: int, source: str) -> None:
+    """Write the figure to `out`; `source` says where the times are from."""
     figure = Figure(figsize=(9, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(PANELS), 1, sharex=True)
-    for ax, (policy, settings, title) in zip(axes, PANELS, strict=True):
-        panel(ax, run(policy, settings, steps), title, timings.layers)
+    for ax, result, (_, _, title) in zip(axes, results, PANELS, strict=True):
+        panel(ax, result, asked, title, layers)
     axes[0].set_xlim(0, 1.05 * max(ax.get_xlim()[1] for ax in axes))
     for ax in axes[:-1]:
         ax.set_xlabel("")
     figure.legend(**timeline_key(NAMES), loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    asked = (
-        "Two BE prompts of 16,384 tokens arrive at 0 and 0.1 s, three LS prompts of 500 to 1,000 tokens while they run."
-    )
-    source = f"Simulated. Timings: {timings.name}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}"
-    figure.supxlabel(f"{asked}\n{source}", fontsize=7, color="0.35")
+    ls, be = (asked.prompt_tokens[asked.cls == cls] for cls in (0, 1))
+    told = f"Two BE prompts of {be[0]:,} tokens arrive at 0 and {asked.arrival[1]:.1f} s, three LS prompts of "
+    told += f"{ls.min():,} to {ls.max():,} tokens while they run."
+    figure.supxlabel(f"{told}\n{source}", fontsize=7, color="0.35")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150, metadata={"Software": None})
 
 
+def simulated(out: Path) -> None:
+    timings = Timings.load(TIMINGS)
+    steps = StepModel(timings, max_step=0.002)
+    source = f"Simulated. Timings: {timings.name}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}"
+    results = [run(policy, settings, steps) for policy, settings, _ in PANELS]
+    draw(out, results, trace(), timings.layers, source)
+
+
+def measured(out: Path, folder: Path, threads: int) -> None:
+    import torch
+    from make_moe import make
+
+    from executor.facts import device_name, model_facts
+    from executor.model import load_model
+
+    torch.set_num_threads(threads)
+    model = load_model(make(folder), dtype="float32")
+    source = f"Measured on the real engine: {device_name(model.device)}; Qwen3-MoE of 166 M random parameters; float32"
+    results = [run_engine(policy, settings, model) for policy, settings, _ in PANELS]
+    draw(out, results, trace(True), model_facts(model)["layers"], source)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "img" / "timeline.png")
+    parser.add_argument(
+        "--engine", type=Path, metavar="FOLDER", help="measure on the real engine, with this checkpoint"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="default: docs/img/timeline.png, or timeline_engine.png")
     args = parser.parse_args()
-    draw(args.out)
-    print(args.out)
+    out = args.out or IMAGES / ("timeline_engine.png" if args.engine else "timeline.png")
+    if args.engine:
+        measured(out, args.engine, args.threads)
+    else:
+        simulated(out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ contributions; writes everything to --out. Needs a machine that does nothing els
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 import torch
 import yaml
 from make_moe import make
+from processes import Cores
 
 from executor.calibrate import Extent, calibrate
 from executor.subject import load_subject
@@ -81,9 +83,15 @@ def main() -> None:
     todo = sorted(runs(load_config(path)), key=lambda run: run.seed)  # repeats outermost: the machine drifts
     compared = []
     for run in todo:
+        cores = Cores(os.getpid())
         compared.append(compare(run, subject.model))
         real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (compared[-1].real, compared[-1].simulated))
-        print(f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated", flush=True)
+        busy = compared[-1].busy()
+        print(
+            f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; passes took {busy:.3f} of what is "
+            f"predicted; other cores {cores.used()[1]:.2f}",
+            flush=True,
+        )
     save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")

@@ -77,12 +77,6 @@ def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
     return found
 
 
-def check_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5) -> list[Checked]:
-    """`run_passes` beside `predict`."""
-    passes = run_passes(runner, steps, mixes, repeats)
-    return [Checked(p.mix, p.seconds, s) for p, s in zip(passes, predict(steps, passes), strict=True)]
-
-
 def shape_of_mix(steps: StepModel, mix: Mix, cut: Shape | None = None) -> Shape:
     """How `steps` cuts a pass over `mix` and what it takes; as many pieces and groups as `cut` has, where given."""
     prefill = [(None, new, context) for new, context in mix if new > 1]

@@ -15,7 +15,7 @@ from executor.cuts import Cut
 from executor.grids import mixed_lengths
 from executor.measure import Stopwatch, fill_cache, measure, timed
 from executor.runner import Runner
-from qllm.validate import Call, Compared
+from qllm.validate import Call, Compared, experts_seconds
 from traces.steps import StepModel
 
 SAMPLED = 24  # passes measured again, step kind by step kind
@@ -45,15 +45,11 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
     for run in runs:
         slices = run.real.slices or []
         loop_s = run.steps.timings.conditions.get("engine_loop_s", 0.0)  # part of host_s, and so of each pass's lead
-        measured: dict[int, float] = defaultdict(float)
-        for s in slices:
-            measured[s.pass_id] += s.end - s.start
-        for (_, seconds), call, counts in zip(sorted(measured.items()), run.calls, run.real.routing or [], strict=True):
+        for call, seconds, predicted in run.pass_seconds():
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
-            predicted = run.steps.total(call.shape, experts_seconds(run.steps, counts))
-            add(f"{kind} passes", seconds, predicted - loop_s)
+            add(f"{kind} passes", seconds, predicted)
         for before, after in pairwise(slices):
-            waiting = (run.real.arrival <= before.end) & (run.real.finish > before.end + 1e-9)
+            waiting = (run.real.arrival <= before.end) & (run.real.finish > after.start)  # else the engine was idle
             if waiting.any():
                 switched = run.steps.suspend_s * before.suspended + run.steps.resume_s * (after.first > 0)
                 kind = "suspending and resuming" if before.suspended or after.first > 0 else "between passes"
@@ -76,11 +72,6 @@ def by_step(runs: list[Compared], model: PreTrainedModel, kv_blocks: int) -> pd.
                 row = rows[kind]
                 row[0], row[1], row[2] = row[0] + 1, row[1] + measured.get(kind, 0.0), row[2] + seconds
     return _table(rows)
-
-
-def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
-    """Predicted seconds of all experts for int[MoE layers, experts] tokens."""
-    return float(steps.experts(np.asarray(counts)).sum()) * steps.layers / len(counts)
 
 
 def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, float], np.ndarray]:

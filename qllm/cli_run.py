@@ -61,7 +61,7 @@ def run(
     save_figures(results, folder, caption)
     if timeline:
         write_timeline(shown, folder / "timeline.json", time="measured")
-        save_timeline(shown, folder / "timeline.png", caption)
+        save_timeline(shown, folder / "timeline.png", caption, target.layers)
     if format is Format.json:
         typer.echo(json.dumps(records(results), indent=2))
     else:

@@ -82,7 +82,7 @@ def simulate(
     if timeline:
         recorded = record(timeline_runs(loaded))
         write_timeline(recorded, folder / "timeline.json")
-        save_timeline(recorded, folder / "timeline.png", caption)
+        save_timeline(recorded, folder / "timeline.png", f"Simulated. {caption}")
     if format is Format.json:
         typer.echo(json.dumps(records(results), indent=2))
     else:

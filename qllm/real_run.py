@@ -53,6 +53,11 @@ class Target:
     def __str__(self) -> str:
         return f"{device_name(self.model.device)}; {self.name}; {str(self.model.dtype).removeprefix('torch.')}"
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(model_facts(self.model)["layers"])
+
     def clock(self, config: Config) -> RealClock:
         """Real time; passes are cut by the configuration's timing trace where that was measured on this target."""
         timings = load_timings(config.timings)

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from qllm.build import step_model
 from qllm.figures import COLOURS, new_axes
 from qllm.runs import Run
-from sim import SimResult, Slice
+from traces.results import RunResult, Slice
 
 _PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
 _SHOWN = 24  #: slices in a panel of `save_timeline`
@@ -114,9 +114,15 @@ def _climb(piece: Slice, layers: int) -> list[tuple[float, float]]:
     return [(piece.start, 0), (piece.start, piece.first_layer), (piece.end, top), (piece.end, 0)]
 
 
-def save_timeline(recorded: Sequence[tuple[Run, SimResult]], path: str | Path, caption: str) -> bool:
+def save_timeline(
+    recorded: Sequence[tuple[Run, RunResult]], path: str | Path, caption: str, layers: int | None = None
+) -> bool:
     """Write a picture with a panel for each recorded run (qllm.timeline.record), all of the same moments: those around
-    the first suspension of any of them, else the first. Returns False, and writes nothing, where nothing ran."""
+    the first suspension of any of them, else the first. Returns False, and writes nothing, where nothing ran.
+
+    caption: says whether it is simulated or measured, and on what. layers: of the model that ran; by default of the
+    timing trace that the run's configuration names, as in a simulation.
+    """
     shown = [(run, result.slices or []) for run, result in recorded]
     if not any(slices for _, slices in shown):
         return False
@@ -127,7 +133,7 @@ def save_timeline(recorded: Sequence[tuple[Run, SimResult]], path: str | Path, c
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
         inside = [piece for piece in slices if piece.end >= start and piece.start <= end]
-        plot_timeline(inside, classes, layers=step_model(run.config).layers, ax=ax)
+        plot_timeline(inside, classes, layers=layers or step_model(run.config).layers, ax=ax)
         ax.set_title(str(run), fontsize=10, loc="left")
         ax.set_xlabel("")
     panels[-1].set_xlabel("time (s)")
@@ -135,9 +141,7 @@ def save_timeline(recorded: Sequence[tuple[Run, SimResult]], path: str | Path, c
     key = timeline_key(classes)
     key = {**key, "handles": key["handles"][:-1], "labels": key["labels"][:-1]}
     figure.legend(**key, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    figure.supxlabel(
-        f"Simulated; a pass has the colour of the most urgent class in it. {caption}", fontsize=7, color="0.35"
-    )
+    figure.supxlabel(f"A pass has the colour of the most urgent class in it. {caption}", fontsize=7, color="0.35")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return True
 

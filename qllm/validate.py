@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,24 @@ class Compared:
         """Requests per second offered."""
         return self.run.config.rate or self.trace.rate or float("nan")
 
+    def pass_seconds(self) -> list[tuple[Call, float, float]]:
+        """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what
+        the engine's loop takes between two passes (a part of `host_s`)."""
+        loop_s = self.steps.timings.conditions.get("engine_loop_s", 0.0)
+        took: dict[int, float] = defaultdict(float)
+        for s in self.real.slices or []:
+            took[s.pass_id] += s.end - s.start
+        found = []
+        for (_, seconds), call, counts in zip(sorted(took.items()), self.calls, self.real.routing or [], strict=True):
+            predicted = self.steps.total(call.shape, experts_seconds(self.steps, counts))
+            found.append((call, seconds, predicted - loop_s))
+        return found
+
+    def busy(self) -> float:
+        """Seconds of all real passes over those predicted for them: how much slower the machine was than the model."""
+        passes = self.pass_seconds()
+        return sum(seconds for _, seconds, _ in passes) / max(sum(predicted for _, _, predicted in passes), 1e-12)
+
     def requests(self) -> pd.DataFrame:
         """A row per request and world: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
         both = []
@@ -142,6 +161,11 @@ def real_limits(config: Config, model: PreTrainedModel) -> Limits:
         blocks = blocks_in(model, timings.kv_bytes_per_token, config.limits.block_size, None)
         config = config.model_copy(update={"limits": config.limits.model_copy(update={"kv_blocks": blocks})})
     return scheduler_limits(config, timings)
+
+
+def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
+    """Predicted seconds of all experts for int[MoE layers, experts] tokens."""
+    return float(steps.experts(np.asarray(counts)).sum()) * steps.layers / len(counts)
 
 
 def seen_popularity(real: RunResult, layers: int) -> np.ndarray:

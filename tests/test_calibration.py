@@ -12,17 +12,19 @@ import torch
 from executor import measure as measuring
 from executor.bench import Bench
 from executor.calibrate import CalibrationWarning, Extent, calibrate
+from executor.calibration_check import predict, run_passes
 from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
-from executor.grids import ALL, Cell, cells
+from executor.grids import ALL, Cell, cells, mixed_lengths
 from executor.measure import timed
 from executor.measured import CalibrationError, Measured
 from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
+from executor.runner import Runner
 from executor.subject import Subject, load_subject, with_layers
 from traces.popularity import load_popularity
 from traces.steps import StepModel
-from traces.timing import TimingError, Timings
+from traces.timing import TimingError, Timings, affine_timings
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.CalibrationWarning")
 EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
@@ -212,3 +214,34 @@ def test_timings_of_another_model_or_device_are_refused(subject, trace):
         TimingError, match=r"another model or device: device is .*, used with 'A100'; layers is 2, .* 3"
     ):
         timings.check_matches(device="A100", layers=3, experts=8)
+
+
+def test_checked_passes_are_cut_and_predicted_by_the_steps_that_they_are_compared_with(subject):
+    runner = Runner(subject.model, 16, 16)
+    steps = StepModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64), max_step=4e-4)
+    mix = [(12, 20), (1, 30)]
+    (found,) = run_passes(runner, steps, [mix], repeats=1)
+    assert found.seconds > 0
+    assert found.routing.sum() == 2 * 2 * 13  # layers, top-k, tokens
+    assert found.shape.groups > 1
+    times = steps.times(found.shape, found.routing)
+    assert predict(steps, [found]) == pytest.approx([times.sum()])
+    slower = StepModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64, host_s=1.0))  # cuts nothing by itself
+    assert predict(slower, [found])[0] == pytest.approx(1.0 + times.sum(), rel=1e-3)
+
+
+def test_sequences_that_decode_together_have_the_lengths_of_serving():
+    lengths = mixed_lengths(100, 5)
+    assert sum(lengths) == 500
+    assert (min(lengths), max(lengths)) == (60, 140)
+    assert max(mixed_lengths(100, 5, most=110)) <= 110
+    assert sum(mixed_lengths(100, 5, most=110)) == 500
+    assert mixed_lengths(7, 1) == [7]
+
+
+def test_the_cache_that_is_measured_holds_random_values(subject):
+    bench = Bench(subject.model, 64, 2)
+    zero_slot = bench.runner.cache.zero_slot
+    for store in (*bench.runner.cache.keys, *bench.runner.cache.values):
+        assert (store[:zero_slot] != 0).all()
+        assert (store[zero_slot] == 0).all()

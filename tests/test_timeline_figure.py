@@ -79,3 +79,15 @@ def test_a_simulation_is_drawn_with_a_panel_a_policy(tmp_path: Path, monkeypatch
     stops = [s.end for s in recorded[1][1].slices or [] if s.suspended]
     assert left < stops[0] < right
     assert not save_timeline([], tmp_path / "none.png", "")
+
+
+def test_the_layers_are_those_of_the_model_that_ran_and_the_caption_says_what_it_is(tmp_path, monkeypatch) -> None:
+    """A run of the engine names a timing trace in its configuration, whose model it need not be."""
+    loaded = load_config(write_config(tmp_path))
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    recorded = record(timeline_runs(loaded))
+    save_timeline(recorded, tmp_path / "timeline.png", "Measured on a toaster", layers=8)
+    assert figures[0].axes[0].get_ylim()[1] == 8
+    assert "Measured on a toaster" in figures[0].get_supxlabel()
+    assert "imulated" not in figures[0].get_supxlabel()

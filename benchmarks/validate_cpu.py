@@ -4,8 +4,9 @@
 
 FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, float32), made where it is missing. Rates
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
-best-effort prompts, short latency-sensitive ones. Prints the errors, their spread over the repeats and the largest
-contributions; writes everything to --out. Needs a machine that does nothing else.
+best-effort prompts, short latency-sensitive ones. Prints the errors (with the calibrated step times, and with those at
+the speed that the machine had in each run), their spread over the repeats and the largest contributions; writes
+everything to --out. Needs a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -86,12 +87,9 @@ def main() -> None:
         cores = Cores(os.getpid())
         compared.append(compare(run, subject.model))
         real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (compared[-1].real, compared[-1].simulated))
-        busy = compared[-1].busy()
-        print(
-            f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; passes took {busy:.3f} of what is "
-            f"predicted; other cores {cores.used()[1]:.2f}",
-            flush=True,
-        )
+        speed, others = compared[-1].speed, cores.used()[1]
+        print(f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; ", end="")
+        print(f"passes took {speed:.3f} of what is predicted; other cores {others:.2f}", flush=True)
     save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")

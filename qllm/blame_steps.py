@@ -45,7 +45,7 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
     for run in runs:
         slices = run.real.slices or []
         loop_s = run.steps.timings.conditions.get("engine_loop_s", 0.0)  # part of host_s, and so of each pass's lead
-        for call, seconds, predicted in run.pass_seconds():
+        for call, seconds, predicted in run.passes:
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
             add(f"{kind} passes", seconds, predicted)
         for before, after in pairwise(slices):

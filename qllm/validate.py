@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from traces.steps import Shape, StepModel
 METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
 WARM_UP = 8  # requests replayed first and not counted: kernels are chosen and compiled at their first sizes
-REAL, SIMULATED = "real", "simulated"
+REAL, SIMULATED, AT_SPEED = "real", "simulated", "at_speed"
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Call:
     decode_context: int
     rows: int
     shape: Shape
+
+
+class PassSeconds(NamedTuple):
+    """One real pass: what it took and what is predicted for it."""
+
+    call: Call
+    measured: float
+    predicted: float
 
 
 class Asked(StepModel):
@@ -64,7 +72,13 @@ class Asked(StepModel):
 
 @dataclass
 class Compared:
-    """One run in both worlds. calls: the real run's passes, in the order of `real.routing`; steps: predicts them."""
+    """One run in both worlds. calls: the real run's passes, in the order of `real.routing`; steps: predicts them.
+
+    passes: what each real pass took and what is predicted for it. at_speed: simulated once more with all step times
+    multiplied by one number, `speed`. What a machine's speed drifts
+    between its calibration and the run is in the errors of `simulated`, and not in those of `at_speed`, which are the
+    simulator's own: how passes are made, queue, preempt and share their time.
+    """
 
     run: Run
     trace: RequestTrace
@@ -72,34 +86,25 @@ class Compared:
     simulated: RunResult
     steps: StepModel
     calls: list[Call] = field(repr=False)
+    passes: list[PassSeconds] = field(repr=False)
+    at_speed: RunResult
 
     @property
     def rate(self) -> float:
         """Requests per second offered."""
         return self.run.config.rate or self.trace.rate or float("nan")
 
-    def pass_seconds(self) -> list[tuple[Call, float, float]]:
-        """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what
-        the engine's loop takes between two passes (a part of `host_s`)."""
-        loop_s = self.steps.timings.conditions.get("engine_loop_s", 0.0)
-        took: dict[int, float] = defaultdict(float)
-        for s in self.real.slices or []:
-            took[s.pass_id] += s.end - s.start
-        found = []
-        for (_, seconds), call, counts in zip(sorted(took.items()), self.calls, self.real.routing or [], strict=True):
-            predicted = self.steps.total(call.shape, experts_seconds(self.steps, counts))
-            found.append((call, seconds, predicted - loop_s))
-        return found
-
-    def busy(self) -> float:
-        """Seconds of all real passes over those predicted for them: how much slower the machine was than the model."""
-        passes = self.pass_seconds()
-        return sum(seconds for _, seconds, _ in passes) / max(sum(predicted for _, _, predicted in passes), 1e-12)
+    @property
+    def speed(self) -> float:
+        """Seconds of all real passes over those predicted for them: above 1 where the machine was slower than when it
+        was calibrated, or the calibration is off."""
+        return speed_of(self.passes)
 
     def requests(self) -> pd.DataFrame:
         """A row per request and world: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
         both = []
-        for world, result in ((REAL, self.real), (SIMULATED, self.simulated)):
+        worlds = {REAL: self.real, SIMULATED: self.simulated, AT_SPEED: self.at_speed}
+        for world, result in worlds.items():
             frame = pd.DataFrame(
                 {
                     "policy": self.run.title,
@@ -123,7 +128,8 @@ class Compared:
 
 
 def compare(run: Run, model: PreTrainedModel) -> Compared:
-    """Replay one run of a configuration on the real clock, then simulate it with the routing shares that were seen.
+    """Replay one run of a configuration on the real clock, then simulate it with the routing shares that were seen,
+    with the calibrated times and with those at the speed that the machine had.
 
     The engine cuts its passes by the same step model. Raises what `replay` and `simulate` raise.
     """
@@ -140,18 +146,24 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
         asked.calls.clear()
         real = replay(engine, trace, priorities=priorities, seed=run.seed)
         calls = list(asked.calls)
+
+    def simulation(steps: StepModel) -> RunResult:
+        return simulate(
+            trace,
+            priorities=priorities,
+            policy=policy.build(),
+            limits=limits,
+            steps=steps,
+            popularity=seen_popularity(real, steps.layers),
+            seed=run.seed,
+            timeline=True,
+        )
+
     steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
-    simulated = simulate(
-        trace,
-        priorities=priorities,
-        policy=policy.build(),
-        limits=limits,
-        steps=steps,
-        popularity=seen_popularity(real, steps.layers),
-        seed=run.seed,
-        timeline=True,
-    )
-    return Compared(run, trace, real, simulated, steps, calls)
+    passes = pass_seconds(real, calls, steps)
+    speed = speed_of(passes)
+    slower = StepModel(timings.scaled(speed), max_step=config.max_step * speed, expert_mode=config.expert_mode)
+    return Compared(run, trace, real, simulation(steps), steps, calls, passes, simulation(slower))
 
 
 def real_limits(config: Config, model: PreTrainedModel) -> Limits:
@@ -161,6 +173,25 @@ def real_limits(config: Config, model: PreTrainedModel) -> Limits:
         blocks = blocks_in(model, timings.kv_bytes_per_token, config.limits.block_size, None)
         config = config.model_copy(update={"limits": config.limits.model_copy(update={"kv_blocks": blocks})})
     return scheduler_limits(config, timings)
+
+
+def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[PassSeconds]:
+    """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what the
+    engine's loop takes between two passes (a part of `host_s`)."""
+    loop_s = steps.timings.conditions.get("engine_loop_s", 0.0)
+    took: dict[int, float] = defaultdict(float)
+    for s in real.slices or []:
+        took[s.pass_id] += s.end - s.start
+    found = []
+    for (_, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
+        predicted = steps.total(call.shape, experts_seconds(steps, counts))
+        found.append(PassSeconds(call, seconds, predicted - loop_s))
+    return found
+
+
+def speed_of(passes: list[PassSeconds]) -> float:
+    """Measured over predicted seconds of all passes together."""
+    return sum(p.measured for p in passes) / max(sum(p.predicted for p in passes), 1e-12)
 
 
 def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
@@ -178,14 +209,14 @@ def seen_popularity(real: RunResult, layers: int) -> np.ndarray:
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
     """Simulated against real, pooled over seeds: a row per policy, rate, class ("all" too), metric and statistic with
-    real, simulated and error (simulated / real - 1; for preemptions the difference). Throughput is requests per second
-    from the first arrival to the last token."""
+    real, simulated, at_speed, and the errors of both (simulated / real - 1; for preemptions the difference). Throughput
+    is requests per second from the first arrival to the last token."""
     rows = []
     pooled = pd.concat([requests, requests.assign(**{"class": "all"})])
     for (policy, rate, cls), group in pooled.groupby(["policy", "rate", "class"], sort=False):
         worlds = dict(iter(group.groupby("world")))
         found: dict[tuple[str, str], list[float]] = {}
-        for world in (REAL, SIMULATED):
+        for world in (REAL, SIMULATED, AT_SPEED):
             frame = worlds[world]
             for metric in METRICS:
                 values = frame[metric].dropna().to_numpy()
@@ -195,10 +226,10 @@ def errors(requests: pd.DataFrame) -> pd.DataFrame:
             rate_done = frame["finish_s"].notna().sum() / (spans["last"] - spans["first"]).sum()
             found.setdefault(("throughput_rps", "mean"), []).append(float(rate_done))
             found.setdefault(("preemptions", "sum"), []).append(float(frame["preemptions"].sum()))
-        for (metric, statistic_name), (real, simulated) in found.items():
-            error = simulated - real if metric == "preemptions" else simulated / real - 1
-            rows.append([policy, rate, cls, metric, statistic_name, real, simulated, error])
-    columns = ["policy", "rate", "class", "metric", "statistic", REAL, SIMULATED, "error"]
+        for (metric, statistic_name), (real, *predicted) in found.items():
+            errors_of = [p - real if metric == "preemptions" else p / real - 1 for p in predicted]
+            rows.append([policy, rate, cls, metric, statistic_name, real, *predicted, *errors_of])
+    columns = ["policy", "rate", "class", "metric", "statistic", REAL, SIMULATED, AT_SPEED, "error", "error_at_speed"]
     return pd.DataFrame(rows, columns=columns)
 
 

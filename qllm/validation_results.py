@@ -51,16 +51,20 @@ def spread(requests: pd.DataFrame) -> pd.DataFrame:
 def report(folder: Path) -> str:
     """What `save` wrote, as text: errors over all classes and per class, and the largest contributions to them."""
     table = pd.read_csv(folder / "errors.csv")
-    lines = ["simulated / real - 1 (preemptions: difference)", ""]
+    lines = []
     wide = table.assign(what=table["metric"].str.removesuffix("_s") + " " + table["statistic"])
     names = list(dict.fromkeys(wide["what"]))
-    shown = wide.pivot(index=["policy", "rate", "class"], columns="what", values="error")[names]
     formats = {name: "{:+.0f}".format if name.startswith("preemptions") else "{:+.1%}".format for name in names}
-    lines.append(shown.to_string(formatters=formats, na_rep="-"))
+    for values, told in (("error", "calibrated step times"), ("error_at_speed", "step times at the speed of each run")):
+        shown = wide.pivot(index=["policy", "rate", "class"], columns="what", values=values)[names]
+        lines += [f"simulated / real - 1 (preemptions: difference), {told}", ""]
+        lines += [shown.to_string(formatters=formats, na_rep="-"), ""]
     for name, title in (("passes", "kind of pass, in the run"), ("steps", "kind of step, passes measured again")):
         found = pd.read_csv(folder / f"{name}.csv")
-        lines += ["", f"largest contributions by {title} (share: of the measured time)"]
-        lines.append(found.to_string(index=False, float_format="{:.4f}".format, formatters={"share": "{:+.2%}".format}))
+        lines += [f"largest contributions by {title} (share: of the measured time)"]
+        lines.append(
+            found.to_string(index=False, float_format="{:.4f}".format, formatters={"share": "{:+.2%}".format}) + "\n"
+        )
     return "\n".join(lines)
 
 

@@ -15,8 +15,9 @@ from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
 from qllm.config import load_config
 from qllm.runs import runs
-from qllm.validate import REAL, SIMULATED, Compared, compare, errors
+from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors, experts_seconds
 from qllm.validation_results import report, save
+from traces.steps import StepModel
 from traces.timing import Timings, affine_timings
 
 CONFIG = """\
@@ -89,6 +90,19 @@ def test_steps_are_measured_again_kind_by_kind(compared, model):
     assert model.config._attn_implementation == "qllm"
 
 
+def test_at_the_speed_of_the_run_the_predicted_passes_take_what_the_real_ones_did(compared):
+    for one in compared:
+        slower = StepModel(one.steps.timings.scaled(one.speed), max_step=one.steps.max_step * one.speed)
+        predicted = sum(experts_seconds(slower, counts) for counts in one.real.routing)
+        for call, _, _ in one.passes:
+            chunks = [(None, *chunk) for chunk in call.chunks]
+            shape = slower.shape(chunks, call.n_decode, call.decode_context, call.rows)
+            assert (shape.group, shape.pieces) == (call.shape.group, call.shape.pieces)
+            predicted += slower.total(shape, 0)
+        assert predicted == pytest.approx(sum(p.measured for p in one.passes), rel=1e-3)
+        assert one.at_speed.status.tolist() == one.simulated.status.tolist()
+
+
 def requests(world: str, ttft: list[float], finish: list[float]) -> pd.DataFrame:
     rows = {"policy": "fcfs", "rate": 1.0, "seed": 0, "world": world, "class": ["ls", "be"], "arrival_s": [0.0, 1.0]}
     rows |= {"ttft_s": ttft, "tpot_s": [0.1, 0.1], "finish_s": finish, "preemptions": [0, 1]}
@@ -96,8 +110,11 @@ def requests(world: str, ttft: list[float], finish: list[float]) -> pd.DataFrame
 
 
 def test_errors_are_of_the_simulation_against_the_engine():
-    table = errors(pd.concat([requests(REAL, [1.0, 2.0], [2.0, 5.0]), requests(SIMULATED, [1.1, 2.6], [2.0, 4.0])]))
-    found = table.set_index(["class", "metric", "statistic"])["error"]
+    worlds = [requests(REAL, [1.0, 2.0], [2.0, 5.0]), requests(SIMULATED, [1.1, 2.6], [2.0, 4.0])]
+    table = errors(pd.concat([*worlds, requests(AT_SPEED, [1.0, 2.2], [2.0, 5.0])]))
+    table = table.set_index(["class", "metric", "statistic"])
+    assert table["error_at_speed"]["all", "ttft_s", "mean"] == pytest.approx(3.2 / 3 - 1)
+    found = table["error"]
     assert found["ls", "ttft_s", "mean"] == pytest.approx(0.1)
     assert found["be", "ttft_s", "p99"] == pytest.approx(0.3)
     assert found["all", "ttft_s", "mean"] == pytest.approx(3.7 / 3 - 1)

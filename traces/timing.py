@@ -5,7 +5,7 @@ A timing trace is a table of points plus a header that says what it is; format a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,15 @@ class Timings(TimingHeader):
     def save(self, path: str | Path) -> None:
         """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
         Path(path).write_text(render(self, list(self.points)), encoding="utf-8")
+
+    def scaled(self, factor: float) -> Timings:
+        """All seconds times `factor` (above 0), but not the bandwidth to host memory: the device at another speed."""
+        points = tuple(
+            p._replace(seconds=p.seconds * factor, spread_s=None if p.spread_s is None else p.spread_s * factor)
+            for p in self.points
+        )
+        keys = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s")
+        return replace(self, points=points, **{key: getattr(self, key) * factor for key in keys})
 
     def dense_pre(self, tokens: Any) -> Any:
         """Norm and QKV projection of `tokens` tokens, up to the attention: seconds a layer."""

@@ -88,6 +88,9 @@ SETTINGS = [
     ("qllm", {"fill_tokens": 0, "max_suspended_s": 1e-3}),
     ("qllm", {"fill_tokens": 16, "resume": "idle"}),
     ("hybrid", {"budget": 40}),
+    ("qllm", {"merge": True}),
+    ("qllm", {"fill_tokens": 16, "resume": "idle", "merge": True}),
+    ("hybrid", {"budget": 40, "merge": True}),
 ]
 
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from scheduler import Limits, Policy, make_policy
+from scheduler import POLICIES, Limits, Policy, make_policy
 from sim import SimResult, simulate
 from traces.requests import RequestTrace
 from traces.steps import StepModel
 from traces.timing import affine_timings
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
+
+
+class Ladder(POLICIES["qllm"]):  # type: ignore[misc]
+    """Two of the three classes preempt those below, and merge with all of them: several passes are suspended at once.
+    Merging is an attribute here, as in a user's policy."""
+
+    urgent = 1
+    merge = True
+
 
 policies = st.one_of(
     st.sampled_from(["fcfs", "priority"]).map(make_policy),
@@ -20,6 +29,15 @@ policies = st.one_of(
         make_policy,
         st.sampled_from(["qllm", "layer", "hybrid"]),
         max_suspended_s=st.sampled_from([None, 0.0, 0.01, 1.0]),
+    ),
+    st.builds(make_policy, st.just("hybrid"), budget=st.sampled_from([16, 2048]), merge=st.just(True)),
+    st.builds(Ladder, fill_tokens=st.sampled_from([None, 0]), resume=st.sampled_from(["prefill", "idle"])),
+    st.builds(
+        make_policy,
+        st.just("qllm"),
+        fill_tokens=st.sampled_from([None, 0, 16]),
+        resume=st.sampled_from(["prefill", "idle"]),
+        merge=st.just(True),
     ),
     st.builds(
         make_policy,
@@ -59,11 +77,13 @@ def limits(draw: st.DrawFn) -> Limits:
 
 @st.composite
 def step_models(draw: st.DrawFn) -> StepModel:
-    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts."""
+    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts; up to 6 or
+    up to 52 tokens merge at an expert."""
     timings = affine_timings(
         layers=draw(st.sampled_from([1, 2, 5])),
         experts=draw(st.sampled_from([2, 4, 9])),
         top_k=draw(st.sampled_from([1, 2])),
+        expert=(draw(st.sampled_from([4e-6, 50e-6])), 1e-6),
         host_s=draw(st.sampled_from([0.0, 2e-4])),
         suspend_s=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
         resume_s=draw(st.sampled_from([0.0, 7e-6, 3e-3])),

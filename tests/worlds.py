@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from scheduler import POLICIES, Limits, Policy, make_policy
+from scheduler import Limits, Policy, make_policy
 from sim import SimResult, simulate
 from traces.requests import RequestTrace
 from traces.steps import StepModel
@@ -14,12 +14,14 @@ from traces.timing import affine_timings
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
 
 
-class Ladder(POLICIES["qllm"]):  # type: ignore[misc]
-    """Two of the three classes preempt those below, and merge with all of them: several passes are suspended at once.
-    Merging is an attribute here, as in a user's policy."""
+class Stack(Policy):
+    """Whatever arrives preempts what runs, so several passes wait at the same experts, and merge."""
 
-    urgent = 1
+    granularity = "expert"
     merge = True
+
+    def preempts(self, s, running, now):
+        return len(s.suspended_passes) < 3 and s.can_prefill(s.waiting.level())
 
 
 policies = st.one_of(
@@ -31,7 +33,7 @@ policies = st.one_of(
         max_suspended_s=st.sampled_from([None, 0.0, 0.01, 1.0]),
     ),
     st.builds(make_policy, st.just("hybrid"), budget=st.sampled_from([16, 2048]), merge=st.just(True)),
-    st.builds(Ladder, fill_tokens=st.sampled_from([None, 0]), resume=st.sampled_from(["prefill", "idle"])),
+    st.builds(Stack),
     st.builds(
         make_policy,
         st.just("qllm"),

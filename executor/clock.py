@@ -147,7 +147,6 @@ class VirtualCourse:
         self._shape = shape
         self._total = 2 + self._steps.layers * shape.steps_per_layer
         self._points = frozenset(self._steps.points(shape, granularity).tolist())
-        self._groups: np.ndarray = np.empty(0)  # seconds of each group of experts of the layer where it stands
 
     def advance(self) -> bool:
         while self.done < self._total:
@@ -169,9 +168,17 @@ class VirtualCourse:
         if stage == "experts":
             if index == 0:
                 self._follow(layer, stage, 0)
-                self._groups = self._steps.groups(self._shape, np.array(self.running.routing[layer]))
-            return float(self._groups[index])
+            return self._group(layer, index)
         return float(getattr(self._shape, stage))
+
+    def _group(self, layer: int, index: int) -> float:
+        """Seconds of a group of experts that begins now: over what waits there, and what runs along with it."""
+        running, steps = self.running, self._steps
+        routed = np.array(running.routing[layer])
+        queues = running.queues if running.layer == layer else None
+        own = np.zeros_like(routed) if queues is None else np.array(queues.waiting)  # None: nothing is left to run
+        others = [np.array(q.waiting) for q in running.shared_queues()]
+        return float(steps.groups(self._shape, steps.merged(own, others), routed)[index])
 
     def _follow(self, layer: int, stage: str, group: int) -> None:
         """Bring the real pass to that point, or to the first one after it where there is none."""

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 class Cut(NamedTuple):
-    """One pass's cut: consecutive experts in a group, and groups of query blocks in an attention (at most)."""
+    """One pass's cut: consecutive experts in a group, and groups of query blocks in an attention (at most).
+
+    merge_rows: most rows waiting at an expert that another pass may run along with its own while this one is suspended;
+    0: none.
+    """
 
     experts: int = 1
     pieces: int = 1
+    merge_rows: int = 0
 
 
 Cutter = Callable[["Batch"], Cut]
@@ -32,6 +37,7 @@ class StepCosts:
 
     One expert over m rows takes about `expert + m * row`; attention takes `cell` per query row and key. The rows of an
     expert are estimated at three standard deviations above an even share: routing is not known when a pass is cut.
+    As many rows of a suspended pass run along with another's as cost no more than reading an expert's weights.
     """
 
     n_experts: int
@@ -45,7 +51,8 @@ class StepCosts:
         mean = batch.rows * self.top_k / self.n_experts
         each = self.expert + self.row * min(batch.rows, mean + 3 * math.sqrt(mean))
         experts = min(max(int(self.max_step / each), 1), self.n_experts)
-        return Cut(experts, max(1, math.ceil(batch.prefill_cells * self.cell / self.max_step)))
+        pieces = max(1, math.ceil(batch.prefill_cells * self.cell / self.max_step))
+        return Cut(experts, pieces, int(self.expert / self.row) if self.row else 1 << 30)
 
 
 def finest(batch: Batch) -> Cut:

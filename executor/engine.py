@@ -20,8 +20,9 @@ from executor.clock import Clock, RealClock
 from executor.cuts import Cutter, StepCosts
 from executor.errors import EngineClosed, RequestError
 from executor.facts import memory_bytes, model_facts
+from executor.flights import held_bytes
 from executor.jobs import Job
-from executor.loop import Loop, held_bytes
+from executor.loop import Loop
 from executor.model import load_model, prepare_model
 from executor.openmp import release_team
 from executor.runner import Runner

@@ -13,7 +13,7 @@ import torch
 
 from executor.expert_queues import ExpertQueues
 from executor.linear import linear
-from executor.passes import current_pass
+from executor.passes import RunningPass, current_pass
 
 TILE_ROWS = 64
 
@@ -29,23 +29,33 @@ def experts_forward(
     n_experts: int = module.num_experts  # type: ignore[assignment]
     packed = getattr(module, "_qllm_down_proj", None) is not None
     queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts, packed)
-    group_size = n_experts
-    if running is not None:
-        group_size = running.batch.cut.experts
+    if running is None:
+        for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
+            run_tile(module, tile, queues)
+    else:
+        queues.lent_rows = running.batch.cut.merge_rows
         running.routing.append(queues.waiting.copy())
         running.queues = queues
-    for number, first in enumerate(range(0, n_experts, group_size)):
-        experts = range(first, min(first + group_size, n_experts))
-        others: list[ExpertQueues] = []
-        if running is not None and any(queues.waiting[e] for e in experts):
-            running.reach("experts", number)
-            others = running.shared_queues()
-        group = [e for e in experts if queues.waiting[e]]  # a pass that ran meanwhile may have run some of them
-        for tile in tiles(group, queues.waiting):
-            run_tile(module, tile, queues, others)
-    if running is not None:
-        running.queues = None
+        try:
+            run_groups(module, queues, running)
+        finally:
+            running.queues = None  # of a pass that broke or was closed, nobody runs anything along
     return queues.result().to(hidden.dtype)
+
+
+def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPass) -> None:
+    """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
+    size = running.batch.cut.experts
+    for number, first in enumerate(range(0, len(queues.waiting), size)):
+        experts = range(first, min(first + size, len(queues.waiting)))
+        if any(queues.waiting[e] for e in experts):
+            running.reach("experts", number)
+            group = [
+                e for e in experts if queues.waiting[e]
+            ]  # without those that ran along with another pass meanwhile
+            others = running.shared_queues()
+            for tile in tiles(group, queues.waiting):
+                run_tile(module, tile, queues, others)
 
 
 def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock
 
@@ -19,6 +18,7 @@ import torch
 from executor.clock import Clock, Course, shape_of
 from executor.cuts import Cut
 from executor.errors import EngineClosed, ExecutorError, RequestFailed
+from executor.flights import Flight, Lenders, flight_of
 from executor.jobs import Job
 from executor.memory import KVMemory
 from executor.passes import RunningPass
@@ -29,18 +29,6 @@ from scheduler import Chunk, Pass, Request, Scheduler, SchedulerError
 from traces.steps import Shape
 
 Message = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Flight:
-    """What a pass's cursor holds: how it moves on, and who is in it."""
-
-    course: Course
-    jobs: tuple[Job, ...]
-
-    @property
-    def running(self) -> RunningPass:
-        return self.course.running
 
 
 class Loop:
@@ -55,6 +43,7 @@ class Loop:
         self.scheduler = scheduler
         self.clock = clock
         self.memory = KVMemory(runner.cache)
+        self.lenders = Lenders(scheduler)
         self.jobs: dict[int, Job] = {}  #: everything in the system, by request id
         self.scheduled: deque[Job] = deque()  #: what arrives later, by arrival
         self.tape: Tape | None = None  #: what is recorded of passes, if anything
@@ -153,7 +142,7 @@ class Loop:
     def _take_out(self, job: Job) -> None:
         dropped = self.scheduler.abort(job.request.id, self.clock.now())
         if dropped is not None:
-            self._discard(_flight(dropped))
+            self._discard(flight_of(dropped))
         elif job.request.id not in self.scheduler.requests:
             self._release(job)
 
@@ -183,7 +172,7 @@ class Loop:
         else:
             clock.resumed()
             now = clock.now()
-        flight = _flight(p)
+        flight = flight_of(p)
         course, first = flight.course, (flight.course.done, flight.course.place()[0])
         while True:
             try:
@@ -222,9 +211,13 @@ class Loop:
             entries += [(self.jobs[id], 1) for id in p.decode.members]
         for job, n in entries:
             self.memory.grow(job, job.computed + n, self.jobs.values())
-        running = self.runner.begin(entries, None if shape is None else Cut(shape.group, shape.pieces))
-        granularity = self.scheduler.policy.granularity
-        return Flight(self.clock.course(p, running, shape, granularity), tuple(job for job, _ in entries))
+        cut = None if steps is None or shape is None else Cut(shape.group, shape.pieces, steps.merge_rows)
+        running = self.runner.begin(entries, cut)
+        policy = self.scheduler.policy
+        if policy.merge:
+            running.companions = self.lenders
+        course = self.clock.course(p, running, shape, policy.granularity)
+        return Flight(course, tuple(job for job, _ in entries))
 
     def _sample(self, running: RunningPass) -> list[tuple[Job, int]]:
         jobs = [_job(entry.seq) for entry in running.sampled]
@@ -311,17 +304,6 @@ class Loop:
         closed = EngineClosed(f"{what}: the engine " + (f"broke: {self.error!r}" if self.error else "was closed"))
         closed.__cause__ = self.error
         return closed
-
-
-def _flight(p: Pass) -> Flight:
-    if not isinstance(p.cursor, Flight):
-        raise ExecutorError(f"{p!r} has no flight")
-    return p.cursor
-
-
-def held_bytes(p: Pass) -> int:
-    """Bytes of the activations that the suspended pass `p` holds."""
-    return _flight(p).running.held_bytes()
 
 
 def _failure(job: Job, error: Exception, what: str = "") -> RequestFailed:

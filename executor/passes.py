@@ -8,7 +8,7 @@ to the thread that made it: begin, advance and close passes in one thread. Infer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,7 +61,7 @@ class RunningPass:
         self.declared_windows = declared_windows  # what the configuration says, layer by layer
         self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
         self.queues: ExpertQueues | None = None  # while it stands before or between the experts of a layer
-        self.companions: Sequence[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
+        self.companions: Iterable[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
         self._greenlet.running = self
@@ -131,8 +131,9 @@ class RunningPass:
         return window
 
     def shared_queues(self) -> list[ExpertQueues]:
-        """Queues of the companions that stand in the layer where this pass stands."""
-        return [p.queues for p in self.companions if p.queues is not None and p.layer == self.layer]
+        """Queues of the companions that wait at the same experts: those of the MoE layer where this pass stands."""
+        begun = len(self.routing)
+        return [p.queues for p in self.companions if p.queues is not None and len(p.routing) == begun]
 
     def reach(self, stage: str, group: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""

@@ -24,6 +24,8 @@ class Policy:
 
     #: where a running pass may stop: at its end only, between layers, or at every point inside a layer
     granularity: Granularity = "iteration"
+    #: whether tokens of suspended passes run along with the running pass's own at the experts where they wait
+    merge: bool = False
     #: levels up to this one are latency-sensitive (LS), the others best-effort (BE)
     urgent: ClassVar[int] = 0
 
@@ -93,16 +95,26 @@ class Qllm(Policy):
         through every LS decode would starve BE, whose activations and KV blocks stay occupied meanwhile.
     max_suspended_s: a pass that has been suspended for so long in all is not suspended again and goes on at the next
         decision. None: no bound.
+    merge: whether tokens of suspended passes run along at the experts where they wait, in the launches of the pass
+        that runs (the paper's per-expert queues).
     """
 
     granularity: Granularity = "expert"
 
-    def __init__(self, fill_tokens: int | None = None, resume: str = "prefill", max_suspended_s: float | None = None):
+    def __init__(
+        self,
+        fill_tokens: int | None = None,
+        resume: str = "prefill",
+        max_suspended_s: float | None = None,
+        merge: bool = False,
+    ):
         if resume not in ("prefill", "idle"):
             raise UnknownPolicy(f"qllm: resume is {resume!r}, must be prefill or idle")
         self.fill_tokens = None if fill_tokens is None else _at_least(0, "qllm", "fill_tokens", fill_tokens)
         self.patience = NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
         self.resume_when_idle = resume == "idle"
+        if _boolean("qllm", "merge", merge):  # else as the class says
+            self.merge = True
 
     def select(self, s: Scheduler, batch: Batch, now: float) -> None:
         ls = self.urgent
@@ -148,6 +160,9 @@ class Layer(Qllm):
 
     granularity: Granularity = "layer"
 
+    def __init__(self, fill_tokens: int | None = None, resume: str = "prefill", max_suspended_s: float | None = None):
+        super().__init__(fill_tokens, resume, max_suspended_s)  # its passes never wait between experts: no merge
+
 
 class Hybrid(Qllm):
     """Chunked prefill that also preempts for LS prefills: where LS waits, its prefill runs at once and alone,
@@ -157,8 +172,8 @@ class Hybrid(Qllm):
     be several times that of `chunked`, since it no longer bounds how long LS waits.
     """
 
-    def __init__(self, budget: int = 2048, max_suspended_s: float | None = None):
-        super().__init__(max_suspended_s=max_suspended_s)
+    def __init__(self, budget: int = 2048, max_suspended_s: float | None = None, merge: bool = False):
+        super().__init__(max_suspended_s=max_suspended_s, merge=_boolean("hybrid", "merge", merge))
         self.budget = _at_least(1, "hybrid", "budget", budget)
 
     def select(self, s: Scheduler, batch: Batch, now: float) -> None:
@@ -196,6 +211,12 @@ def build_policy(cls: type[Policy], name: str, settings: dict) -> Policy:
                 + (f"only {', '.join(allowed)}" if allowed else "nor any other")
             )
     return cls(**settings)
+
+
+def _boolean(policy: str, key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UnknownPolicy(f"{policy}: {key} is {value!r}, must be true or false")
+    return value
 
 
 def _at_least(least: float, policy: str, key: str, value: Any) -> Any:

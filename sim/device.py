@@ -17,6 +17,7 @@ import simpy
 
 from scheduler import Pass, Policy, Scheduler
 
+from .merging import Merging, run_group, suspended_runs
 from .runs import GpuModel, Run
 
 FINISH, ARRIVAL, DECISION = 0, 1, 2  # SimPy priorities of events at one instant: NORMAL (arrivals) is 1
@@ -86,6 +87,7 @@ def fast_device(device: Device) -> Process:
     env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
     steps = gpu.steps
     stops = gpu.granularity != "iteration"
+    merging = Merging(scheduler, steps) if scheduler.policy.merge else None
     rechecks = stops and type(scheduler.policy).recheck_at is not Policy.recheck_at
     while True:
         if env.peek() == env._now:
@@ -101,6 +103,8 @@ def fast_device(device: Device) -> Process:
             run = gpu.start(p)
         else:
             start += steps.resume_s
+        if merging is not None:
+            merging.begin(run)
         origin, first, stopped = start - run.at, run.done, False
         end = origin + run.total
         while True:
@@ -129,6 +133,8 @@ def fast_device(device: Device) -> Process:
             if scheduler.should_yield(p, env._now):
                 run.done, run.at, stopped = done, ends[done - 1], True
                 break
+        if merging is not None:
+            merging.end(run, first, run.done if stopped else None)
         if stopped:
             if observer is not None:
                 observer(p, run, start, env._now, first, run.done, True)
@@ -162,8 +168,11 @@ def step_device(device: Device) -> Process:
         points = set(run.points())
         first, stopped = run.done, False
         for piece in range(first, len(times)):
-            yield device.sleep(float(times[piece]))
-            run.done, run.at = piece + 1, run.at + float(times[piece])
+            seconds = float(times[piece])
+            if scheduler.policy.merge and run.place()[1] == "experts":
+                seconds = run_group(run, suspended_runs(scheduler), gpu.steps)
+            yield device.sleep(seconds)
+            run.done, run.at = piece + 1, run.at + seconds
             if piece in points:
                 yield device.sleep(0.0, DECISION)
                 if scheduler.should_yield(p, env.now):

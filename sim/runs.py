@@ -16,9 +16,10 @@ _VARIANTS = 32  # routing draws kept per size of a decode pass
 
 class Run:
     """One pass under way. `total`: seconds on the device from its start to its end; `at`: seconds of it done where it
-    stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done."""
+    stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done. Where passes merge at experts
+    (sim/merging.py), `total` is what is planned for the stretch that begins."""
 
-    __slots__ = ("_cum", "_draw", "_gpu", "_points", "_shape", "_size", "at", "done", "total")
+    __slots__ = ("_cum", "_draw", "_gpu", "_left", "_points", "_seconds", "_shape", "_size", "at", "done", "total")
 
     def __init__(self, gpu: GpuModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
         self._gpu = gpu
@@ -30,6 +31,8 @@ class Run:
         self.done = 0
         self._cum: list[float] | None = None
         self._points: list[int] = []
+        self._left: tuple[int, np.ndarray] | None = None  # a layer, and tokens(layer) there
+        self._seconds: dict[int, np.ndarray] = {}  # of the groups of experts of layers that differ from the routing
 
     @property
     def shape(self) -> Shape:
@@ -47,7 +50,11 @@ class Run:
         """Seconds from the pass's start to the end of each piece."""
         if self._cum is None:
             steps = self._gpu.steps
-            self._cum = np.cumsum(steps.times(self.shape, self.counts())).tolist()
+            times = steps.times(self.shape, self.counts())
+            for layer, seconds in self._seconds.items():
+                first = self.piece(layer)
+                times[first : first + len(seconds)] = seconds
+            self._cum = np.cumsum(times).tolist()
             self._points = steps.points(self.shape, self._gpu.granularity).tolist()
         return self._cum
 
@@ -75,9 +82,44 @@ class Run:
         layer, stage, group = self.place()
         if stage != "experts":
             return np.zeros(self._gpu.steps.n_experts, dtype=np.int64)
-        queues = self.counts()[layer].copy()
+        queues = self.tokens(layer).copy()
         queues[: group * self.shape.group] = 0
         return queues
+
+    # ---- merging -----------------------------------------------------------------------------------------------
+
+    def piece(self, layer: int) -> int:
+        """The piece that is the first group of experts of `layer`."""
+        return 3 + layer * self.shape.steps_per_layer + self.shape.pieces
+
+    def tokens(self, layer: int) -> np.ndarray:
+        """Tokens per expert of `layer`, int[experts], without those that ran along with another pass."""
+        if self._left is not None and self._left[0] == layer:
+            return self._left[1]
+        return self.counts()[layer]
+
+    def ran_along(self, experts: np.ndarray) -> None:
+        """What waited at `experts` (bool[experts]) of the layer where the pass stands ran with another pass."""
+        layer = self.place()[0]
+        left = self.tokens(layer).copy()
+        left[experts] = 0
+        self._left = layer, left
+
+    def changed(self) -> set[int]:
+        """Layers whose experts may take another time than their routing says."""
+        return {*self._seconds, *(() if self._left is None else self._left[:1])}
+
+    def retime(self, layer: int, seconds: np.ndarray) -> None:
+        """Those groups of experts of `layer` that are still to run take `seconds`, float64[groups]."""
+        old = self._seconds.get(layer)
+        if old is None:
+            old = self._gpu.steps.groups(self.shape, self.counts()[layer])
+        new = old.copy()
+        first = max(0, self.done - self.piece(layer))
+        new[first:] = seconds[first:]
+        self._seconds[layer] = new
+        self.total += float((new - old).sum())
+        self._cum = None
 
 
 class GpuModel:

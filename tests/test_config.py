@@ -53,6 +53,8 @@ BROKEN = {
     "unknown policy": ("- fcfs", "- fcsf", 19, ["policies.0", "did you mean 'fcfs'", "chunked", "layer"]),
     "unknown setting": ("fill_tokens: 0", "fill_token: 0", 20, ["policies.1", "'fill_token'", "resume"]),
     "bad setting": ("fill_tokens: 0", "fill_tokens: -1", 20, ["policies.1", "fill_tokens", "at least 0"]),
+    "setting neither true nor false": ("fill_tokens: 0", "merge: 1", 20, ["policies.1", "merge is 1", "true or false"]),
+    "merge between layers": ("qllm, fill_tokens: 0", "layer, merge: true", 20, ["policies.1", "no setting 'merge'"]),
     "policy twice": ("- fcfs", "- qllm", 18, ["policies", "two policies are called 'qllm'", "label"]),
     "missing policy file": ("- fcfs", "- {file: nowhere.py}", 19, ["policies.0.file", "no such file", "nowhere.py"]),
     "class without file": ("- fcfs", "- {name: fcfs, class: Mine}", 19, ["policies.0", "no file is given"]),

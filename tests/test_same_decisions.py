@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import executor.experts  # noqa: E402
 from executor import Engine, VirtualClock, replay  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
 from executor.model import prepare_model  # noqa: E402
@@ -18,6 +19,8 @@ from traces.requests import RequestTrace  # noqa: E402
 from traces.results import RunResult, Status  # noqa: E402
 from traces.steps import StepModel  # noqa: E402
 from traces.timing import affine_timings  # noqa: E402
+
+from .worlds import Stack  # noqa: E402
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
 COLUMNS = ("arrival", "first_launch", "first_token", "finish", "queueing", "running", "suspended")
@@ -35,19 +38,32 @@ def model():
     torch.set_num_threads(threads)
 
 
-def workload(seed: int, n: int = 40) -> RequestTrace:
+@pytest.fixture
+def lenders(monkeypatch):
+    """For each launch, how many other passes had rows in it."""
+    seen: list[int] = []
+    original = executor.experts.run_tile
+
+    def spy(module, tile, queues, others=()):
+        seen.append(sum(any(map(q.lends, tile)) for q in others))
+        original(module, tile, queues, others)
+
+    monkeypatch.setattr(executor.experts, "run_tile", spy)
+    return seen
+
+
+def workload(seed: int, n: int = 40, gap: float = 0.002) -> RequestTrace:
     """Bursts of three classes, some requests at the same instant; the last can never fit."""
     rng = np.random.default_rng(seed)
-    gaps = rng.exponential(0.002, n) * rng.integers(0, 2, n)
+    gaps = rng.exponential(gap, n) * rng.integers(0, 2, n)
     prompts = rng.integers(1, 60, n)
     prompts[-1] = 170
     return RequestTrace(np.cumsum(gaps), prompts, rng.integers(1, 12, n), rng.integers(0, 3, n), tuple(PRIORITIES))
 
 
-def step_model(max_step: float = 1e-4, expert_mode: str = "fused") -> StepModel:
-    timings = affine_timings(
-        layers=LAYERS, experts=EXPERTS, top_k=2, host_s=1e-4, suspend_s=1e-5, resume_s=7e-6, kv_bytes_per_token=1 << 20
-    )
+def step_model(max_step: float = 1e-4, expert_mode: str = "fused", layers: int = LAYERS, **costs) -> StepModel:
+    header = {"host_s": 1e-4, "suspend_s": 1e-5, "resume_s": 7e-6, "kv_bytes_per_token": 1 << 20}
+    timings = affine_timings(layers=layers, experts=EXPERTS, top_k=2, **header, **costs)
     return StepModel(timings, max_step=max_step, expert_mode=expert_mode)
 
 
@@ -88,17 +104,33 @@ SETTINGS = [
     ("qllm", {"fill_tokens": 0, "max_suspended_s": 1e-3}),
     ("qllm", {"fill_tokens": 16, "resume": "idle"}),
     ("hybrid", {"budget": 40}),
+    ("qllm", {"merge": True}),
+    ("qllm", {"fill_tokens": 16, "resume": "idle", "merge": True}),
+    ("hybrid", {"budget": 40, "merge": True}),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
-def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, name, settings):
+def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, lenders, name, settings):
     limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
     real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
     assert (real.status == Status.FINISHED).sum() == 39
     if make_policy(name).granularity != "iteration":
         assert real.preemptions.sum() > 0
+    assert any(lenders) == settings.get("merge", False)
+
+
+def test_engine_and_simulator_merge_several_suspended_passes_alike(lenders):
+    """One layer, so that all who are suspended wait at the same experts; up to 52 or 6 rows run along."""
+    model = prepare_model(tiny_model("qwen3_moe", num_hidden_layers=1))
+    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=80, block_size=4)
+    for expert_s, max_step, mode in ((5e-5, 1e-5, "separate"), (5e-5, 1e-4, "fused"), (4e-6, 3e-5, "fused")):
+        steps = step_model(max_step, mode, layers=1, expert=(expert_s, 1e-6))
+        for seed in (6, 7, 8, 14):
+            assert_same(*both(model, workload(seed, gap=0.004), Stack(), limits, steps))
+    assert lenders.count(1) > 50
+    assert max(lenders) >= 2
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

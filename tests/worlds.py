@@ -13,6 +13,17 @@ from traces.timing import affine_timings
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
 
+
+class Stack(Policy):
+    """Whatever arrives preempts what runs, so several passes wait at the same experts, and merge."""
+
+    granularity = "expert"
+    merge = True
+
+    def preempts(self, s, running, now):
+        return len(s.suspended_passes) < 3 and s.can_prefill(s.waiting.level())
+
+
 policies = st.one_of(
     st.sampled_from(["fcfs", "priority"]).map(make_policy),
     st.integers(1, 64).map(lambda n: make_policy("chunked", budget=n)),
@@ -20,6 +31,15 @@ policies = st.one_of(
         make_policy,
         st.sampled_from(["qllm", "layer", "hybrid"]),
         max_suspended_s=st.sampled_from([None, 0.0, 0.01, 1.0]),
+    ),
+    st.builds(make_policy, st.just("hybrid"), budget=st.sampled_from([16, 2048]), merge=st.just(True)),
+    st.builds(Stack),
+    st.builds(
+        make_policy,
+        st.just("qllm"),
+        fill_tokens=st.sampled_from([None, 0, 16]),
+        resume=st.sampled_from(["prefill", "idle"]),
+        merge=st.just(True),
     ),
     st.builds(
         make_policy,
@@ -59,11 +79,13 @@ def limits(draw: st.DrawFn) -> Limits:
 
 @st.composite
 def step_models(draw: st.DrawFn) -> StepModel:
-    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts."""
+    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts; up to 6 or
+    up to 52 tokens merge at an expert."""
     timings = affine_timings(
         layers=draw(st.sampled_from([1, 2, 5])),
         experts=draw(st.sampled_from([2, 4, 9])),
         top_k=draw(st.sampled_from([1, 2])),
+        expert=(draw(st.sampled_from([4e-6, 50e-6])), 1e-6),
         host_s=draw(st.sampled_from([0.0, 2e-4])),
         suspend_s=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
         resume_s=draw(st.sampled_from([0.0, 7e-6, 3e-3])),

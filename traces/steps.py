@@ -9,12 +9,14 @@ no step exceeds `max_step`, and from nothing else: the cuts are the same whether
 
 Times are multiples of 2^-30 s (0.93 ns). Sums of such numbers are exact in float64 up to 97 days, so a pass takes the
 same time to the last bit whether its steps are added up one by one or all at once.
+
+Merging (`merged`, `joins`) says which tokens of suspended passes run along at the experts of the pass that runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +69,10 @@ class StepModel:
     "separate" (each expert is launched for itself); default: what the timing trace describes. A trace of separate
     launches cannot be used as fused. popularity: float[layers, experts], share of tokens routed to each expert, used
     for the size of groups; uniform by default. Raises ValueError.
+
+    `merge_rows`: most tokens of a suspended pass that run along at an expert, the largest m with f(m) <= 2 f(1) in
+    the measured range. One token costs the reading of the expert's weights, which merging saves; up to so many, a
+    launch gets about one such reading longer at most. More would make the running pass wait for others' compute.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class StepModel:
         launches = timings.launches_per_expert * timings.launch_s
         self._own_launch = launches if mode == "separate" and timings.expert_mode == "fused" else 0.0
         self._table = self._expert_table(timings.range("expert")[1])
+        self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
         self._base = ticks(timings.experts_base_s)
         self._per_group = ticks(launches) if mode == "fused" else 0.0
         self._block = ticks(timings.launch_s)
@@ -184,16 +191,37 @@ class StepModel:
         group = int(min(max(room / each, 1), self.n_experts))
         return group, -(-self.n_experts // group)
 
-    def groups(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
-        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts]."""
-        each = self.experts(counts)
-        if shape.group == 1:
-            out = each
-        else:
-            starts = np.arange(0, self.n_experts, shape.group)
-            out = np.add.reduceat(each, starts, axis=-1)
+    def groups(self, shape: Shape, counts: np.ndarray, routed: np.ndarray | None = None) -> np.ndarray:
+        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts].
+
+        `routed`: what was routed there, where `counts` is what is left of it because some ran along with other
+        passes. A group of which nothing is left is passed over; of the first, the shared `base` remains.
+        """
+        out = self._by_group(shape, self.experts(counts))
+        extra: Any = shape.per_group
+        if routed is not None:
+            emptied = (self._by_group(shape, counts) == 0) & (self._by_group(shape, routed) > 0)
+            extra = np.where(emptied[..., 1:], 0.0, extra)
         out[..., 0] += shape.base
-        out[..., 1:] += shape.per_group
+        out[..., 1:] += extra
+        return out
+
+    def _by_group(self, shape: Shape, each: np.ndarray) -> np.ndarray:
+        if shape.group == 1:
+            return each
+        return np.add.reduceat(each, np.arange(0, self.n_experts, shape.group), axis=-1)
+
+    def joins(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """Where tokens of a suspended pass run along, bool[...]: at experts at which the running pass has tokens of
+        its `own` and at most `merge_rows` are `waiting`, int[...] both."""
+        return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
+
+    def merged(self, own: np.ndarray, suspended: Iterable[np.ndarray]) -> np.ndarray:
+        """Tokens that go through each expert, int[...], when what each suspended pass has waiting there, int[...],
+        joins the running pass's `own`."""
+        out = own.copy()
+        for waiting in suspended:
+            out += np.where(self.joins(own, waiting), waiting, 0)
         return out
 
     def total(self, shape: Shape, experts_s: float) -> float:

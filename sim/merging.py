@@ -1,0 +1,79 @@
+"""Merging: tokens of suspended passes run along with those of the running pass at the experts where they wait.
+
+The rule is `StepModel.joins`. Which passes are suspended does not change while a pass runs, so the fast device plans a
+stretch when it begins and settles it when it ends (`Merging`). The step-by-step device does the same group by group
+(`run_group`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+
+from scheduler import Scheduler
+from traces.steps import StepModel
+
+from .runs import Run
+
+
+def suspended_runs(scheduler: Scheduler) -> list[Run]:
+    """Passes that stand suspended."""
+    return [cast(Run, p.cursor) for p in scheduler.suspended_passes]
+
+
+class Merging:
+    """For the fast device: call `begin` when a pass starts or goes on, and `end` when it stops or ends."""
+
+    def __init__(self, scheduler: Scheduler, steps: StepModel):
+        self._scheduler = scheduler
+        self._steps = steps
+        self._lent: dict[int, list[Run]] = {}  # by layer, who stands before or between its experts
+
+    def begin(self, run: Run) -> None:
+        """Plan the times of `run` with what runs along with it, and without what ran with others."""
+        lent = self._lent = {}
+        for q in suspended_runs(self._scheduler):
+            layer, stage, _ = q.place()
+            if stage == "experts":
+                lent.setdefault(layer, []).append(q)
+        steps = self._steps
+        for layer in {*lent, *run.changed()}:
+            counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in lent.get(layer, ())])
+            run.retime(layer, steps.groups(run.shape, counts, run.counts()[layer]))
+
+    def end(self, run: Run, first: int, last: int | None) -> None:
+        """`run` did the pieces from `first` to before `last` (None: to its end): what ran along waits no more."""
+        for layer, lenders in self._lent.items():
+            start, size = run.piece(layer), run.shape.group
+            own = run.tokens(layer).copy()
+            own[: max(0, first - start) * size] = 0
+            if last is not None:
+                own[max(0, last - start) * size :] = 0
+            for q in lenders:
+                joined = self._steps.joins(own, q.expert_queues())
+                if joined.any():
+                    q.ran_along(joined)
+
+
+def run_group(run: Run, suspended: Iterable[Run], steps: StepModel) -> float:
+    """Seconds of the group of experts that comes next in `run`; what runs along leaves the queues of `suspended`."""
+    layer, _, group = run.place()
+    shape = run.shape
+    experts = range(group * shape.group, min((group + 1) * shape.group, steps.n_experts))
+    own, routed = run.tokens(layer), run.counts()[layer]
+    lenders = [q for q in suspended if q.place()[:2] == (layer, "experts")]
+    seconds = 0.0
+    for e in experts:
+        rows = int(own[e])
+        for q in lenders:
+            waiting = int(q.expert_queues()[e])
+            if own[e] > 0 and 0 < waiting <= steps.merge_rows:
+                rows += waiting
+                q.ran_along(np.arange(steps.n_experts) == e)
+        seconds += float(steps.experts(np.array(rows)))
+    if group == 0:
+        return seconds + shape.base
+    emptied = any(routed[e] for e in experts) and not any(own[e] for e in experts)
+    return seconds if emptied else seconds + shape.per_group

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -32,6 +33,7 @@ from scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")
 
+THREAD = "qllm-engine"  # the name of each engine's thread
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where neither limits nor kv_memory say how much
 ACCELERATOR_SHARE = 0.8
 
@@ -96,8 +98,15 @@ class Engine:
         self._ids = itertools.count()
         self._seed = secrets.randbits(63) if seed is None else seed
         self._loop = Loop(self._runner, self.scheduler, self.clock)
+        if model.device.type == "cpu" and any(thread.name == THREAD for thread in threading.enumerate()):
+            warnings.warn(
+                "another engine of this process computes on the CPU: their OpenMP threads are more than the cores, which "
+                "slows both down; run one engine a process",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         release_team()  # this thread has prepared the model and is not going to compute any more
-        self._thread = threading.Thread(target=self._loop.run, name="qllm-engine", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
         self._thread.start()
 
     @classmethod

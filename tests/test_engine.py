@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 from executor import Engine  # noqa: E402
 from executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
+from executor.passes import tensors  # noqa: E402
 from scheduler import Limits, RequestTooLarge  # noqa: E402
 from tests.engine_worlds import LAYERS, make_model, prompts  # noqa: E402
 
@@ -213,3 +215,24 @@ assert not released or after < before, (before, after)
 assert torch.ones(1 << 20).exp().sum() > 0
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_second_engine_on_the_cpu_is_warned_of_and_one_after_another_is_not(model):
+    limits = Limits(max_seqs=2, max_tokens=16, kv_blocks=10)
+    with Engine(model, limits=limits), pytest.warns(RuntimeWarning, match="one engine a process"):
+        Engine(model, limits=limits).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        Engine(model, limits=limits).close()
+
+
+def test_held_bytes_count_what_the_hooks_keep_in_objects_of_their_own():
+    class Holds:
+        holds_activations = True
+
+        def __init__(self):
+            self.pair = (torch.zeros(3), torch.zeros(4))
+            self.number = 5
+
+    held = Holds()
+    assert list(map(len, tensors((held, torch.zeros(2), "text")))) == [3, 4, 2]

@@ -55,9 +55,8 @@ def main() -> None:
         chosen = [] if rate is None else [f"sweep.rate=[{rate}]"]
         results = simulate(config, jobs=args.jobs, set=[f"policies={POLICIES}", *chosen])
         most = StepModel(Timings.load(load_config(config).timings)).merge_rows
-        print(
-            f"\n{Path(config).stem} at {rate} requests/s ({results.config.provenance['timings']}); merge_rows: {most}"
-        )
+        told = results.config.provenance["timings"]
+        print(f"\n{Path(config).stem} at {rate or 'all'} requests/s ({told}); merge_rows: {most}")
         print(table(results.requests).round(4).to_string())
 
 

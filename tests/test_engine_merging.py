@@ -111,12 +111,12 @@ def test_both_passes_get_their_own_rows_back_wherever_be_was_suspended(model, sh
 
 
 def test_groups_of_which_nothing_is_left_are_passed_over(model, alone):
-    """Many LS rows: nothing is left of the layer where BE waits, which goes on to the next."""
+    """The same tokens go to the same experts of the first layer: nothing is left of it where BE waits."""
     _, be, _ = scene(model)
     while (point := be.advance()) is not None and point.stage != "experts":
         pass
     layer = be.layer
-    other = Runner(model, 12, 4, lambda _: Cut(2, 1, 1000)).begin([(SequenceState(tokens(40, 3), [*range(10)]), 40)])
+    other = scene(model).be
     other.companions = (be,)
     run_to_end(other)
     assert be.queues is not None
@@ -207,7 +207,7 @@ def crowd():
 def test_tokens_under_load_are_those_of_generate(model, shared, expected, name):
     jobs = serve(model, crowd(), policy=make_policy(name, merge=True), limits=ROOMY, max_step=2e-5)
     assert [job.tokens for job in jobs] == [expected(prompt, new) for prompt, new, _, _ in crowd()]
-    assert len(shared) > 20
+    assert len(shared) > 10
     assert any(job.request.preemptions for job in jobs)
 
 

@@ -47,7 +47,7 @@ def test_what_joins_are_short_queues_at_experts_where_the_running_pass_has_token
 def test_a_group_of_which_nothing_is_left_is_passed_over(mode):
     steps = step_model(max_step=200e-6, mode=mode)
     shape = steps.shape([(None, 3, 0)], 0, 0, 1)
-    assert (shape.group, shape.groups) == (2 if mode == "fused" else 2, 4)
+    assert (shape.group, shape.groups) == (2, 4)
     routed, left = np.array([1, 1, 2, 0, 0, 0, 1, 1]), np.array([0, 0, 0, 0, 0, 0, 1, 0])
     seconds = steps.groups(shape, left, routed)
     one = float(steps.experts(np.array(1)))
@@ -161,7 +161,7 @@ MERGING = {
 
 @pytest.mark.parametrize("name", MERGING)
 def test_fast_device_merges_like_the_step_by_step_device(name, monkeypatch):
-    """Random workloads under tight limits, up to 6 or 52 rows running along, both expert modes, coarse and fine cuts."""
+    """Random workloads under tight limits, up to 6 or 52 rows running along, both expert modes, various cuts."""
     seen: Counter[str] = Counter()
     begin, ran_along = Merging.begin, Run.ran_along
 

@@ -5,7 +5,7 @@
 
 The picture of the paper's figure 1, from our own scheduler: two long BE prompts, and LS prompts that arrive while they
 run. Simulated on imported A100 kernel times with prompts of 16k tokens; with --engine, measured on the real engine on
-this CPU, prompts a fourth as long and arrivals eight times as far apart. Needs a machine that does nothing else.
+this CPU, prompts a fourth as long and arrivals twice as far apart. Needs a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PANELS = (
     ("priority", {}, "priority, between passes: LS prompts wait for the end of the BE pass that runs"),
     ("qllm", {"fill_tokens": 0}, "qllm: the BE pass stops inside a layer, lets LS run, and goes on where it stood"),
 )
-ENGINE_SHORTER, ENGINE_SLOWER = 4, 8  #: what a CPU's requests are beside those of the simulated GPU
+ENGINE_SHORTER, ENGINE_SLOWER = 4, 2  #: what a CPU's requests are beside those of the simulated GPU
 #: arrival (s), prompt tokens, output tokens, class
 REQUESTS = (
     (0.00, LONG, 12, "be"),

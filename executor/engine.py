@@ -100,8 +100,8 @@ class Engine:
         self._loop = Loop(self._runner, self.scheduler, self.clock)
         if model.device.type == "cpu" and any(thread.name == THREAD for thread in threading.enumerate()):
             warnings.warn(
-                "another engine of this process computes on the CPU: their OpenMP threads outnumber the cores, which slows "
-                "both down; run one engine a process",
+                "another engine of this process computes on the CPU: their OpenMP threads outnumber the cores, "
+                "which slows both down; run one engine a process",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -175,8 +175,8 @@ class VirtualCourse:
         """Seconds of a group of experts that begins now: over what waits there, and what runs along with it."""
         running, steps = self.running, self._steps
         routed = np.array(running.routing[layer])
-        queues = running.queues if running.layer == layer else None
-        own = np.zeros_like(routed) if queues is None else np.array(queues.waiting)  # None: nothing is left to run
+        queues = running.queues  # None where nothing is left of the layer: the real pass has gone on
+        own = np.zeros_like(routed) if queues is None else np.array(queues.waiting)
         others = [np.array(q.waiting) for q in running.shared_queues()]
         return float(steps.groups(self._shape, steps.merged(own, others), routed)[index])
 

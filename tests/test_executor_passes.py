@@ -188,7 +188,7 @@ def test_steps_are_cut_below_the_longest_step(model):
     costs = StepCosts(n_experts=8, top_k=2, max_step=1.0, expert=0.1, row=0.01, cell=0.01)
     runner = Runner(model, kv_blocks=24, block_size=4, cutter=costs)
     short, long = (runner.begin([(SequenceState(tokens(n, 1), list(range(24))), n)]).batch for n in (2, 64))
-    assert short.cut == Cut(experts=8, pieces=1)
+    assert short.cut == Cut(experts=8, pieces=1, merge_rows=10)
     assert long.cut.experts == 2  # 16 rows on average, 28 at three standard deviations: 0.38 s each
     assert long.cut.pieces == 21  # 64 * 65 / 2 cells at 0.01 s
     groups = long.plan(None).groups

@@ -133,6 +133,26 @@ def test_engine_and_simulator_merge_several_suspended_passes_alike(lenders):
     assert max(lenders) >= 2
 
 
+def test_a_pass_lends_nothing_before_its_time_has_come_to_the_experts(model):
+    """LS stops a decode pass all along. The real pass has no points inside that attention, so it waits at the experts
+    already while the step model's still stands between query blocks."""
+    limits, steps = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4), step_model(4e-6)
+    lone = RequestTrace(np.zeros(1), np.array([20]), np.array([3]), np.ones(1, dtype=int), tuple(PRIORITIES))
+    policy = make_policy("qllm", fill_tokens=0, merge=True)
+    slices = both(model, lone, policy, limits, steps)[1].slices
+    assert slices is not None
+    stages = set()
+    for at in np.linspace(slices[1].start, slices[1].end, 40, endpoint=False):
+        trace = RequestTrace(
+            np.array([0.0, at]), np.array([20, 30]), np.array([3, 1]), np.array([1, 0]), tuple(PRIORITIES)
+        )
+        real, simulated = both(model, trace, policy, limits, steps)
+        assert_same(real, simulated)
+        assert real.slices is not None
+        stages.add(real.slices[1].stage)
+    assert stages == {"attention", "experts"}
+
+
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
 def test_engine_and_simulator_decide_alike_when_memory_is_short(model, name, settings, evict):

@@ -150,7 +150,7 @@ def test_a_pass_lends_nothing_before_its_time_has_come_to_the_experts(model):
         assert_same(real, simulated)
         assert real.slices is not None
         stages.add(real.slices[1].stage)
-    assert stages == {"attention", "experts"}
+    assert stages >= {"attention", "experts"}
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

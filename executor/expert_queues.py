@@ -7,53 +7,37 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from executor.linear import LEAST_ROWS
-
 
 class ExpertQueues:
     """One pass's rows at the experts of the layer where it stands, and the outputs so far.
 
-    hidden `[T, H]`, top_k_index and top_k_weights `[T, k]`. packed: weights are in oneDNN's format, whose products over
-    very few rows are slower than over LEAST_ROWS: short queues are filled up with rows whose outputs are dropped.
-    `waiting`: rows that wait at each expert. `lent_rows`: longest queue that another pass may run along with its own.
+    hidden `[T, H]`, top_k_index and top_k_weights `[T, k]`. `waiting`: rows that wait at each expert. `lent_rows`:
+    longest queue that another pass may run along with its own.
     """
 
     holds_activations = True
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        n_experts: int,
-        packed: bool = False,
-    ):
-        order, counts = sort_by_expert(top_k_index, n_experts)
-        assigned, k = order.shape[0], top_k_index.shape[-1]
-        sizes = counts
-        if packed:
-            order, sizes = fill_up(order, counts, LEAST_ROWS)
+    def __init__(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, n_experts: int):
+        self._order, counts = sort_by_expert(top_k_index, n_experts)
         self.hidden = hidden
         self.waiting = counts
         self.lent_rows = 0
         self._shape = (*top_k_index.shape, hidden.shape[1])
-        self._starts = [0, *accumulate(sizes)]
-        self._order = order
-        self._token = (order // k).clamp_(max=hidden.shape[0] - 1)
-        self._weight = top_k_weights.reshape(-1, 1).index_select(0, order.clamp(max=assigned - 1))
-        # One row for each of a token's k outputs, so that they are summed in the order of its indices, and one for
-        # those that are dropped. Experts that are not held here (index >= num_experts, under expert parallelism) come
-        # last in `order` and count for nothing.
+        self._starts = [0, *accumulate(counts)]
+        self._token = self._order // top_k_index.shape[-1]
+        self._weight = top_k_weights.reshape(-1, 1).index_select(0, self._order)
+        # One row for each of a token's k outputs, so that they are summed in the order of its indices. Experts that are
+        # not held here (index >= num_experts, under expert parallelism) come last in the order and count for nothing.
         dtype = torch.promote_types(hidden.dtype, top_k_weights.dtype)
-        make = torch.empty if sum(counts) == assigned else torch.zeros
-        self._outputs = make((assigned + 1, hidden.shape[1]), dtype=dtype, device=hidden.device)
+        make = torch.empty if sum(counts) == len(self._order) else torch.zeros
+        self._outputs = make((len(self._order), hidden.shape[1]), dtype=dtype, device=hidden.device)
 
     def lends(self, expert: int) -> bool:
         """Whether rows wait at `expert`, few enough for another pass to run them along with its own."""
         return 0 < self.waiting[expert] <= self.lent_rows
 
     def span(self, expert: int) -> slice:
-        """The rows of `expert`, those that fill up its queue included."""
+        """The rows of `expert`."""
         return slice(self._starts[expert], self._starts[expert + 1])
 
     def rows(self, span: slice) -> torch.Tensor:
@@ -70,7 +54,7 @@ class ExpertQueues:
 
     def result(self) -> torch.Tensor:
         """Each token's weighted sum, `[T, H]`; all queues must be empty."""
-        return self._outputs[:-1].view(self._shape).sum(dim=1)
+        return self._outputs.view(self._shape).sum(dim=1)
 
 
 def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -90,16 +74,3 @@ def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Ten
     ready.record()
     ready.synchronize()
     return order, host.tolist()
-
-
-def fill_up(order: torch.Tensor, counts: list[int], least: int) -> tuple[torch.Tensor, list[int]]:
-    """`order` (CPU) with the queues of fewer than `least` rows filled up to it, and the lengths of the queues.
-
-    What fills up points behind the last assignment, `len(order)`.
-    """
-    rows = np.array(counts)
-    sizes = np.where((rows > 0) & (rows < least), least, rows)
-    moved = np.arange(rows.sum()) + np.repeat((sizes - rows).cumsum() - (sizes - rows), rows)
-    filled = np.full(sizes.sum(), len(order))
-    filled[moved] = order.numpy()[: len(moved)]
-    return torch.from_numpy(filled), sizes.tolist()

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from executor.expert_queues import ExpertQueues
-from executor.linear import linear
 from executor.passes import RunningPass, current_pass
 
 TILE_ROWS = 64
@@ -27,8 +27,7 @@ def experts_forward(
     """
     running = current_pass()
     n_experts: int = module.num_experts  # type: ignore[assignment]
-    packed = getattr(module, "_qllm_down_proj", None) is not None
-    queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts, packed)
+    queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts)
     if running is None:
         for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
@@ -109,15 +108,13 @@ def project(
 ) -> torch.Tensor:
     """`rows` through the weight (and bias) `name` of each expert in turn."""
     packed = getattr(module, f"_qllm_{name}", None)
-    weight = getattr(module, name) if packed is None else packed
-    transposed = packed is None and module.is_transposed
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    if packed is not None:
+        out = packed.products(rows, experts, sizes)
+        return out if bias is None else out.add_(bias[experts].repeat_interleave(torch.tensor(sizes), dim=0))
+    weight = getattr(module, name)
     outputs = [
-        linear(
-            part,
-            weight[e].t() if transposed else weight[e],
-            None if bias is None else bias[e],
-        )
+        F.linear(part, weight[e].t() if module.is_transposed else weight[e], None if bias is None else bias[e])
         for e, part in zip(experts, rows.split(sizes), strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,22 +1,25 @@
-"""`linear(x, weight, bias)`, on CPUs in float32 through oneDNN with packed weights.
+"""Linear layers and experts, on CPUs in float32 with weights packed for oneDNN.
 
 PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and reads
 a weight matrix slower than memory delivers it when there are few rows. oneDNN's fused linear and its packed weight
 format are registered with PyTorch as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; they compute in
-float32. Elsewhere, and where they are missing, this is `F.linear` on plain weights.
+float32. Products of few rows go to a kernel of our own where it can read that format (`executor.few_rows`). Elsewhere,
+and where oneDNN's operators are missing, all is `F.linear` on plain weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, compress
 
 import torch
 import torch.nn.functional as F
 
+from executor.few_rows import MOST_ROWS, strips_of
+
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
-LEAST_ROWS = 4  # a packed product over one or two rows takes longer than one over four
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,6 +45,37 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
 
 
+class PackedWeights:
+    """Packed copies of weights `[N, K]` of one shape (float32, CPU)."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        plain = list(weights)
+        self._packed = [pack(weight) for weight in plain]
+        self._n, k = plain[0].shape
+        self._strips = strips_of(self._packed, self._n, k, linear)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """`[S, N]`: of `x` `[S, K]`, `sizes[i]` rows times weight `which[i]`, one after another.
+
+        How a row is computed depends on the number of rows that come with it to its weight, and on nothing else.
+        """
+        strips = self._strips if x.dtype is torch.float32 else None  # else oneDNN says what is wrong
+        few = [strips is not None and size <= MOST_ROWS for size in sizes]
+        if len(which) == 1 and not few[0]:
+            return linear(x, self._packed[which[0]])
+        ends = [0, *accumulate(sizes)]
+        out = x.new_empty(x.shape[0], self._n)
+        for weight, first, last, small in zip(which, ends, ends[1:], few, strict=False):
+            if not small:
+                out[first:last] = linear(x[first:last], self._packed[weight])
+        if strips is not None and any(few):
+            strips.products(x.contiguous(), out, *(list(compress(of, few)) for of in (which, ends, ends[1:])))
+        return out
+
+
 def pack_model(model: torch.nn.Module) -> int:
     """Pack the linear layers and experts of a float32 CPU model, and free the plain weights; returns how many.
 
@@ -55,8 +89,7 @@ def pack_model(model: torch.nn.Module) -> int:
     count = 0
     for module in model.modules():
         if type(module) is torch.nn.Linear and packable(module.weight):
-            packed = pack(module.weight)
-            module.forward = forward_of(packed, module.bias)  # type: ignore[assignment, method-assign]
+            module.forward = forward_of(PackedWeights([module.weight]), module.bias)  # type: ignore[assignment, method-assign]
             if users[id(module.weight)] == 1:
                 release(module.weight)
             count += 1
@@ -64,7 +97,9 @@ def pack_model(model: torch.nn.Module) -> int:
             for name in EXPERT_WEIGHTS:
                 weight = getattr(module, name, None)
                 if isinstance(weight, torch.nn.Parameter) and weight.dim() == 3 and packable(weight):
-                    setattr(module, f"_qllm_{name}", [pack(w.t() if module.is_transposed else w) for w in weight])
+                    setattr(
+                        module, f"_qllm_{name}", PackedWeights(w.t() if module.is_transposed else w for w in weight)
+                    )
                     release(weight)
                     count += len(weight)
     return count
@@ -79,8 +114,10 @@ def release(parameter: torch.Tensor) -> None:
     parameter.data = torch.full((), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
 
 
-def forward_of(packed: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+def forward_of(packed: PackedWeights, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(input: torch.Tensor) -> torch.Tensor:  # the name that torch.nn.Linear.forward gives it
-        return linear(input, packed, bias)
+        rows = input.reshape(-1, input.shape[-1])
+        out = packed.products(rows, [0], [rows.shape[0]])
+        return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], out.shape[-1])
 
     return forward

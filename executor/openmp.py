@@ -13,12 +13,19 @@ from pathlib import Path
 _SOFT = 1  # omp_pause_soft, OpenMP 5.0 section 3.2.44: give up the threads, keep the settings
 
 
+def runtime() -> ctypes.CDLL | None:
+    """GNU's OpenMP runtime that this process has loaded; None where it has not, or on another system than Linux."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        return ctypes.CDLL(next(line.split()[-1] for line in maps.splitlines() if "/libgomp" in line))
+    except (OSError, StopIteration):
+        return None
+
+
 def release_team() -> bool:
     """End the helpers of the calling thread, which come back when it computes again. False where that cannot be done:
     another runtime, or another system than Linux."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-        path = next(line.split()[-1] for line in maps.splitlines() if "/libgomp" in line)
-        return ctypes.CDLL(path).omp_pause_resource_all(_SOFT) == 0
-    except (OSError, StopIteration, AttributeError):
-        return False
+    openmp = runtime()
+    return (
+        openmp is not None and hasattr(openmp, "omp_pause_resource_all") and openmp.omp_pause_resource_all(_SOFT) == 0
+    )

@@ -1,0 +1,94 @@
+"""The kernel for few rows computes what oneDNN does, is used where it can be, and steps aside where it cannot."""
+
+import platform
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from executor import few_rows, linear  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not linear.can_pack(), reason="this PyTorch has no packed linear")
+MOST = few_rows.MOST_ROWS
+
+
+def weights(n, k, count=3):
+    generator = torch.Generator().manual_seed(n * 1000 + k)
+    return [torch.randn(n, k, generator=generator) for _ in range(count)]
+
+
+def plain(x, plain_weights, which, sizes):
+    parts = [part.double() @ plain_weights[w].double().t() for w, part in zip(which, x.split(sizes), strict=True)]
+    return torch.cat(parts)
+
+
+def test_it_is_compiled_where_there_is_a_compiler():
+    cpu = Path("/proc/cpuinfo")
+    avx512 = platform.machine() == "x86_64" and cpu.exists() and "avx512f" in cpu.read_text()
+    if not avx512 or shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler, Linux, and AVX-512")
+    assert few_rows.kernel() is not None
+    assert linear.PackedWeights(weights(96, 64))._strips is not None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.sampled_from([1, 17, 64, 100, 192]),
+    k=st.sampled_from([1, 16, 40, 128]),
+    sizes=st.lists(st.sampled_from([0, 1, 2, 5, 6, 7, 13, MOST, MOST + 1]), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_products_of_any_sizes(n, k, sizes, data):
+    which = data.draw(st.lists(st.integers(0, 2), min_size=len(sizes), max_size=len(sizes)))
+    x = torch.randn(sum(sizes), k, generator=torch.Generator().manual_seed(1))
+    got = linear.PackedWeights(weights(n, k)).products(x, which, sizes)
+    assert torch.allclose(got.double(), plain(x, weights(n, k), which, sizes), atol=1e-4)
+
+
+def test_rows_that_do_not_lie_one_after_another_in_memory():
+    packed, x = linear.PackedWeights(weights(64, 32)), torch.randn(32, 5).t()
+    assert torch.equal(packed.products(x, [1], [5]), packed.products(x.contiguous(), [1], [5]))
+
+
+def test_a_row_has_the_same_bits_whoever_is_computed_with_it():
+    packed = linear.PackedWeights(weights(100, 64))
+    if packed._strips is None:
+        pytest.skip("no kernel here")
+    x = torch.randn(MOST, 64)
+    whole = packed.products(x, [1], [MOST])
+    alone = torch.cat([packed.products(row[None], [1], [1]) for row in x])
+    others = packed.products(torch.cat([torch.randn(9, 64), x[:7]]), [0, 1], [9, 7])[9:]
+    assert torch.equal(whole, alone)
+    assert torch.equal(whole[:7], others)
+
+
+@pytest.mark.parametrize("what", ["no kernel", "another format"])
+def test_without_it_onednn_computes_everything(monkeypatch, what):
+    if what == "no kernel":
+        monkeypatch.setattr(few_rows, "kernel", lambda: None)
+    elif few_rows.kernel() is not None:  # its products then differ from those of oneDNN
+        real = few_rows.kernel()
+        monkeypatch.setattr(
+            few_rows, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest)
+        )
+    packed = linear.PackedWeights(weights(192, 40))
+    assert packed._strips is None
+    x = torch.randn(6, 40)
+    assert torch.allclose(
+        packed.products(x, [2, 0], [4, 2]).double(), plain(x, weights(192, 40), [2, 0], [4, 2]), atol=1e-4
+    )
+
+
+def test_a_linear_layer_keeps_the_shape_of_its_input():
+    layer = torch.nn.Sequential(torch.nn.Linear(24, 10))
+    expected = [layer(torch.ones(*shape, 24)) for shape in ((), (3,), (2, 0), (2, 5, 7))]
+    assert linear.pack_model(layer) == 1
+    for want in expected:
+        got = layer(torch.ones(*want.shape[:-1], 24))
+        assert got.shape == want.shape
+        assert torch.allclose(got, want, atol=1e-5)

@@ -13,27 +13,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+from executor.demo import small_config
 
 VOCAB = 8000
-CONFIG = Qwen3MoeConfig(
-    vocab_size=VOCAB,
-    hidden_size=512,
-    intermediate_size=384,
-    moe_intermediate_size=384,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=64,
-    num_experts=32,
-    num_experts_per_tok=4,
-    norm_topk_prob=True,
-    max_position_embeddings=16384,
-    initializer_range=0.05,  # with the usual 0.02 at this size, every prompt is continued with the same few tokens
-    bos_token_id=0,
-    eos_token_id=1,
-    pad_token_id=0,
-)
+CONFIG = small_config(vocabulary=VOCAB, hidden=512, width=384, experts=32)
 
 
 def make(folder: str | Path, seed: int = 0) -> Path:

@@ -8,20 +8,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 DEMO = "random Qwen3-MoE, 8 layers, hidden 256, 16 experts, top 4"
 
 
-def demo_model(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
-) -> PreTrainedModel:
-    """The model that `DEMO` describes: 29 M parameters, vocabulary 4,000, up to 16,384 positions."""
-    config = Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=4000,
-        hidden_size=256,
-        intermediate_size=256,
-        moe_intermediate_size=256,
+def small_config(*, vocabulary: int, hidden: int, width: int, experts: int) -> Qwen3MoeConfig:
+    """A Qwen3-MoE of 8 layers with experts `width` wide, the 4 best of which each token goes to."""
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        moe_intermediate_size=width,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
-        num_experts=16,
+        head_dim=hidden // 8,
+        num_experts=experts,
         num_experts_per_tok=4,
         norm_topk_prob=True,
         max_position_embeddings=16384,
@@ -30,5 +28,12 @@ def demo_model(
         eos_token_id=1,
         pad_token_id=0,
     )
+
+
+def demo_model(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """The model that `DEMO` describes: 29 M parameters, vocabulary 4,000, up to 16,384 positions."""
+    config = small_config(vocabulary=4000, hidden=256, width=256, experts=16)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).to(torch.device(device)).eval()

@@ -49,7 +49,8 @@ def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPa
         experts = range(first, min(first + size, len(queues.waiting)))
         if any(queues.waiting[e] for e in experts):
             running.reach("experts", number)
-            group = [e for e in experts if queues.waiting[e]]  # some may have run along with another pass
+            # while it stood there, some may have run along with another pass
+            group = [e for e in experts if queues.waiting[e]]
             others = running.shared_queues()
             for tile in tiles(group, queues.waiting):
                 run_tile(module, tile, queues, others)

@@ -21,6 +21,7 @@ from traces.steps import Shape, StepModel
 from traces.timing import affine_timings
 
 LAYERS, EXPERTS = 2, 8
+ROOMY = Limits(max_seqs=4, max_tokens=64, kv_blocks=100, block_size=4)
 Hook = Callable[[Loop, Pass, Course], None]
 
 

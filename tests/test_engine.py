@@ -25,11 +25,8 @@ NEW = 9
 
 
 @pytest.fixture(scope="module")
-def model():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_model()
-    torch.set_num_threads(threads)
+def model(one_thread):
+    return make_model()
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,15 @@ from executor.families import tiny_model  # noqa: E402
 from executor.passes import RunningPass  # noqa: E402
 from executor.runner import Runner, run_to_end  # noqa: E402
 from scheduler import Limits, make_policy  # noqa: E402
-from tests.engine_worlds import LAYERS, make_model, prompts, serve  # noqa: E402
+from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
-ROOMY = Limits(max_seqs=4, max_tokens=64, kv_blocks=100, block_size=4)
 
 
 @pytest.fixture(scope="module")
-def model():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_model()
-    torch.set_num_threads(threads)
+def model(one_thread):
+    return make_model()
 
 
 @pytest.fixture

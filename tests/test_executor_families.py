@@ -12,7 +12,7 @@ from executor.families import families, tiny_model  # noqa: E402
 from executor.model import load_model, prepare_model  # noqa: E402
 from executor.runner import Runner, run_batch, run_to_end  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 NEW_TOKENS = 10
 FAMILIES = {package: model_type for package, model_type in families().items() if model_type is not None}
 
@@ -38,14 +38,6 @@ REFUSED = {
     "qwen4_exp",
     "zaya",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompts():

@@ -22,12 +22,9 @@ def model():
 
 
 @pytest.fixture(autouse=True)
-def _inference():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _inference(one_thread):
     with torch.inference_mode():
         yield
-    torch.set_num_threads(threads)
 
 
 def tokens(n, seed):

@@ -31,11 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def model():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield prepare_model(tiny_model("qwen3_moe", num_hidden_layers=LAYERS))
-    torch.set_num_threads(threads)
+def model(one_thread):
+    return prepare_model(tiny_model("qwen3_moe", num_hidden_layers=LAYERS))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Soak test of the engine: random arrivals, cancellations and injected exceptions, for as long as wanted.
 
-    python benchmarks/soak.py [--minutes 10] [--seed 0] [--policy qllm] [--evict offload]
+    python benchmarks/soak.py [--minutes 10] [--seed 0] [--policy qllm] [--merge] [--evict offload]
 
 A tiny random MoE on the CPU, memory kept short. At the end every request must have been answered, no KV block may be
 missing and the process's memory must not have grown; exit code 1 otherwise.
@@ -25,7 +25,7 @@ from executor.errors import RequestFailed
 from executor.families import tiny_model
 from executor.model import prepare_model
 from executor.passes import RunningPass
-from scheduler import Limits, Pass
+from scheduler import Limits, Pass, make_policy
 from traces.steps import Shape
 
 BLOCKS = 40
@@ -66,7 +66,9 @@ def memory_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def soak(seconds: float, seed: int = 0, policy: str = "qllm", evict: str = "offload", clients: int = 6) -> dict:
+def soak(
+    seconds: float, seed: int = 0, policy: str = "qllm", evict: str = "offload", merge: bool = False, clients: int = 6
+) -> dict:
     """Run it; returns counts of endings, "unanswered", "leaked_blocks", and resident memory early and late in MB."""
     rng = random.Random(seed)
     limits = Limits(max_seqs=6, max_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
@@ -76,7 +78,8 @@ def soak(seconds: float, seed: int = 0, policy: str = "qllm", evict: str = "offl
     until = time.monotonic() + seconds
     early = 0.0
     model = prepare_model(tiny_model("qwen3_moe"))
-    with Engine(model, policy=policy, limits=limits, clock=FaultyClock(rng, 4000), seed=seed) as engine:
+    chosen = make_policy(policy, **({"merge": True} if merge else {}))
+    with Engine(model, policy=chosen, limits=limits, clock=FaultyClock(rng, 4000), seed=seed) as engine:
 
         def client(own: random.Random) -> None:
             nonlocal sent
@@ -136,9 +139,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", default="qllm")
+    parser.add_argument("--merge", action="store_true", help="suspended passes' tokens run along at shared experts")
     parser.add_argument("--evict", choices=("recompute", "offload"), default="offload")
     args = parser.parse_args()
-    found = soak(args.minutes * 60, args.seed, args.policy, args.evict)
+    found = soak(args.minutes * 60, args.seed, args.policy, args.evict, args.merge)
     print(json.dumps(found))
     wrong = flaws(found)
     if wrong:

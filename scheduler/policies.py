@@ -7,7 +7,7 @@ A user's policy is a subclass of :class:`Policy` in a file of its own. What it m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .passes import NEVER, Pass
 from .request import Request, UnknownPolicy
@@ -201,7 +201,8 @@ def make_policy(name: str, **settings: object) -> Policy:
 
 
 def build_policy(cls: type[Policy], name: str, settings: dict) -> Policy:
-    """`cls(**settings)`; raises UnknownPolicy naming the settings that `cls` has, where one is not among them."""
+    """`cls(**settings)`. Raises UnknownPolicy naming the settings that `cls` has, where one is not among them, and
+    where its granularity or merge is none that there is."""
     code = cls.__init__.__code__ if cls.__init__ is not object.__init__ else None
     allowed = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
     for key in settings:
@@ -210,7 +211,12 @@ def build_policy(cls: type[Policy], name: str, settings: dict) -> Policy:
                 f"policy {name} has no setting {key!r}, "
                 + (f"only {', '.join(allowed)}" if allowed else "nor any other")
             )
-    return cls(**settings)
+    policy = cls(**settings)
+    if policy.granularity not in get_args(Granularity):
+        known = ", ".join(get_args(Granularity))
+        raise UnknownPolicy(f"{name}: granularity is {policy.granularity!r}; allowed: {known}")
+    _boolean(name, "merge", policy.merge)
+    return policy
 
 
 def _boolean(policy: str, key: str, value: Any) -> bool:

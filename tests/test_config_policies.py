@@ -54,6 +54,12 @@ def test_a_policy_file_decides(tmp_path: Path) -> None:
         ("x = 1\n", {}, ["one subclass of scheduler.Policy", "none"]),
         (SHORTEST + "class Other(ShortestFirst):\n    pass\n", {}, ["2 of them", "ShortestFirst, Other", "class:"]),
         (SHORTEST, {"lengest": 3}, ["mine.py", "lengest", "longest"]),
+        (
+            SHORTEST + "    granularity = 'token'\n",
+            {},
+            ["mine.py", "granularity is 'token'", "iteration, layer, expert"],
+        ),
+        (SHORTEST + "    merge = 'no'\n", {}, ["mine.py", "merge is 'no'", "true or false"]),
         (SHORTEST.replace("= longest", "= 1 / 0"), {}, ["mine.py:5", "ZeroDivisionError"]),
     ],
 )

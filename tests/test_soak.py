@@ -14,17 +14,14 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "soak.py"
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("policy", "evict"), [("qllm", "offload"), ("hybrid", "recompute")])
-def test_random_load_with_aborts_and_exceptions_leaves_nothing_behind(policy, evict):
+@pytest.mark.parametrize(("policy", "evict", "merge"), [("qllm", "offload", True), ("hybrid", "recompute", False)])
+def test_random_load_with_aborts_and_exceptions_leaves_nothing_behind(one_thread, policy, evict, merge):
     spec = importlib.util.spec_from_file_location("soak", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = module.soak(2.5, seed=1, policy=policy, evict=evict)
-    torch.set_num_threads(threads)
+    found = module.soak(2.5, seed=1, policy=policy, evict=evict, merge=merge)
     found["late_mb"] = found["early_mb"]  # seconds say nothing about growth
     assert module.flaws(found) == []
     assert found["sent"] > 20

@@ -41,8 +41,7 @@ def timings_of(subject: Subject, extent: Extent, given: Path | None) -> tuple[Ti
 
 def without_loop(timings: Timings, max_step: float) -> StepModel:
     """Steps without what the engine's loop takes: the passes here run without it."""
-    loop_s = timings.conditions["engine_loop_s"]
-    return StepModel(dataclasses.replace(timings, host_s=timings.host_s - loop_s), max_step=max_step)
+    return StepModel(dataclasses.replace(timings, host_s=timings.host_s - timings.engine_loop_s), max_step=max_step)
 
 
 def main() -> None:

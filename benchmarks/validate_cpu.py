@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ from make_moe import make
 from processes import Cores
 
 from executor.calibrate import Extent, calibrate
-from executor.subject import load_subject
+from executor.subject import Subject, load_subject
 from qllm.build import request_trace, scheduler_limits, step_model
 from qllm.config import Config, load_config
-from qllm.runs import runs
+from qllm.runs import Run, runs
 from qllm.validate import compare
 from qllm.validation_results import report, save
 from scheduler import make_policy
@@ -58,6 +59,16 @@ def capacity(config: Config) -> float:
     return len(trace) / result.makespan
 
 
+def repeats(path: Path, args: argparse.Namespace, subject: Subject) -> Iterator[Run]:
+    """The runs of each repeat in turn, each repeat after a calibration of its own: the machine drifts. The first has
+    the one that the rates were chosen with."""
+    for seed in range(args.repeats):
+        timings = args.timings or args.out / f"timings-{seed}.csv"
+        if args.timings is None and seed:
+            calibrate(subject, timings, EXTENT)
+        yield from (run for run in runs(load_config(path, [f"timings={timings.resolve()}"])) if run.seed == seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -65,13 +76,13 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loads", default="0.3,0.6,0.85")
-    parser.add_argument("--timings", type=Path, help="a finished calibration; default: calibrate first")
+    parser.add_argument("--timings", type=Path, help="a finished calibration; default: calibrate before each repeat")
     parser.add_argument("--out", type=Path, default=Path("out/validate-cpu"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
-    timings = args.timings or args.out / "timings.csv"
+    timings = args.timings or args.out / "timings-0.csv"
     if args.timings is None:
         calibrate(subject, timings, EXTENT)
     path = args.out / "config.yaml"
@@ -81,15 +92,15 @@ def main() -> None:
     rates = [round(float(load) * most, 3) for load in args.loads.split(",")]
     path.write_text(yaml.safe_dump({**whole, "sweep": {"rate": rates}}, sort_keys=False))
     print(f"capacity {most:.2f} requests/s; rates {rates}", flush=True)
-    todo = sorted(runs(load_config(path)), key=lambda run: run.seed)  # repeats outermost: the machine drifts
     compared = []
-    for run in todo:
+    for run in repeats(path, args, subject):
         cores = Cores(os.getpid())
         compared.append(compare(run, subject.model))
         real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (compared[-1].real, compared[-1].simulated))
         speed, others = compared[-1].speed, cores.used()[1]
         print(f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; ", end="")
-        print(f"passes took {speed:.3f} of what is predicted; other cores {others:.2f}", flush=True)
+        print(f"steps took {speed.few:.3f} (up to {speed.bound} tokens) and {speed.many:.3f} (more) ", end="")
+        print(f"of what is predicted; other cores {others:.2f}", flush=True)
     save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")

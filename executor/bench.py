@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from executor.batch import Batch, SequenceState
 from executor.cuts import Cut
 from executor.grids import Cell, mixed_lengths
-from executor.measure import PassTimes, Stopwatch, fill_cache, measure, timed
+from executor.measure import PassTimes, Stopwatch, fill_cache, measure, random_entries, timed
 from executor.measured import Kept
 from executor.runner import Runner, run_to_end
 
@@ -38,7 +37,6 @@ class Bench:
         self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, cutter=self.cutter)
         with torch.inference_mode():
             fill_cache(self.runner)
-        self.vocab: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self.model = model
 
     def cutter(self, batch: Batch) -> Cut:
@@ -49,16 +47,10 @@ class Bench:
         """Random tokens, the same in each visit and for each cut; others with another `salt`. What is cached before
         them is random KV, which takes as long to attend to as any. Sequences that decode together are of different
         lengths, as they are in serving: from half of the cell's context to one and a half."""
-        rng = random.Random(f"{cell[:3]}{salt}")
-        entries, first = [], 0
         positions = self.runner.max_positions
         most = None if positions is None else positions - cell.new
-        for context in mixed_lengths(cell.context, cell.sequences, most):
-            length = cell.new + context
-            blocks = [*range(first, first - (-length // BLOCK))]
-            first += len(blocks)
-            entries.append((SequenceState(rng.choices(range(self.vocab), k=length), blocks, context), cell.new))
-        return entries
+        sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
+        return random_entries(self.runner, sizes, (*cell[:3], salt))
 
     def visit_all(self, grid: list[Cell], kept: Kept, progress: Progress | None) -> None:
         """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one."""
@@ -84,7 +76,7 @@ class Bench:
         Before each repeat of a short pass comes one like it with other tokens, which go to other experts: else a small
         batch would find the weights of its experts in the processor's cache, as it never does in serving.
         """
-        self.cut = Cut(cell.group, 1)
+        self.cut = Cut(cell.group, cell.pieces)
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
         entries = self.sequences(cell)
         warm = measure(self.runner, watch, entries)

@@ -24,6 +24,7 @@ from executor.timing_points import (
     expert_points,
     fit_quality,
     host_seconds,
+    query_block_seconds,
     wide,
 )
 from traces.timing import Timings
@@ -135,6 +136,7 @@ def build(
         experts_base_s=fit.base * share,
         launch_s=fit.per_group * share,
         launches_per_expert=1,
+        query_block_s=query_block_seconds(measured, layers),
         host_s=host_s + numbers["loop_s"],
         suspend_s=numbers["switch_s"] / 2,
         resume_s=numbers["switch_s"] / 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from executor.batch import SequenceState
 from executor.cuts import Cut
 from executor.grids import mixed_lengths
-from executor.measure import fill_cache
+from executor.measure import fill_cache, random_entries
 from executor.runner import Runner, run_to_end
 from executor.sampling import Sampling, sample
 from traces.steps import Shape, StepModel
@@ -72,8 +70,7 @@ def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
     found = []
     for p in passes:
         shape = shape_of_mix(steps, p.mix, p.shape)
-        experts_s = float(steps.experts(p.routing).sum()) * steps.layers / len(p.routing)
-        found.append(steps.total(shape, experts_s))
+        found.append(steps.total(shape, steps.experts_of_pass(p.routing)))
     return found
 
 
@@ -89,13 +86,7 @@ def shape_of_mix(steps: StepModel, mix: Mix, cut: Shape | None = None) -> Shape:
 
 
 def _once(runner: Runner, shape: Shape, mix: Mix, salt: str = "") -> tuple[float, np.ndarray]:
-    vocab: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    rng, size, next_block = random.Random(f"{mix}{salt}"), runner.cache.block_size, 0
-    entries = []
-    for new, context in mix:
-        blocks = range(next_block, next_block + -(-(new + context) // size))
-        next_block = blocks.stop
-        entries.append((SequenceState(rng.choices(range(vocab), k=new + context), [*blocks], context), new))
+    entries = random_entries(runner, mix, (mix, salt))
     _wait(runner)
     start = time.perf_counter()
     running = runner.begin(entries, Cut(shape.group, shape.pieces))

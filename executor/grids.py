@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ALL = 1 << 30  # experts in a group: no point between experts
+PIECES = 8  # of an attention that is measured cut, where it has at least ...
+LEAST_CUT = 64  # ... so many tokens
 
 
 class Cell(NamedTuple):
-    """One kind of pass: `sequences` of `new` tokens each over `context` cached ones, experts in groups of `group`.
+    """One kind of pass: `sequences` of `new` tokens each over `context` cached ones, experts in groups of `group`,
+    attention in `pieces` groups of query blocks.
 
     `hot`: all tokens go to so many experts; 0 leaves them to the model's router.
     """
@@ -18,6 +21,7 @@ class Cell(NamedTuple):
     context: int
     group: int = ALL
     hot: int = 0
+    pieces: int = 1
 
     @property
     def tokens(self) -> int:
@@ -81,6 +85,9 @@ def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, 
         found += [Cell(b, 1, 0, group) for b in (1, 8) if b <= max_batch]
     # Experts with more tokens than the router would send them.
     found += [Cell(1, n, 0, ALL, hot) for n in (64, 256, max_tokens) if n <= max_tokens for hot in (top_k, 2 * top_k)]
+    # Between query blocks.
+    long = [n for n in coarse(max_tokens)[-2:] if n >= LEAST_CUT]
+    found += [Cell(1, n, c, pieces=PIECES) for n in long for c in (0, max_context)]
     return [cell for cell in dict.fromkeys(found) if cell.kv_tokens <= kv_tokens and cell.hot <= experts]
 
 

@@ -14,8 +14,9 @@ The attention and experts hooks are wrapped, not copied. Between two readings li
 from __future__ import annotations
 
 import itertools
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,19 @@ def fill_cache(runner: Runner) -> None:
     run_to_end(runner.begin([(entry, 1)]))  # layers are made at their first write
     for store in (*runner.cache.keys, *runner.cache.values):
         store[: runner.cache.zero_slot].normal_()
+
+
+def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> list[tuple[SequenceState, int]]:
+    """Entries of a pass over sequences of random tokens, each (new tokens, tokens cached before), in blocks one after
+    another: what lies there is taken for their KV."""
+    vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
+    entries = []
+    for new, cached in sizes:
+        blocks = range(first, first - (-(new + cached) // size))
+        entries.append((SequenceState(rng.choices(range(vocabulary), k=new + cached), [*blocks], cached), new))
+        first = blocks.stop
+    return entries
 
 
 def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState, int]]) -> PassTimes:

@@ -23,8 +23,8 @@ Cells = Mapping[Cell, Measured]
 
 
 def plain(cells: Cells) -> dict[Cell, Measured]:
-    """The passes that were routed by the model and not cut between experts."""
-    return {cell: found for cell, found in cells.items() if cell.group == ALL and not cell.hot}
+    """The passes that were routed by the model and not cut."""
+    return {cell: found for cell, found in cells.items() if cell.group == ALL and not cell.hot and cell.pieces == 1}
 
 
 def host_seconds(cells: Cells) -> float:
@@ -78,6 +78,17 @@ def attention_points(cells: Cells, layers: int) -> list[Point]:
     several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
     prefill = _grid("attention_prefill", one, layers, along_context=False)
     return prefill + _grid("attention_decode", several, layers, along_context=True)
+
+
+def query_block_seconds(cells: Cells, layers: int) -> float | None:
+    """What each group of query blocks of a cut attention costs beyond its share of the attention: the same passes cut
+    and uncut, the median. None where none was measured."""
+    extra = []
+    for cell, found in cells.items():
+        whole = cells.get(cell._replace(pieces=1))
+        if cell.pieces > 1 and whole is not None:
+            extra.append((found.total("attention") - whole.total("attention")) / cell.pieces / layers)
+    return max(0.0, float(np.median(extra))) if extra else None
 
 
 def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, along_context: bool) -> list[Point]:

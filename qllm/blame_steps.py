@@ -10,12 +10,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from executor.batch import SequenceState
 from executor.cuts import Cut
 from executor.grids import mixed_lengths
-from executor.measure import Stopwatch, fill_cache, measure, timed
+from executor.measure import Stopwatch, fill_cache, measure, random_entries, timed
 from executor.runner import Runner
-from qllm.validate import Call, Compared, experts_seconds
+from qllm.machine_speed import Call
+from qllm.validate import Compared
 from traces.steps import StepModel
 
 SAMPLED = 24  # passes measured again, step kind by step kind
@@ -44,8 +44,8 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
 
     for run in runs:
         slices = run.real.slices or []
-        loop_s = run.steps.timings.conditions.get("engine_loop_s", 0.0)  # part of host_s, and so of each pass's lead
-        for call, seconds, predicted in run.passes:
+        loop_s = run.steps.timings.engine_loop_s  # part of host_s, and so of each pass's lead
+        for call, seconds, predicted, _ in run.passes:
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
             add(f"{kind} passes", seconds, predicted)
         for before, after in pairwise(slices):
@@ -80,14 +80,7 @@ def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, floa
     most = None if runner.max_positions is None else runner.max_positions - 1
     decoding = mixed_lengths(call.decode_context / max(call.n_decode, 1), call.n_decode, most)
     sizes = [*call.chunks, *((1, length) for length in decoding)]
-    vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    rng, first = np.random.default_rng(0), 0
-    entries = []
-    for new, cached in sizes:
-        blocks = -(-(new + cached) // BLOCK)
-        tokens = rng.integers(vocabulary, size=new + cached).tolist()
-        entries.append((SequenceState(tokens, [*range(first, first + blocks)], cached), new))
-        first += blocks
+    entries = random_entries(runner, sizes, 0)
     runner.cutter = lambda _: Cut(call.shape.group, call.shape.pieces)
     passes = [measure(runner, watch, entries) for _ in range(REPEATS + 1)][1:]
     names = [name for name, _ in passes[0].parts]
@@ -105,7 +98,7 @@ def _predicted(steps: StepModel, call: Call, counts: np.ndarray) -> dict[str, fl
         "lead and dense_pre": shape.lead + layers * shape.pre,
         "attention": layers * shape.attention * shape.pieces,
         "dense_post": layers * shape.post,
-        "experts": cuts + experts_seconds(steps, counts),
+        "experts": cuts + steps.experts_of_pass(counts),
         "head": shape.head,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from executor.engine import Engine, blocks_in
 from executor.replays import replay
 from qllm.build import load_timings, request_trace, scheduler_limits
 from qllm.config import Config
+from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, speed_of
 from qllm.metrics import per_request
 from qllm.runs import Run
 from scheduler import Limits
@@ -28,26 +29,6 @@ METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
 WARM_UP = 8  # requests replayed first and not counted: kernels are chosen and compiled at their first sizes
 REAL, SIMULATED, AT_SPEED = "real", "simulated", "at_speed"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One real pass as the step model was asked for it: chunks (new tokens, cached before), decoding sequences, their
-    cached tokens in all, sequences that get a token; and what the model said."""
-
-    chunks: tuple[tuple[int, int], ...]
-    n_decode: int
-    decode_context: int
-    rows: int
-    shape: Shape
-
-
-class PassSeconds(NamedTuple):
-    """One real pass: what it took and what is predicted for it."""
-
-    call: Call
-    measured: float
-    predicted: float
 
 
 class Asked(StepModel):
@@ -74,10 +55,10 @@ class Asked(StepModel):
 class Compared:
     """One run in both worlds. calls: the real run's passes, in the order of `real.routing`; steps: predicts them.
 
-    passes: what each real pass took and what is predicted for it. at_speed: simulated once more with all step times
-    multiplied by one number, `speed`. What a machine's speed drifts
-    between its calibration and the run is in the errors of `simulated`, and not in those of `at_speed`, which are the
-    simulator's own: how passes are made, queue, preempt and share their time.
+    passes: what each real pass took and what is predicted for it. at_speed: simulated once more with step times at the
+    `speed` that the machine had over the whole run. What its speed drifts between its calibration and the run is in the
+    errors of `simulated`, and not in those of `at_speed`, which are the simulator's own: how passes are made, queue,
+    preempt and share their time.
     """
 
     run: Run
@@ -87,18 +68,13 @@ class Compared:
     steps: StepModel
     calls: list[Call] = field(repr=False)
     passes: list[PassSeconds] = field(repr=False)
+    speed: Speed
     at_speed: RunResult
 
     @property
     def rate(self) -> float:
         """Requests per second offered."""
         return self.run.config.rate or self.trace.rate or float("nan")
-
-    @property
-    def speed(self) -> float:
-        """Seconds of all real passes over those predicted for them: above 1 where the machine was slower than when it
-        was calibrated, or the calibration is off."""
-        return speed_of(self.passes)
 
     def requests(self) -> pd.DataFrame:
         """A row per request and world: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
@@ -161,9 +137,9 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
 
     steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
     passes = pass_seconds(real, calls, steps)
-    speed = speed_of(passes)
-    slower = StepModel(timings.scaled(speed), max_step=config.max_step * speed, expert_mode=config.expert_mode)
-    return Compared(run, trace, real, simulation(steps), steps, calls, passes, simulation(slower))
+    speed = speed_of(passes, steps, limits.max_seqs)
+    slower = simulation(at_speed(steps, speed))
+    return Compared(run, trace, real, simulation(steps), steps, calls, passes, speed, slower)
 
 
 def real_limits(config: Config, model: PreTrainedModel) -> Limits:
@@ -178,25 +154,15 @@ def real_limits(config: Config, model: PreTrainedModel) -> Limits:
 def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[PassSeconds]:
     """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what the
     engine's loop takes between two passes (a part of `host_s`)."""
-    loop_s = steps.timings.conditions.get("engine_loop_s", 0.0)
+    loop_s = steps.timings.engine_loop_s
     took: dict[int, float] = defaultdict(float)
     for s in real.slices or []:
         took[s.pass_id] += s.end - s.start
     found = []
     for (_, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
-        predicted = steps.total(call.shape, experts_seconds(steps, counts))
-        found.append(PassSeconds(call, seconds, predicted - loop_s))
+        predicted = steps.total(call.shape, steps.experts_of_pass(counts))
+        found.append(PassSeconds(call, seconds, predicted - loop_s, np.asarray(counts)))
     return found
-
-
-def speed_of(passes: list[PassSeconds]) -> float:
-    """Measured over predicted seconds of all passes together."""
-    return sum(p.measured for p in passes) / max(sum(p.predicted for p in passes), 1e-12)
-
-
-def experts_seconds(steps: StepModel, counts: np.ndarray) -> float:
-    """Predicted seconds of all experts for int[MoE layers, experts] tokens."""
-    return float(steps.experts(np.asarray(counts)).sum()) * steps.layers / len(counts)
 
 
 def seen_popularity(real: RunResult, layers: int) -> np.ndarray:

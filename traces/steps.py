@@ -103,7 +103,7 @@ class StepModel:
         self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
         self._base = ticks(timings.experts_base_s)
         self._per_group = ticks(launches) if mode == "fused" else 0.0
-        self._block = ticks(timings.launch_s)
+        self._block = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
         peak = 1.0 / timings.experts if popularity is None else float(popularity.max())
@@ -125,6 +125,12 @@ class StepModel:
         except IndexError:  # beyond the measured range: the trace extrapolates, and says so
             self._table = self._expert_table(int(counts.max()))
             return self._table.take(counts)
+
+    def experts_of_pass(self, routing: Any) -> float:
+        """Seconds of all experts of a pass, for the tokens that each got in each MoE layer, int[MoE layers, experts].
+        A trace takes all layers to be alike: where some have no experts, each counts for its share."""
+        counts = np.asarray(routing)
+        return float(self.experts(counts).sum()) * self.layers / len(counts)
 
     def shape(
         self,

@@ -26,6 +26,7 @@ from traces.timing_format import (
 
 __all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "affine_timings", "bundled"]
 
+_SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s")  # seconds that belong to no size
 _FOLDER = Path(__file__).parent / "timings"
 
 
@@ -70,14 +71,24 @@ class Timings(TimingHeader):
         """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
         Path(path).write_text(render(self, list(self.points)), encoding="utf-8")
 
-    def scaled(self, factor: float) -> Timings:
-        """All seconds times `factor` (above 0), but not the bandwidth to host memory: the device at another speed."""
-        points = tuple(
-            p._replace(seconds=p.seconds * factor, spread_s=None if p.spread_s is None else p.spread_s * factor)
-            for p in self.points
-        )
-        keys = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s")
-        return replace(self, points=points, **{key: getattr(self, key) * factor for key in keys})
+    @property
+    def engine_loop_s(self) -> float:
+        """What of `host_s` passes between two passes, in the engine's loop; 0 where a trace does not say."""
+        return float(self.conditions.get("engine_loop_s", 0.0))
+
+    def scaled(self, few: float, many: float | None = None, bound: int = 0) -> Timings:
+        """The device at another speed: seconds of steps over up to `bound` tokens (or sequences), and of what has no
+        size, times `few`, others times `many` (both above 0; `few` too where it is None); not the bandwidth."""
+        many = few if many is None else many
+
+        def slower(p: Point) -> Point:
+            factor = few if p.tokens <= bound else many
+            return p._replace(seconds=p.seconds * factor, spread_s=p.spread_s and p.spread_s * factor)
+
+        numbers = {key: getattr(self, key) * few for key in _SIZELESS}
+        if self.query_block_s is not None:
+            numbers["query_block_s"] = self.query_block_s * many
+        return replace(self, points=tuple(map(slower, self.points)), **numbers)
 
     def dense_pre(self, tokens: Any) -> Any:
         """Norm and QKV projection of `tokens` tokens, up to the attention: seconds a layer."""

@@ -1,0 +1,74 @@
+"""How fast a machine was in a run, against its calibration: one number for small steps, one for large ones.
+
+Small steps wait for memory and large ones for arithmetic, and what else happens on a host, or the clock of its cores,
+changes the one without the other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from traces.steps import Shape, StepModel
+
+MOST_APART = 0.5  # of the speed of all passes
+
+
+class Call(NamedTuple):
+    """One real pass as the step model was asked for it: chunks (new tokens, cached before), decoding sequences, their
+    cached tokens in all, sequences that get a token; and what the model said."""
+
+    chunks: tuple[tuple[int, int], ...]
+    n_decode: int
+    decode_context: int
+    rows: int
+    shape: Shape
+
+
+class PassSeconds(NamedTuple):
+    """One real pass: what it took and what is predicted. routing: tokens per expert, int[MoE layers, experts]."""
+
+    call: Call
+    measured: float
+    predicted: float
+    routing: np.ndarray
+
+
+class Speed(NamedTuple):
+    """What steps took over what is predicted, above 1 where the machine was slower: `few` for those of up to `bound`
+    tokens (or sequences), and what belongs to no size; `many` for larger ones."""
+
+    few: float
+    many: float
+    bound: int
+
+
+def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
+    """The speed at which the decoding passes take together what they took, and so do those with prompts. `bound`: most
+    sequences that decode together. Where one kind is missing, both numbers stay close to what is known; where one would
+    lie further than MOST_APART from what all passes together took, both are that: the sizes cannot be told apart."""
+    larger = StepModel(steps.timings.scaled(1.0, 2.0, bound), expert_mode=steps.mode)
+    plain = StepModel(steps.timings, expert_mode=steps.mode)
+    sums = np.zeros((2, 3))  # decoding only, with prompts; few, many, measured
+    for p in passes:
+        many = _uncut(larger, p) - _uncut(plain, p)
+        sums[int(bool(p.call.chunks))] += (p.predicted - many, many, p.measured)
+    whole = sums[:, 2].sum() / max(sums[:, :2].sum(), 1e-12)
+    # From what one number for all explains, the shortest way to what two explain: numpy's solution of least norm.
+    change = np.linalg.lstsq(sums[:, :2], sums[:, 2] - whole * sums[:, :2].sum(axis=1), rcond=1e-9)[0]
+    if max(abs(change)) > MOST_APART * whole:
+        change = np.zeros(2)
+    return Speed(float(whole + change[0]), float(whole + change[1]), bound)
+
+
+def at_speed(steps: StepModel, speed: Speed) -> StepModel:
+    """`steps` on that machine, cut about as they were."""
+    timings = steps.timings.scaled(*speed)
+    return StepModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
+
+
+def _uncut(steps: StepModel, p: PassSeconds) -> float:
+    call = p.call
+    shape = steps.shape([(None, *chunk) for chunk in call.chunks], call.n_decode, call.decode_context, call.rows)
+    return steps.total(shape, steps.experts_of_pass(p.routing))

@@ -20,7 +20,7 @@ from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, speed_of
 from qllm.metrics import per_request
 from qllm.runs import Run
 from scheduler import Limits
-from sim import simulate
+from sim import Resampled, simulate
 from traces.requests import RequestTrace
 from traces.results import RunResult
 from traces.steps import Shape, StepModel
@@ -104,8 +104,8 @@ class Compared:
 
 
 def compare(run: Run, model: PreTrainedModel) -> Compared:
-    """Replay one run of a configuration on the real clock, then simulate it with the routing shares that were seen,
-    with the calibrated times and with those at the speed that the machine had.
+    """Replay one run of a configuration on the real clock, then simulate it with routing like that which was seen, with
+    the calibrated times and with those at the speed that the machine had.
 
     The engine cuts its passes by the same step model. Raises what `replay` and `simulate` raise.
     """
@@ -130,7 +130,7 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
             policy=policy.build(),
             limits=limits,
             steps=steps,
-            popularity=seen_popularity(real, steps.layers),
+            routing=Resampled(real.routing or [], timings.top_k, steps.layers, run.seed),
             seed=run.seed,
             timeline=True,
         )
@@ -163,14 +163,6 @@ def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[P
         predicted = steps.total(call.shape, steps.experts_of_pass(counts))
         found.append(PassSeconds(call, seconds, predicted - loop_s, np.asarray(counts)))
     return found
-
-
-def seen_popularity(real: RunResult, layers: int) -> np.ndarray:
-    """Share of each layer's assignments per expert over all passes of a real run, float64[layers, experts]; layers
-    without experts, which a step model does not know of, repeat the last one's."""
-    counts = np.sum(real.routing or [], axis=0).astype(float)
-    shares = counts / counts.sum(axis=1, keepdims=True)
-    return np.concatenate([shares, np.repeat(shares[-1:], layers - len(shares), axis=0)])
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from traces.results import RunResult as SimResult
 from traces.results import Slice, Status
 
-from .routing import Recorded, Routing
+from .routing import Recorded, Resampled, Routing
 from .simulate import isolated_ttft, simulate, uniform
 
-__all__ = ["Recorded", "Routing", "SimResult", "Slice", "Status", "isolated_ttft", "simulate", "uniform"]
+__all__ = ["Recorded", "Resampled", "Routing", "SimResult", "Slice", "Status", "isolated_ttft", "simulate", "uniform"]

@@ -16,6 +16,7 @@ import numpy as np
 
 _POOL_CELLS = 1 << 21  # tokens x layers x experts in the pool: 2 x 2^21 x 2 bytes = 8 MiB
 _NOISES = 64  # different draws of passes larger than the pool
+_NEAREST = 4  # recorded passes to choose from, at least
 _BLOCK = 1 << 12  # random numbers drawn at a time
 
 
@@ -39,6 +40,43 @@ class Recorded:
     def counts(self, tokens: int, draw: int) -> np.ndarray:
         """Tokens per expert of pass number `draw`, int[layers, experts]."""
         return np.asarray(self._counts[draw])
+
+
+class Resampled:
+    """Routing like that of recorded passes: a pass gets the counts of one that was as large, or of one nearly as large
+    with its counts in proportion. Unlike `Routing`, it keeps that the tokens of one text go to the same experts.
+
+    counts: recorded passes, each int[MoE layers, experts]. Of `layers` layers, those beyond the recorded ones repeat
+    the last. ValueError where none is given.
+    """
+
+    pooled = True
+
+    def __init__(self, counts: Sequence[np.ndarray], top_k: int, layers: int, seed: int = 0):
+        if not len(counts):
+            raise ValueError("no passes were recorded")
+        tokens = [int(np.asarray(c)[0].sum()) // top_k for c in counts]
+        order = np.argsort(tokens, kind="stable")
+        self._sizes = np.array(tokens)[order]
+        self._counts = [np.asarray(counts[i]) for i in order]
+        self._layer = np.minimum(np.arange(layers), len(self._counts[0]) - 1)
+        self._rng = np.random.default_rng((seed, 2))
+
+    def draw(self) -> int:
+        """A random integer below 2^30."""
+        return int(self._rng.integers(1 << 30))
+
+    def counts(self, tokens: int, draw: int) -> np.ndarray:
+        """Tokens per expert of a pass of `tokens` tokens, int64[layers, experts]; the same `draw`, the same counts."""
+        first, last = (int(np.searchsorted(self._sizes, tokens, side)) for side in ("left", "right"))
+        if last - first < _NEAREST:  # few as large: some of the neighbours too
+            first = max(0, min(first - (_NEAREST - (last - first)) // 2, len(self._sizes) - _NEAREST))
+            last = min(first + _NEAREST, len(self._sizes))
+        at = first + draw % (last - first)
+        counts = self._counts[at][self._layer]
+        if self._sizes[at] == tokens:
+            return counts
+        return np.minimum(np.rint(counts * (tokens / self._sizes[at])), tokens).astype(np.intp)
 
 
 class Routing:

@@ -9,7 +9,7 @@ import numpy as np
 from scheduler import Pass
 from traces.steps import Shape, StepModel
 
-from .routing import Recorded, Routing
+from .routing import Recorded, Resampled, Routing
 
 _VARIANTS = 32  # routing draws kept per size of a decode pass
 
@@ -125,7 +125,7 @@ class Run:
 class GpuModel:
     """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
 
-    def __init__(self, steps: StepModel, routing: Routing | Recorded, granularity: str):
+    def __init__(self, steps: StepModel, routing: Routing | Recorded | Resampled, granularity: str):
         self.steps = steps
         self.routing = routing
         self.granularity = granularity

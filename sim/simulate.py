@@ -14,7 +14,7 @@ from traces.results import Slice, Status
 from traces.steps import StepModel, ticks
 
 from .device import Device, Observer, Process, fast_device, step_device
-from .routing import Recorded, Routing
+from .routing import Recorded, Resampled, Routing
 from .runs import GpuModel, Run
 
 
@@ -27,7 +27,7 @@ def simulate(
     steps: StepModel,
     popularity: np.ndarray | None = None,
     seed: int = 0,
-    routing: Recorded | None = None,
+    routing: Recorded | Resampled | None = None,
     timeline: bool = False,
     until: float | None = None,
     step_by_step: bool = False,
@@ -45,7 +45,7 @@ def simulate(
     levels = [priorities[name] for name in trace.classes]
     world = _World(trace, levels, Scheduler(policy, limits))
     shares = uniform(steps) if popularity is None else popularity
-    drawn = routing if routing is not None else Routing(shares, steps.timings.top_k, seed)
+    drawn = routing or Routing(shares, steps.timings.top_k, seed)
     gpu = GpuModel(steps, drawn, policy.granularity)
     slices: list[Slice] | None = [] if timeline else None
     env = simpy.Environment()

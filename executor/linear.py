@@ -23,10 +23,8 @@ PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (plain or packed), `bias` `[N]`."""
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (packed), `bias` `[N]`."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def can_pack() -> bool:

@@ -52,7 +52,7 @@ def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
     plain = StepModel(steps.timings, expert_mode=steps.mode)
     sums = np.zeros((2, 3))  # decoding only, with prompts; few, many, measured
     for p in passes:
-        many = _uncut(larger, p) - _uncut(plain, p)
+        many = seconds_by(larger, p) - seconds_by(plain, p)
         sums[int(bool(p.call.chunks))] += (p.predicted - many, many, p.measured)
     whole = sums[:, 2].sum() / max(sums[:, :2].sum(), 1e-12)
     # From what one number for all explains, the shortest way to what two explain: numpy's solution of least norm.
@@ -68,7 +68,8 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
     return StepModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
 
 
-def _uncut(steps: StepModel, p: PassSeconds) -> float:
+def seconds_by(steps: StepModel, p: PassSeconds) -> float:
+    """What `steps` predicts for the pass, cut as `steps` cuts it."""
     call = p.call
     shape = steps.shape([(None, *chunk) for chunk in call.chunks], call.n_decode, call.decode_context, call.rows)
     return steps.total(shape, steps.experts_of_pass(p.routing))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, speed_of
+from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, seconds_by, speed_of
 from traces.steps import StepModel
 from traces.timing import affine_timings
 
@@ -57,3 +57,14 @@ def test_small_and_large_steps_are_slowed_for_themselves():
     assert timings.expert(65536) == pytest.approx(3 * before.expert(65536))
     assert timings.host_s == 2 * before.host_s
     assert timings.host_bandwidth == before.host_bandwidth
+
+
+def test_at_one_speed_passes_are_cut_as_they_were():
+    steps = StepModel(STEPS.timings, max_step=1e-4)
+    slower = at_speed(steps, Speed(1.3, 1.3, BOUND))
+    for p in passes_on(STEPS):
+        chunks = [(None, *chunk) for chunk in p.call.chunks]
+        asked = (chunks, p.call.n_decode, p.call.decode_context, p.call.rows)
+        before, after = steps.shape(*asked), slower.shape(*asked)
+        assert (after.group, after.pieces) == (before.group, before.pieces)
+        assert seconds_by(slower, p) == pytest.approx(1.3 * seconds_by(steps, p), rel=1e-3)

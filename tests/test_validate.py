@@ -14,7 +14,7 @@ from executor.model import prepare_model
 from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
 from qllm.config import load_config
-from qllm.machine_speed import at_speed
+from qllm.machine_speed import at_speed, seconds_by
 from qllm.runs import runs
 from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors
 from qllm.validation_results import report, save
@@ -91,11 +91,8 @@ def test_steps_are_measured_again_kind_by_kind(compared, model):
 
 def test_at_the_speed_of_the_run_the_predicted_passes_take_what_the_real_ones_did(compared):
     for one in compared:
-        slower, predicted = at_speed(one.steps, one.speed), 0.0
-        for p in one.passes:
-            chunks = [(None, *chunk) for chunk in p.call.chunks]
-            shape = slower.shape(chunks, p.call.n_decode, p.call.decode_context, p.call.rows)
-            predicted += slower.total(shape, slower.experts_of_pass(p.routing))
+        slower = at_speed(one.steps, one.speed)
+        predicted = sum(seconds_by(slower, p) for p in one.passes)
         assert predicted == pytest.approx(sum(p.measured for p in one.passes), rel=0.02)
         assert one.at_speed.status.tolist() == one.simulated.status.tolist()
 

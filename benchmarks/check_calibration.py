@@ -1,6 +1,6 @@
 """Whole passes against the sum of their steps, after a calibration in the same run.
 
-    python benchmarks/check_calibration.py FOLDER [--threads 2] [--max-step 0.002] [--repeats 7] [--timings FILE]
+    python benchmarks/check_calibration.py FOLDER [--threads 1] [--max-step 0.002] [--repeats 7] [--timings FILE]
 
 FOLDER: a checkpoint, or a folder with only a config.json (benchmarks/make_moe.py makes one); a missing one is made.
 Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. The machine is
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-step", type=float, default=0.002)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=1024)

@@ -1,18 +1,22 @@
 """The simulator against the real engine on this CPU: calibrates and validates in one run.
 
-    python benchmarks/validate_cpu.py FOLDER [--threads 2] [--requests 60] [--repeats 3] [--loads 0.3,0.6,0.85]
+    python benchmarks/validate_cpu.py FOLDER [--threads 1] [--requests 60] [--repeats 3] [--loads 0.3,0.6,0.85]
 
 FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, float32), made where it is missing. Rates
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
-best-effort prompts, short latency-sensitive ones. Prints the errors (with the calibrated step times, and with those at
-the speed that the machine had in each run), their spread over the repeats and the largest contributions; writes
-everything to --out. Needs a machine that does nothing else.
+best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates; the
+one that a repeat is simulated with is made between its runs, part by part, so that it sees the machine that they see.
+Prints the errors (with the calibrated step times, and with those at the speed that the machine had in each run), their
+spread over the repeats and the largest contributions; writes everything to --out. Needs a machine that does nothing
+else. One thread by default: two processors of a virtual machine may be one core at one time and two at another.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,15 +27,16 @@ import yaml
 from make_moe import make
 from processes import Cores
 
-from executor.calibrate import Extent, calibrate
+from executor.calibrate import Extent, calibrate, calibration
 from executor.subject import Subject, load_subject
 from qllm.build import request_trace, scheduler_limits, step_model
 from qllm.config import Config, load_config
 from qllm.runs import Run, runs
-from qllm.validate import compare
+from qllm.validate import Compared, Replayed, replay_run, simulate_run
 from qllm.validation_results import report, save
 from scheduler import make_policy
 from sim import simulate
+from traces.timing import Timings
 
 CONFIG = {
     "name": "validate-cpu",
@@ -59,32 +64,52 @@ def capacity(config: Config) -> float:
     return len(trace) / result.makespan
 
 
-def repeats(path: Path, args: argparse.Namespace, subject: Subject) -> Iterator[Run]:
-    """The runs of each repeat in turn, each repeat after a calibration of its own: the machine drifts. The first has
-    the one that the rates were chosen with."""
-    for seed in range(args.repeats):
-        timings = args.timings or args.out / f"timings-{seed}.csv"
-        if args.timings is None and seed:
-            calibrate(subject, timings, EXTENT)
-        yield from (run for run in runs(load_config(path, [f"timings={timings.resolve()}"])) if run.seed == seed)
+def replays(todo: list[Run], subject: Subject, visits: Iterator[object], seconds: float) -> Iterator[Replayed]:
+    """The runs on the real engine, with visits of a calibration, `seconds` long, before, between and after them."""
+    go_on(visits, seconds / (len(todo) + 1))
+    for run in todo:
+        cores = Cores(os.getpid())
+        yield replay_run(run, subject.model)
+        print(f"{run}; other cores {cores.used()[1]:.2f}", flush=True)
+        go_on(visits, seconds / (len(todo) + 1))
+    go_on(visits, math.inf)
+
+
+def go_on(visits: Iterator[object], seconds: float) -> None:
+    """Some of the visits, about `seconds` long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and next(visits, None) is not None:
+        pass
+
+
+def told(one: Compared) -> str:
+    """A line about one run in both worlds."""
+    real, simulated = (float(np.mean(result.finish - result.arrival)) for result in (one.real, one.simulated))
+    few, many, bound = one.speed
+    times = f"mean turnaround {real:.3f} s real, {simulated:.3f} s simulated"
+    return f"{one.run}: {times}; steps took {few:.3f} (up to {bound} tokens) and {many:.3f} (more) of what is predicted"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loads", default="0.3,0.6,0.85")
-    parser.add_argument("--timings", type=Path, help="a finished calibration; default: calibrate before each repeat")
+    parser.add_argument(
+        "--timings", type=Path, help="a finished calibration; default: calibrate at first, and in each repeat"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/validate-cpu"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
-    timings = args.timings or args.out / "timings-0.csv"
+    timings = args.timings or args.out / "timings.csv"
+    start = time.monotonic()
     if args.timings is None:
         calibrate(subject, timings, EXTENT)
+    seconds = time.monotonic() - start
     path = args.out / "config.yaml"
     whole = {**CONFIG, "timings": str(timings.resolve()), "requests": args.requests, "seeds": args.repeats}
     path.write_text(yaml.safe_dump({**whole, "rate": 1.0}, sort_keys=False))
@@ -92,15 +117,20 @@ def main() -> None:
     rates = [round(float(load) * most, 3) for load in args.loads.split(",")]
     path.write_text(yaml.safe_dump({**whole, "sweep": {"rate": rates}}, sort_keys=False))
     print(f"capacity {most:.2f} requests/s; rates {rates}", flush=True)
-    compared = []
-    for run in repeats(path, args, subject):
-        cores = Cores(os.getpid())
-        compared.append(compare(run, subject.model))
-        real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (compared[-1].real, compared[-1].simulated))
-        speed, others = compared[-1].speed, cores.used()[1]
-        print(f"{run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; ", end="")
-        print(f"steps took {speed.few:.3f} (up to {speed.bound} tokens) and {speed.many:.3f} (more) ", end="")
-        print(f"of what is predicted; other cores {others:.2f}", flush=True)
+    todo, compared = runs(load_config(path)), []
+    for seed in range(args.repeats):
+        used = args.timings or args.out / f"timings-{seed}.csv"
+        visits = iter(()) if args.timings else calibration(subject, used, EXTENT)
+        done = list(replays([run for run in todo if run.seed == seed], subject, visits, seconds))
+        for one in (simulate_run(replayed, Timings.load(used)) for replayed in done):
+            compared.append(one)
+            real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (one.real, one.simulated))
+            print(f"{one.run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; ", end="")
+            print(
+                f"steps took {one.speed.few:.3f} (up to {one.speed.bound} tokens) and {one.speed.many:.3f} (more) ",
+                end="",
+            )
+            print("of what is predicted", flush=True)
     save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -18,15 +18,12 @@ from executor.measured import Kept
 from executor.runner import Runner, run_to_end
 
 BLOCK = 16  # KV slots in a block
-SHORT_S = 0.25  # passes below this are repeated SHORT times a visit, longer ones once
-SHORT = 5
+VISIT_S = 0.5  # a visit repeats its pass about so long ...
+SHORT = 5  # ... and at most so many times
 ROUNDS = (2, 5)  # visits to each kind of pass: at least, at most
 PRECISION = 0.02  # half the 95 % interval of the median; further visits until it is below ...
-FURTHER_S = 60.0  # ... or so much time went into them
+FURTHER_S = 45.0  # ... or so much time went into them
 PRECISION_TOLD = f"visited until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} times"
-
-#: called with (visits done, visits planned)
-Progress = Callable[[int, int], None]
 
 
 class Bench:
@@ -52,37 +49,38 @@ class Bench:
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
         return random_entries(self.runner, sizes, (*cell[:3], salt))
 
-    def visit_all(self, grid: list[Cell], kept: Kept, progress: Progress | None) -> None:
-        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one."""
+    def visits(self, grid: list[Cell], kept: Kept) -> Iterator[tuple[int, int]]:
+        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one. Yields (visits
+        done, visits planned) after each visit; in between the model may be used for something else."""
         done = sum(min(kept.rounds.get(cell.key, 0), ROUNDS[0]) for cell in grid)
         planned = ROUNDS[0] * len(grid)
         further = 0.0
-        with timed(self.model) as watch:
-            for number, cell in itertools.product(range(ROUNDS[1]), grid):
-                if kept.rounds.get(cell.key, 0) > number:
-                    continue
-                if number >= ROUNDS[0] and (further > FURTHER_S or kept.cells[cell.key].uncertainty() < PRECISION):
-                    continue
-                start = time.perf_counter()
+        for number, cell in itertools.product(range(ROUNDS[1]), grid):
+            if kept.rounds.get(cell.key, 0) > number:
+                continue
+            if number >= ROUNDS[0] and (further > FURTHER_S or kept.cells[cell.key].uncertainty() < PRECISION):
+                continue
+            start = time.perf_counter()
+            with torch.inference_mode(), timed(self.model) as watch:
                 kept.add(cell, self.visit(cell, watch))
-                further += time.perf_counter() - start if number >= ROUNDS[0] else 0.0
-                done, planned = done + 1, max(planned, done + 1)
-                if progress is not None:
-                    progress(done, planned)
+            further += time.perf_counter() - start if number >= ROUNDS[0] else 0.0
+            done, planned = done + 1, max(planned, done + 1)
+            yield done, planned
 
     def visit(self, cell: Cell, watch: Stopwatch) -> list[PassTimes]:
         """One warm-up pass and then the repeats of a visit.
 
-        Before each repeat of a short pass comes one like it with other tokens, which go to other experts: else a small
+        Before each of several repeats comes a pass like it with other tokens, which go to other experts: else a small
         batch would find the weights of its experts in the processor's cache, as it never does in serving.
         """
         self.cut = Cut(cell.group, cell.pieces)
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
         entries = self.sequences(cell)
         warm = measure(self.runner, watch, entries)
-        if warm.seconds < SHORT_S:
+        repeats = min(SHORT, int(VISIT_S / warm.seconds))
+        if repeats > 1:
             other, passes = self.sequences(cell, "other"), []
-            for _ in range(SHORT):
+            for _ in range(repeats):
                 measure(self.runner, watch, other)
                 passes.append(measure(self.runner, watch, entries))
         else:

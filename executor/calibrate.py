@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from executor.bench import PRECISION_TOLD, Bench, Progress
+from executor.bench import PRECISION_TOLD, Bench
 from executor.facts import conditions, device_name, memory_bytes, model_facts, versions
 from executor.grids import Cell, cells
 from executor.loop_cost import loop_seconds
@@ -24,10 +25,14 @@ from executor.timing_points import (
     expert_points,
     fit_quality,
     host_seconds,
+    mean_over_median,
     query_block_seconds,
     wide,
 )
 from traces.timing import Timings
+
+#: called with (visits done, visits planned)
+Progress = Callable[[int, int], None]
 
 KV_SHARE = 0.25  # of the free memory, for the KV that is attended to
 
@@ -59,6 +64,23 @@ def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progres
     an interruption goes on from there. Raises CalibrationError where they are of something else, or where the extent
     does not fit the model. Warns with CalibrationWarning where measurements scatter.
     """
+    visits = calibration(subject, out, extent)
+    while True:
+        try:
+            done, planned = next(visits)
+        except StopIteration as end:
+            timings: Timings = end.value
+            return timings
+        if progress is not None:
+            progress(done, planned)
+
+
+def calibration(subject: Subject, out: Path, extent: Extent | None = None) -> Generator[tuple[int, int], None, Timings]:
+    """`calibrate`, one visit to one kind of pass at a time: yields (visits done, visits planned) and returns the trace.
+
+    Between two visits the model may be used for something else, so that what is measured meanwhile and the calibration
+    see the same machine.
+    """
     extent = extent or Extent()
     model, facts = subject.model, model_facts(subject.model)
     limit = max_positions(model.config) or 1_000_000_000
@@ -75,13 +97,15 @@ def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progres
     of = {"model": subject.name, "device": device, **facts, **vars(extent), "versions": versions()}
     kept = Kept(out.with_name(out.name + ".measured"), of)
     bench = Bench(model, kv_tokens, extent.max_batch)
+    yield from bench.visits(grid, kept)
     with torch.inference_mode():
-        bench.visit_all(grid, kept, progress)
         for name, once in (("switch_s", bench.switch_seconds), ("bandwidth", bench.bandwidth)):
             if name not in kept.numbers:
                 kept.number(name, once())
-    if "loop_s" not in kept.numbers:
-        kept.number("loop_s", loop_seconds(model, max(1, extent.max_batch // 4)))
+    if not {"loop_s", "between_s"} <= kept.numbers.keys():
+        loop = loop_seconds(model, max(1, extent.max_batch // 4))
+        kept.number("between_s", loop.between)
+        kept.number("loop_s", loop.all)
     timings = build(subject, facts, device, extent, {cell: kept.cells[cell.key] for cell in grid}, kept.numbers)
     timings.save(out)
     kept.path.unlink()
@@ -96,7 +120,8 @@ def build(
     measured: dict[Cell, Measured],
     numbers: dict[str, float],
 ) -> Timings:
-    """The timing trace of finished measurements."""
+    """The timing trace of finished measurements: medians, all times what a pass takes on average over its median. What
+    waits behind passes waits for their mean, and single means are too noisy."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
     scattered = wide(measured)
     if scattered:
@@ -106,7 +131,7 @@ def build(
             f"median); the widest: {cell.sequences} x {cell.new} tokens over {cell.context}, {most:.0%}. Is the "
             "machine busy?",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     host_s = host_seconds(measured)
     fit = expert_fit(measured)
@@ -117,7 +142,8 @@ def build(
     }
     if subject.layers != layers:
         modelled["layers"] = f"{layers} layers with random weights were measured, {subject.layers} are assumed alike"
-    return Timings(
+    disturbed = mean_over_median(measured)
+    medians = Timings(
         points=tuple(points),
         name=f"{device}: {subject.name}",
         source="measured",
@@ -148,11 +174,14 @@ def build(
         versions=versions(),
         conditions={
             **conditions(subject.model.device),
-            "statistic": "medians; spread_s is the interquartile range",
+            "statistic": "medians, times mean_over_median; spread_s is the interquartile range",
+            "mean_over_median": round(disturbed, 4),
             "precision": PRECISION_TOLD,
-            "engine_loop_s": round(numbers["loop_s"], 9),  # part of host_s
+            "engine_loop_s": round(disturbed * numbers["loop_s"], 9),  # part of host_s
+            "engine_between_s": round(disturbed * numbers["between_s"], 9),  # part of engine_loop_s
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),
             **fit_quality(fit),
         },
         modelled=modelled,
     )
+    return medians.scaled(disturbed)

@@ -23,7 +23,7 @@ Mix = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Checked:
-    """One kind of pass: measured and predicted seconds (medians)."""
+    """One kind of pass: measured (mean) and predicted seconds."""
 
     mix: Mix
     measured: float
@@ -37,7 +37,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class RunPass:
-    """One kind of pass that was run. seconds: median; shape: how it was cut; routing: tokens per expert, int[layers,
+    """One kind of pass that was run. seconds: mean; shape: how it was cut; routing: tokens per expert, int[layers,
     experts]."""
 
     mix: Mix
@@ -61,8 +61,8 @@ def run_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int 
                 seconds, routing[at] = _once(runner, shapes[at], mix)
                 if number:
                     times[at].append(seconds)
-    medians = map(statistics.median, times)
-    return [RunPass(*found) for found in zip(mixes, medians, shapes, routing, strict=True)]
+    means = map(statistics.fmean, times)
+    return [RunPass(*found) for found in zip(mixes, means, shapes, routing, strict=True)]
 
 
 def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:

@@ -1,27 +1,91 @@
-"""What the engine takes between two passes: the end of one, the scheduler's decision, the next one's start."""
+"""What the engine's loop takes for a pass, beyond the pass itself: the scheduler's decisions, the messages it listens
+for at each preemption point, the end of one pass and the start of the next."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
+from executor.clock import Course, RealClock, RealCourse
 from executor.engine import Engine
+from executor.measure import random_entries
+from executor.passes import RunningPass
 from executor.replays import replay
-from scheduler import Limits
+from executor.runner import Runner, run_to_end
+from executor.sampling import Sampling, sample
+from scheduler import Limits, Pass
 from traces.requests import RequestTrace
+from traces.steps import Shape
 
 PROMPT, OUTPUT, BLOCK = 8, 24, 16
 
 
-def loop_seconds(model: PreTrainedModel, sequences: int) -> float:
-    """Median seconds between two passes of an engine that decodes `sequences` requests together."""
+class LoopSeconds(NamedTuple):
+    """Seconds a pass: of the loop in all, and what of it lies between two passes."""
+
+    all: float
+    between: float
+
+
+class _Watching(RealClock):
+    """Keeps what each pass ran, without the loop around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.courses: list[_Watched] = []
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        self.courses.append(_Watched(running, granularity))
+        return self.courses[-1]
+
+
+class _Watched(RealCourse):
+    ran = 0.0
+
+    def advance(self) -> bool:
+        start = time.perf_counter()
+        goes_on = super().advance()
+        self.ran += time.perf_counter() - start
+        return goes_on
+
+
+def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
+    """Medians over the passes of an engine that decodes `sequences` requests together: from one pass's start to the
+    next's, without what the pass ran, and without making its batch and sampling, which a pass alone takes too."""
     zeros = np.zeros(sequences)
     trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
     blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
     limits = Limits(max_seqs=sequences, max_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
-    with Engine(model, policy="fcfs", limits=limits) as engine:
+    clock = _Watching()
+    with Engine(model, limits=limits, clock=clock) as engine:
         slices = replay(engine, trace, priorities={"all": 0}).slices or []
-    return max(0.0, statistics.median(after.start - before.end for before, after in pairwise(slices)))
+    pairs = list(pairwise(slices))
+    around = statistics.median(
+        after.start - before.start - course.ran
+        for (before, after), course in zip(pairs, clock.courses[:-1], strict=True)
+    )
+    between = statistics.median(after.start - before.end for before, after in pairs)
+    return LoopSeconds(max(0.0, around - _batch_and_sampling(model, sequences)), max(0.0, between))
+
+
+def _batch_and_sampling(model: PreTrainedModel, sequences: int) -> float:
+    """Median seconds of what a decode pass does before its first and after its last step."""
+    runner = Runner(model, 1 + 2 * sequences, BLOCK)
+    found = []
+    with torch.inference_mode():
+        for number in range(OUTPUT):
+            entries = random_entries(runner, [(1, PROMPT + number)] * sequences, number)
+            start = time.perf_counter()
+            running = runner.begin(entries)
+            begun = time.perf_counter()
+            logits = run_to_end(running)
+            ended = time.perf_counter()
+            sample(logits, [Sampling()] * sequences, [0] * sequences, [0] * sequences)
+            found.append(begun - start + time.perf_counter() - ended)
+    return statistics.median(found)

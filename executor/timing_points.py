@@ -17,6 +17,8 @@ from traces.layer_fit import LayerFit, fit_layers
 from traces.timing_format import Point
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
+LEAST_REPEATS = 4  # of a kind of pass, to tell its mean from its median
+STALLED = 3.0  # times the median: the machine stood still, which says nothing about other days
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
@@ -162,6 +164,13 @@ def expert_points(fit: LayerFit, share: float) -> list[Point]:
         Point("expert", int(tokens), None, float(seconds) * share)
         for tokens, seconds in zip(fit.tokens, fit.seconds, strict=True)
     ]
+
+
+def mean_over_median(cells: Cells) -> float:
+    """How much longer a pass takes on average than the median: what disturbs passes now and then, all kinds alike."""
+    totals = [found.seconds.sum(axis=1) for found in cells.values() if found.repeats >= LEAST_REPEATS]
+    over = [np.minimum(one / np.median(one), STALLED).mean() for one in totals]
+    return float(np.mean(over)) if over else 1.0
 
 
 def wide(cells: Cells) -> list[tuple[Cell, float]]:

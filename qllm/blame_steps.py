@@ -44,7 +44,7 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
 
     for run in runs:
         slices = run.real.slices or []
-        loop_s = run.steps.timings.engine_loop_s  # part of host_s, and so of each pass's lead
+        between_s = run.steps.timings.engine_between_s  # part of host_s, and so of each pass's lead
         for call, seconds, predicted, _ in run.passes:
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
             add(f"{kind} passes", seconds, predicted)
@@ -53,7 +53,7 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
             if waiting.any():
                 switched = run.steps.suspend_s * before.suspended + run.steps.resume_s * (after.first > 0)
                 kind = "suspending and resuming" if before.suspended or after.first > 0 else "between passes"
-                add(kind, after.start - before.end, switched + loop_s)
+                add(kind, after.start - before.end, switched + between_s)
     return _table(rows)
 
 

@@ -70,6 +70,9 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
 
 def seconds_by(steps: StepModel, p: PassSeconds) -> float:
     """What `steps` predicts for the pass, cut as `steps` cuts it."""
-    call = p.call
-    shape = steps.shape([(None, *chunk) for chunk in call.chunks], call.n_decode, call.decode_context, call.rows)
-    return steps.total(shape, steps.experts_of_pass(p.routing))
+    return steps.total(shape_of_call(steps, p.call), steps.experts_of_pass(p.routing))
+
+
+def shape_of_call(steps: StepModel, call: Call) -> Shape:
+    """How `steps` cuts that pass, and what it takes but for its experts."""
+    return steps.shape([(None, *chunk) for chunk in call.chunks], call.n_decode, call.decode_context, call.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from executor.engine import Engine, blocks_in
 from executor.replays import replay
 from qllm.build import load_timings, request_trace, scheduler_limits
 from qllm.config import Config
-from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, speed_of
+from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, shape_of_call, speed_of
 from qllm.metrics import per_request
 from qllm.runs import Run
 from scheduler import Limits
@@ -24,6 +24,7 @@ from sim import Resampled, simulate
 from traces.requests import RequestTrace
 from traces.results import RunResult
 from traces.steps import Shape, StepModel
+from traces.timing import Timings
 
 METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
@@ -51,9 +52,20 @@ class Asked(StepModel):
         return shape
 
 
+class Replayed(NamedTuple):
+    """One run on the real engine. calls: its passes, in the order of `real.routing`, as the step model that cut them
+    saw them."""
+
+    run: Run
+    trace: RequestTrace
+    limits: Limits
+    real: RunResult
+    calls: list[Call]
+
+
 @dataclass
 class Compared:
-    """One run in both worlds. calls: the real run's passes, in the order of `real.routing`; steps: predicts them.
+    """One run in both worlds. calls: the real run's passes, in the order of `real.routing`, as `steps` predicts them.
 
     passes: what each real pass took and what is predicted for it. at_speed: simulated once more with step times at the
     `speed` that the machine had over the whole run. What its speed drifts between its calibration and the run is in the
@@ -104,30 +116,42 @@ class Compared:
 
 
 def compare(run: Run, model: PreTrainedModel) -> Compared:
-    """Replay one run of a configuration on the real clock, then simulate it with routing like that which was seen, with
-    the calibrated times and with those at the speed that the machine had.
+    """Replay one run of a configuration on the real engine and simulate it with the configuration's timing trace.
 
-    The engine cuts its passes by the same step model. Raises what `replay` and `simulate` raise.
+    Raises what `replay` and `simulate` raise.
     """
+    return simulate_run(replay_run(run, model), load_timings(run.config.timings))
+
+
+def replay_run(run: Run, model: PreTrainedModel) -> Replayed:
+    """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes."""
     config = run.config
-    policy = config.policies[run.policy]
-    timings = load_timings(config.timings)
     trace = request_trace(config, run.seed)
     limits = real_limits(config, model)
     priorities = {name: job.priority for name, job in config.classes.items()}
-    asked = Asked(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    asked = Asked(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     asked.calls = []
-    with Engine(model, policy=policy.build(), limits=limits, clock=RealClock(asked), seed=run.seed) as engine:
+    policy = config.policies[run.policy].build()
+    with Engine(model, policy=policy, limits=limits, clock=RealClock(asked), seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=priorities, seed=run.seed)
         asked.calls.clear()
         real = replay(engine, trace, priorities=priorities, seed=run.seed)
         calls = list(asked.calls)
+    return Replayed(run, trace, limits, real, calls)
+
+
+def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
+    """Simulate a run that was replayed, with routing like that which was seen there, at the times of `timings` and at
+    those of the speed that the machine had. `timings` may be others than those that cut the engine's passes, such as a
+    calibration at the time of the run: the simulator's are cut by them."""
+    run, trace, limits, real, _ = replayed
+    config = run.config
 
     def simulation(steps: StepModel) -> RunResult:
         return simulate(
             trace,
-            priorities=priorities,
-            policy=policy.build(),
+            priorities={name: job.priority for name, job in config.classes.items()},
+            policy=config.policies[run.policy].build(),
             limits=limits,
             steps=steps,
             routing=Resampled(real.routing or [], timings.top_k, steps.layers, run.seed),
@@ -136,6 +160,7 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
         )
 
     steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    calls = [call._replace(shape=shape_of_call(steps, call)) for call in replayed.calls]
     passes = pass_seconds(real, calls, steps)
     speed = speed_of(passes, steps, limits.max_seqs)
     slower = simulation(at_speed(steps, speed))
@@ -154,14 +179,14 @@ def real_limits(config: Config, model: PreTrainedModel) -> Limits:
 def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[PassSeconds]:
     """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what the
     engine's loop takes between two passes (a part of `host_s`)."""
-    loop_s = steps.timings.engine_loop_s
+    between_s = steps.timings.engine_between_s
     took: dict[int, float] = defaultdict(float)
     for s in real.slices or []:
         took[s.pass_id] += s.end - s.start
     found = []
     for (_, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
         predicted = steps.total(call.shape, steps.experts_of_pass(counts))
-        found.append(PassSeconds(call, seconds, predicted - loop_s, np.asarray(counts)))
+        found.append(PassSeconds(call, seconds, predicted - between_s, np.asarray(counts)))
     return found
 
 

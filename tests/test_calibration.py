@@ -11,18 +11,21 @@ import torch
 
 from executor import measure as measuring
 from executor.bench import Bench
-from executor.calibrate import CalibrationWarning, Extent, calibrate
+from executor.calibrate import CalibrationWarning, Extent, calibrate, calibration
 from executor.calibration_check import predict, run_passes
+from executor.engine import Engine
 from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
 from executor.grids import ALL, Cell, cells, mixed_lengths
+from executor.loop_cost import LoopSeconds, loop_seconds
 from executor.measure import timed
 from executor.measured import CalibrationError, Measured
 from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
 from executor.runner import Runner
 from executor.subject import Subject, load_subject, with_layers
-from executor.timing_points import query_block_seconds
+from executor.timing_points import mean_over_median, query_block_seconds
+from scheduler import Limits
 from traces.popularity import load_popularity
 from traces.steps import StepModel
 from traces.timing import TimingError, Timings, affine_timings
@@ -69,8 +72,8 @@ def test_the_written_trace_covers_the_extent_and_loads(subject, trace):
 @pytest.mark.usefixtures("counting")
 def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
     """With a clock that counts readings, a pass of L layers takes 4 L + 2 intervals, whatever its size; what the
-    engine takes between two passes comes on top."""
-    monkeypatch.setattr("executor.calibrate.loop_seconds", lambda *_: 5e-3)
+    engine's loop takes comes on top."""
+    monkeypatch.setattr("executor.calibrate.loop_seconds", lambda *_: LoopSeconds(5e-3, 1e-3))
     steps = StepModel(calibrate(subject, tmp_path / "tiny.csv", EXTENT))
     for prefill, batch, context in (([(None, 16, 0)], 0, 0), ([(None, 8, 32)], 0, 0), ([], 3, 30)):
         tokens = sum(new for _, new, _ in prefill) + batch
@@ -78,6 +81,37 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
         counts = np.full((2, 8), math.ceil(tokens * 2 / 8))
         total = steps.total(shape, float(steps.experts(counts).sum()))
         assert total == pytest.approx((4 * 2 + 2 + 5) * 1e-3, rel=0.02)
+
+
+def test_the_loop_takes_more_than_what_lies_between_passes(subject):
+    loop = loop_seconds(subject.model, 2)
+    assert 0 < loop.between < loop.all
+
+
+def test_times_are_those_of_the_mean_pass():
+    """One repeat of eight is disturbed; and one stood still for a minute, which is no one's everyday."""
+    often = Measured(("lead",), np.array([[1.0]] * 7 + [[1.8]]), (), ())
+    once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), (), ())
+    few = Measured(("lead",), np.array([[1.0], [2.0]]), (), ())
+    kinds = {Cell(1, n, 0): found for n, found in enumerate((often, once, few), start=1)}
+    assert mean_over_median(kinds) == pytest.approx((1.1 + 1.25) / 2)
+
+
+def test_between_two_visits_of_a_calibration_the_model_serves(subject, tmp_path):
+    limits = Limits(max_seqs=2, max_tokens=16, kv_blocks=8)
+
+    def served() -> list[int]:
+        with Engine(subject.model, limits=limits) as engine:
+            return engine.submit([1, 2, 3], max_new_tokens=4).result().tokens
+
+    alone = served()
+    out, visits = tmp_path / "tiny.csv", 0
+    for _ in calibration(subject, out, EXTENT):
+        visits += 1
+        if visits in (1, 7):
+            assert served() == alone
+    assert visits >= 2 * len(cells(**vars(EXTENT), kv_tokens=10**9, experts=8, top_k=2))
+    assert Timings.load(out).conditions["engine_between_s"] < Timings.load(out).engine_loop_s
 
 
 def test_parts_sum_to_the_median_pass_though_disturbances_hit_another_interval_each_time():

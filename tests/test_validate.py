@@ -16,7 +16,7 @@ from qllm.cli import app
 from qllm.config import load_config
 from qllm.machine_speed import at_speed, seconds_by
 from qllm.runs import runs
-from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors
+from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors, replay_run, simulate_run
 from qllm.validation_results import report, save
 from traces.timing import Timings, affine_timings
 
@@ -71,6 +71,18 @@ def test_every_real_pass_is_known_as_the_step_model_saw_it(compared):
         for call, counts in zip(one.calls, one.real.routing, strict=True):
             tokens = sum(new for new, _ in call.chunks) + call.n_decode
             assert (np.sum(counts, axis=1) == 2 * tokens).all()
+
+
+def test_a_run_can_be_simulated_with_other_times_than_those_that_cut_it(folder, model):
+    run = runs(load_config(folder / "config.yaml"))[0]
+    replayed = replay_run(run, model)
+    timings = Timings.load(folder / "timings.csv")
+    same, slower = simulate_run(replayed, timings), simulate_run(replayed, timings.scaled(3.0))
+    assert [p.measured for p in same.passes] == [p.measured for p in slower.passes]
+    for before, after in zip(same.passes, slower.passes, strict=True):
+        assert after.predicted == pytest.approx(3 * before.predicted, rel=1e-3)
+    assert slower.speed.few == pytest.approx(same.speed.few / 3, rel=0.05)
+    assert slower.simulated.makespan > same.simulated.makespan
 
 
 def test_passes_add_up_to_the_time_the_engine_ran(compared):

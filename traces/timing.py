@@ -73,8 +73,13 @@ class Timings(TimingHeader):
 
     @property
     def engine_loop_s(self) -> float:
-        """What of `host_s` passes between two passes, in the engine's loop; 0 where a trace does not say."""
+        """What of `host_s` is the engine's loop, beyond a pass itself; 0 where a trace does not say."""
         return float(self.conditions.get("engine_loop_s", 0.0))
+
+    @property
+    def engine_between_s(self) -> float:
+        """What of `engine_loop_s` lies between two passes; all of it where a trace does not say."""
+        return float(self.conditions.get("engine_between_s", self.engine_loop_s))
 
     def scaled(self, few: float, many: float | None = None, bound: int = 0) -> Timings:
         """The device at another speed: seconds of steps over up to `bound` tokens (or sequences), and of what has no

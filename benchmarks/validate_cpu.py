@@ -120,6 +120,7 @@ def main() -> None:
     todo, compared = runs(load_config(path)), []
     for seed in range(args.repeats):
         used = args.timings or args.out / f"timings-{seed}.csv"
+        used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
         visits = iter(()) if args.timings else calibration(subject, used, EXTENT)
         done = list(replays([run for run in todo if run.seed == seed], subject, visits, seconds))
         for one in (simulate_run(replayed, Timings.load(used)) for replayed in done):

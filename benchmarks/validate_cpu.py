@@ -125,14 +125,8 @@ def main() -> None:
         done = list(replays([run for run in todo if run.seed == seed], subject, visits, seconds))
         for one in (simulate_run(replayed, Timings.load(used)) for replayed in done):
             compared.append(one)
-            real, simulated = (float(np.mean(r.finish - r.arrival)) for r in (one.real, one.simulated))
-            print(f"{one.run}: mean turnaround {real:.3f} s real, {simulated:.3f} s simulated; ", end="")
-            print(
-                f"steps took {one.speed.few:.3f} (up to {one.speed.bound} tokens) and {one.speed.many:.3f} (more) ",
-                end="",
-            )
-            print("of what is predicted", flush=True)
-    save(compared, subject.model, args.out)
+            print(told(one), flush=True)
+        save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")
     print(pd.read_csv(args.out / "spread.csv").to_string(index=False, float_format="{:.4f}".format))

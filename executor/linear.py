@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from executor.few_rows import MOST_ROWS, strips_of
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+#: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
+#: experts: making it anew took a twelfth of a prefill's experts. So experts get multiples of so many rows.
+EVEN_ROWS = 4
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
 
 
@@ -61,17 +64,29 @@ class PackedWeights:
         How a row is computed depends on the number of rows that come with it to its weight, and on nothing else.
         """
         strips = self._strips if x.dtype is torch.float32 else None  # else oneDNN says what is wrong
-        few = [strips is not None and size <= MOST_ROWS for size in sizes]
-        if len(which) == 1 and not few[0]:
-            return linear(x, self._packed[which[0]])
+        if len(which) == 1 and (strips is None or sizes[0] > MOST_ROWS):
+            packed = self._packed[which[0]]
+            # a layer without experts sees one size a pass
+            return linear(x, packed) if len(self) == 1 else linear_of_even_size(x, 0, sizes[0], packed)
         ends = [0, *accumulate(sizes)]
+        few = [strips is not None and size <= MOST_ROWS for size in sizes]
         out = x.new_empty(x.shape[0], self._n)
         for weight, first, last, small in zip(which, ends, ends[1:], few, strict=False):
             if not small:
-                out[first:last] = linear(x[first:last], self._packed[weight])
+                out[first:last] = linear_of_even_size(x, first, last, self._packed[weight])
         if strips is not None and any(few):
             strips.products(x.contiguous(), out, *(list(compress(of, few)) for of in (which, ends, ends[1:])))
         return out
+
+
+def linear_of_even_size(x: torch.Tensor, first: int, last: int, weight: torch.Tensor) -> torch.Tensor:
+    """Rows `first` to `last` of `x` times `weight`, computed with those that follow, or zeros, up to a multiple of
+    EVEN_ROWS."""
+    more = -(last - first) % EVEN_ROWS
+    rows = x[first : last + more]
+    if last + more > x.shape[0]:
+        rows = F.pad(x[first:last], (0, 0, 0, more))
+    return linear(rows, weight)[: last - first]
 
 
 def pack_model(model: torch.nn.Module) -> int:

@@ -1,5 +1,8 @@
 """A pass that is suspended, closed or broken: its bits, its neighbours, its cache."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,6 +12,7 @@ from executor.batch import SequenceState  # noqa: E402
 from executor.cuts import Cut, StepCosts, finest, whole  # noqa: E402
 from executor.errors import PassError  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
+from executor.kv_cache import PagedKVCache  # noqa: E402
 from executor.model import prepare_model  # noqa: E402
 from executor.passes import Point  # noqa: E402
 from executor.runner import Runner, run_to_end  # noqa: E402
@@ -164,6 +168,20 @@ def test_another_sequences_nan_does_not_reach_a_neighbour_through_padding(model)
     for t in (*runner.cache.keys, *runner.cache.values):
         t[~used] = float("nan")
     assert torch.equal(run_to_end(be_pass(runner, a, b)), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_the_memory_of_a_cache_is_there_before_its_blocks_are_used():
+    """Else a prefill pays for the first use of each page, and LS requests with it."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    cache, like = PagedKVCache(n_blocks=2048, block_size=16), torch.zeros(1, 4, 64)
+    before = resident()
+    keys, values = cache.layer(0, like, like)
+    assert resident() - before > 0.9 * (keys.nbytes + values.nbytes)
+    assert not keys.any()
 
 
 @pytest.mark.parametrize(

@@ -43,3 +43,17 @@ def test_a_weight_shared_with_the_embedding_is_kept():
 def test_other_precisions_are_left_alone():
     model = tiny_model("mixtral").bfloat16()
     assert onednn.pack_model(model) == 0 or all(not p.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [[70], [50, 3, 49], [1, 0, 2], [53, 52, 51, 50]])
+def test_experts_get_their_own_products_in_few_sizes(sizes, monkeypatch):
+    """Rows that fill up a size are a neighbour's or zeros, and nobody's results."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(5, 80, 48, generator=generator)
+    packed = onednn.PackedWeights(weights)
+    x, which, asked = torch.randn(sum(sizes), 48, generator=generator), [4, 0, 2, 1][: len(sizes)], []
+    whole = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *rest: asked.append(len(x)) or whole(x, *rest))
+    expected = torch.cat([part @ weights[e].T for part, e in zip(x.split(sizes), which, strict=True)])
+    assert torch.allclose(packed.products(x, which, sizes), expected, atol=1e-4)
+    assert all(rows % onednn.EVEN_ROWS == 0 for rows in asked)

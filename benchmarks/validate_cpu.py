@@ -56,7 +56,7 @@ def capacity(config: Config) -> float:
     trace = request_trace(config, 0).scaled(1e6)
     result = simulate(
         trace,
-        priorities={name: job.priority for name, job in config.classes.items()},
+        priorities=config.priorities,
         policy=make_policy("fcfs"),
         limits=scheduler_limits(config, step_model(config).timings),
         steps=step_model(config),
@@ -121,8 +121,10 @@ def main() -> None:
     replay_run(todo[-1], subject.model)  # not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms
     for seed in range(args.repeats):
         used = args.timings or args.out / f"timings-{seed}.csv"
-        used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
-        visits = iter(()) if args.timings else calibration(subject, used, EXTENT)
+        visits: Iterator[object] = iter(())
+        if args.timings is None:
+            used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
+            visits = calibration(subject, used, EXTENT)
         done = list(replays([run for run in todo if run.seed == seed], subject, visits, seconds))
         for one in (simulate_run(replayed, Timings.load(used)) for replayed in done):
             compared.append(one)

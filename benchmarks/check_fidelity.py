@@ -115,7 +115,7 @@ def timed(run: Run, step_by_step: bool) -> tuple[SimResult, float]:
     start = time.perf_counter()
     result = simulate(
         request_trace(config, run.seed),
-        priorities={name: job.priority for name, job in config.classes.items()},
+        priorities=config.priorities,
         policy=config.policies[run.policy].build(),
         limits=scheduler_limits(config, load_timings(config.timings)),
         steps=step_model(config),

@@ -12,9 +12,8 @@ import torch
 
 from executor.cuts import Cut
 from executor.grids import mixed_lengths
-from executor.measure import fill_cache, random_entries
+from executor.measure import fill_cache, random_entries, sample_greedily
 from executor.runner import Runner, run_to_end
-from executor.sampling import Sampling, sample
 from traces.steps import Shape, StepModel
 
 #: (new tokens, tokens cached before) of each sequence of a pass
@@ -90,9 +89,8 @@ def _once(runner: Runner, shape: Shape, mix: Mix, salt: str = "") -> tuple[float
     _wait(runner)
     start = time.perf_counter()
     running = runner.begin(entries, Cut(shape.group, shape.pieces))
-    logits = run_to_end(running)
-    rows = len(running.sampled)
-    sample(logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+    run_to_end(running)
+    sample_greedily(running)
     _wait(runner)
     return time.perf_counter() - start, np.array(running.routing)
 

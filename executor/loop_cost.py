@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from executor.clock import Course, RealClock, RealCourse
 from executor.engine import Engine
-from executor.measure import random_entries
+from executor.measure import random_entries, sample_greedily
 from executor.passes import RunningPass
 from executor.replays import replay
 from executor.runner import Runner, run_to_end
-from executor.sampling import Sampling, sample
 from scheduler import Limits, Pass
 from traces.requests import RequestTrace
 from traces.steps import Shape
@@ -84,8 +83,8 @@ def _batch_and_sampling(model: PreTrainedModel, sequences: int) -> float:
             start = time.perf_counter()
             running = runner.begin(entries)
             begun = time.perf_counter()
-            logits = run_to_end(running)
+            run_to_end(running)
             ended = time.perf_counter()
-            sample(logits, [Sampling()] * sequences, [0] * sequences, [0] * sequences)
+            sample_greedily(running)
             found.append(begun - start + time.perf_counter() - ended)
     return statistics.median(found)

@@ -29,7 +29,7 @@ from executor.attention import attention_forward
 from executor.batch import SequenceState
 from executor.experts import experts_forward
 from executor.hooks import NAME
-from executor.passes import current_pass
+from executor.passes import RunningPass, current_pass
 from executor.runner import Runner, run_to_end
 from executor.sampling import Sampling, sample
 
@@ -141,6 +141,13 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
     return entries
 
 
+def sample_greedily(running: RunningPass) -> None:
+    """Sample the tokens of a pass that has ended, as the engine does for requests without a temperature."""
+    rows = len(running.sampled)
+    if rows:
+        sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+
+
 def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState, int]]) -> PassTimes:
     """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
     before = [seq.computed for seq, _ in entries]
@@ -152,9 +159,7 @@ def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState,
         if point.stage == "experts":
             groups[point.layer] = groups.get(point.layer, 0) + 1
     watch.mark("logits")
-    rows = len(running.sampled)
-    if rows:
-        sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+    sample_greedily(running)
     watch.mark("end")
     for (seq, _), computed in zip(entries, before, strict=True):
         seq.computed = computed

@@ -145,6 +145,11 @@ class Config(Keys):
             )
 
     @property
+    def priorities(self) -> dict[str, int]:
+        """Of each class, lower is more urgent."""
+        return {name: job.priority for name, job in self.classes.items()}
+
+    @property
     def seed_list(self) -> list[int]:
         """The seeds, one run each."""
         return self.seeds if isinstance(self.seeds, list) else list(range(self.seeds))

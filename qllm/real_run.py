@@ -135,7 +135,7 @@ def run(
 def run_one(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> RunResult:
     """One policy at one point. An exception of a user's policy comes out as a ConfigError with its file and line."""
     policy = this.config.policies[this.policy]
-    priorities = {name: job.priority for name, job in this.config.classes.items()}
+    priorities = this.config.priorities
     try:
         clock, max_step = target.clock(this.config), this.config.max_step
         with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:

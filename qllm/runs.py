@@ -59,7 +59,7 @@ def run_one(run: Run, timeline: bool = False) -> SimResult:
     try:
         return run_simulation(
             trace,
-            priorities={name: job.priority for name, job in config.classes.items()},
+            priorities=config.priorities,
             policy=policy.build(),
             limits=limits,
             steps=step_model(config),

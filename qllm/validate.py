@@ -128,14 +128,13 @@ def replay_run(run: Run, model: PreTrainedModel) -> Replayed:
     config = run.config
     trace = request_trace(config, run.seed)
     limits = real_limits(config, model)
-    priorities = {name: job.priority for name, job in config.classes.items()}
     asked = Asked(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     asked.calls = []
     policy = config.policies[run.policy].build()
     with Engine(model, policy=policy, limits=limits, clock=RealClock(asked), seed=run.seed) as engine:
-        replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=priorities, seed=run.seed)
+        replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         asked.calls.clear()
-        real = replay(engine, trace, priorities=priorities, seed=run.seed)
+        real = replay(engine, trace, priorities=config.priorities, seed=run.seed)
         calls = list(asked.calls)
     return Replayed(run, trace, limits, real, calls)
 
@@ -150,7 +149,7 @@ def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
     def simulation(steps: StepModel) -> RunResult:
         return simulate(
             trace,
-            priorities={name: job.priority for name, job in config.classes.items()},
+            priorities=config.priorities,
             policy=config.policies[run.policy].build(),
             limits=limits,
             steps=steps,

@@ -120,7 +120,7 @@ def build(
     measured: dict[Cell, Measured],
     numbers: dict[str, float],
 ) -> Timings:
-    """The timing trace of finished measurements: medians, all times what a pass takes on average over its median. What
+    """The timing trace of finished measurements: medians, times what passes take on average over their median. What
     waits behind passes waits for their mean, and single means are too noisy."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
     scattered = wide(measured)
@@ -142,7 +142,7 @@ def build(
     }
     if subject.layers != layers:
         modelled["layers"] = f"{layers} layers with random weights were measured, {subject.layers} are assumed alike"
-    disturbed = mean_over_median(measured)
+    disturbed, disturbed_large = mean_over_median(measured, extent.max_batch)
     medians = Timings(
         points=tuple(points),
         name=f"{device}: {subject.name}",
@@ -175,7 +175,8 @@ def build(
         conditions={
             **conditions(subject.model.device),
             "statistic": "medians, times mean_over_median; spread_s is the interquartile range",
-            "mean_over_median": round(disturbed, 4),
+            "mean_over_median": round(disturbed, 4),  # of steps over up to max_batch tokens
+            "mean_over_median_large": round(disturbed_large, 4),
             "precision": PRECISION_TOLD,
             "engine_loop_s": round(disturbed * numbers["loop_s"], 9),  # part of host_s
             "engine_between_s": round(disturbed * numbers["between_s"], 9),  # part of engine_loop_s
@@ -184,4 +185,4 @@ def build(
         },
         modelled=modelled,
     )
-    return medians.scaled(disturbed)
+    return medians.scaled(disturbed, disturbed_large, extent.max_batch)

@@ -22,12 +22,13 @@ class CalibrationError(ExecutorError, ValueError):
 @dataclass(frozen=True)
 class Measured:
     """Repeats of one kind of pass. parts: names of the intervals (`executor.measure`); seconds: float64[repeats,
-    intervals]; routing, groups: as in PassTimes."""
+    intervals]; routing, groups: as in PassTimes; visits: in which the repeats were made."""
 
     parts: tuple[str, ...]
     seconds: np.ndarray
     routing: tuple[tuple[int, ...], ...]
     groups: tuple[int, ...]
+    visits: int = 1
 
     @classmethod
     def of(cls, passes: list[PassTimes]) -> Measured:
@@ -37,7 +38,8 @@ class Measured:
 
     def and_also(self, other: Measured) -> Measured:
         """With the repeats of both."""
-        return Measured(self.parts, np.concatenate([self.seconds, other.seconds]), self.routing, self.groups)
+        seconds = np.concatenate([self.seconds, other.seconds])
+        return Measured(self.parts, seconds, self.routing, self.groups, self.visits + other.visits)
 
     @property
     def repeats(self) -> int:
@@ -64,10 +66,11 @@ class Measured:
         return float(high - low)
 
     def uncertainty(self) -> float:
-        """Half the width of the 95 % interval of the pass's median, relative: 1.96 x 1.2533 x 1.4826 MAD / sqrt(n)."""
+        """Half the width of the 95 % interval of the pass's median, relative: 1.96 x 1.2533 x 1.4826 MAD / sqrt(n). n
+        counts visits: the repeats of one see the machine in the same state."""
         totals = self.seconds.sum(axis=1)
         median = float(np.median(totals))
-        return 1.96 * 1.2533 * 1.4826 * float(np.median(np.abs(totals - median))) / median / self.repeats**0.5
+        return 1.96 * 1.2533 * 1.4826 * float(np.median(np.abs(totals - median))) / median / self.visits**0.5
 
     def _columns(self, names: tuple[str, ...]) -> np.ndarray:
         return np.array([not names or part in names for part in self.parts])
@@ -84,7 +87,6 @@ class Kept:
         self.path = path
         self.cells: dict[str, Measured] = {}
         self.numbers: dict[str, float] = {}
-        self.rounds: dict[str, int] = {}
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         whole = lines[:-1]  # what follows the last newline was cut short
         if whole:
@@ -117,6 +119,11 @@ class Kept:
         self._write(line)
         self._take(line)
 
+    def visits(self, cell: Cell) -> int:
+        """How often `cell` was visited."""
+        found = self.cells.get(cell.key)
+        return 0 if found is None else found.visits
+
     def number(self, name: str, value: float) -> None:
         """Keep a single result."""
         self._write({"number": name, "value": value})
@@ -130,7 +137,6 @@ class Kept:
         routing = tuple(map(tuple, line["routing"]))
         visit = Measured(tuple(line["parts"]), np.array(line["seconds"]), routing, tuple(line["groups"]))
         self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
-        self.rounds[key] = self.rounds.get(key, 0) + 1
 
     def _write(self, line: dict[str, Any], mode: str = "a") -> None:
         with self.path.open(mode, encoding="utf-8") as file:

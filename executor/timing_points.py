@@ -166,11 +166,19 @@ def expert_points(fit: LayerFit, share: float) -> list[Point]:
     ]
 
 
-def mean_over_median(cells: Cells) -> float:
-    """How much longer a pass takes on average than the median: what disturbs passes now and then, all kinds alike."""
-    totals = [found.seconds.sum(axis=1) for found in cells.values() if found.repeats >= LEAST_REPEATS]
-    over = [np.minimum(one / np.median(one), STALLED).mean() for one in totals]
-    return float(np.mean(over)) if over else 1.0
+def mean_over_median(cells: Cells, bound: int) -> tuple[float, float]:
+    """How much longer a pass takes on average than the median, for passes of up to `bound` tokens and for larger ones:
+    what disturbs passes now and then. Small ones wait for memory, which more of what happens on a host disturbs. Of
+    each size alone it would be too noisy."""
+    small: list[float] = []
+    large: list[float] = []
+    for cell, found in cells.items():
+        if found.repeats >= LEAST_REPEATS:
+            totals = found.seconds.sum(axis=1)
+            over = np.minimum(totals / np.median(totals), STALLED).mean()
+            (small if cell.tokens <= bound else large).append(float(over))
+    few, many = (float(np.mean(over)) if over else None for over in (small, large))
+    return few or many or 1.0, many or few or 1.0
 
 
 def wide(cells: Cells) -> list[tuple[Cell, float]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from executor import measure as measuring
-from executor.bench import Bench
+from executor.bench import ROUNDS, Bench
 from executor.calibrate import CalibrationWarning, Extent, calibrate, calibration
 from executor.calibration_check import predict, run_passes
 from executor.engine import Engine
@@ -18,7 +18,7 @@ from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
 from executor.grids import ALL, Cell, cells, mixed_lengths
 from executor.loop_cost import LoopSeconds, loop_seconds
-from executor.measure import timed
+from executor.measure import PassTimes, timed
 from executor.measured import CalibrationError, Measured
 from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
@@ -94,7 +94,48 @@ def test_times_are_those_of_the_mean_pass():
     once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), (), ())
     few = Measured(("lead",), np.array([[1.0], [2.0]]), (), ())
     kinds = {Cell(1, n, 0): found for n, found in enumerate((often, once, few), start=1)}
-    assert mean_over_median(kinds) == pytest.approx((1.1 + 1.25) / 2)
+    assert mean_over_median(kinds, 1) == pytest.approx((1.1, 1.25))
+    assert mean_over_median(kinds, 3) == pytest.approx(((1.1 + 1.25) / 2,) * 2)  # of large ones nothing is known
+    assert mean_over_median({}, 3) == (1.0, 1.0)
+
+
+def test_a_kind_of_pass_that_was_slow_is_not_visited_more_often(subject, tmp_path, monkeypatch):
+    """Else it would end up faster than it is: slow visits would be outnumbered, and fast ones would not."""
+    visited: list[Cell] = []
+    visit = Bench.visit
+
+    def slow_at_first(self, cell: Cell, watch) -> list[PassTimes]:
+        visited.append(cell)
+        found = visit(self, cell, watch)
+        slow = cell == Cell(1, 4, 0) and visited.count(cell) == 1
+        return [
+            PassTimes(tuple((n, (9 if slow else 1) * 1e-3) for n, _ in f.parts), f.routing, f.groups) for f in found
+        ]
+
+    monkeypatch.setattr(Bench, "visit", slow_at_first)
+    calibrate(subject, tmp_path / "tiny.csv", EXTENT)
+    assert {visited.count(cell) for cell in visited} == {ROUNDS[0] + 1}
+
+
+def test_steady_passes_are_visited_as_little_as_possible(subject, tmp_path, monkeypatch):
+    visited: list[Cell] = []
+    visit = Bench.visit
+
+    def steady(self, cell: Cell, watch) -> list[PassTimes]:
+        visited.append(cell)
+        return [PassTimes(tuple((n, 1e-3) for n, _ in f.parts), f.routing, f.groups) for f in visit(self, cell, watch)]
+
+    monkeypatch.setattr(Bench, "visit", steady)
+    calibrate(subject, tmp_path / "tiny.csv", EXTENT)
+    assert {visited.count(cell) for cell in visited} == {ROUNDS[0]}
+
+
+def test_repeats_of_one_visit_do_not_make_a_median_more_certain():
+    rng = np.random.default_rng(0)
+    once = Measured(("lead",), 1 + 0.1 * rng.standard_normal((5, 1)), (), ())
+    again = Measured(("lead",), np.concatenate([once.seconds] * 4), (), ())
+    assert again.uncertainty() == pytest.approx(once.uncertainty())
+    assert once.and_also(once).uncertainty() == pytest.approx(once.uncertainty() / 2**0.5)
 
 
 def test_between_two_visits_of_a_calibration_the_model_serves(subject, tmp_path):

@@ -1,42 +1,65 @@
-"""Whole passes against the sum of their steps, after a calibration in the same run.
+"""Whole passes against the sum of their steps, measured between the visits of a calibration.
 
-    python benchmarks/check_calibration.py FOLDER [--threads 1] [--max-step 0.002] [--repeats 7] [--timings FILE]
+    python benchmarks/check_calibration.py FOLDER [--threads 1] [--max-step 0.002] [--repeats 7]
 
 FOLDER: a checkpoint, or a folder with only a config.json (benchmarks/make_moe.py makes one); a missing one is made.
-Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. The machine is
-calibrated before and after them, and a prediction is the mean of both, so that a drift of its speed cancels. Prints
-each size, the median of the absolute errors, how far the two calibrations lie apart, and how long they took.
+Passes are cut as in serving and run uninterrupted; sizes lie between those that were measured. A first calibration says
+how they are cut. Then they run between the visits of a second one, which predicts them: a machine whose speed drifts
+drifts for both. Prints each size, the median of the absolute errors, how far the two calibrations lie apart, and how
+long they took.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from make_moe import make
 
-from executor.calibrate import Extent, calibrate
-from executor.calibration_check import Checked, predict, run_passes, standard_mixes
+from executor.calibrate import Extent, calibrate, calibration
+from executor.calibration_check import Checked, RunPass, predict, run_passes, standard_mixes
 from executor.runner import Runner
-from executor.subject import Subject, load_subject
+from executor.subject import load_subject
 from traces.steps import StepModel
 from traces.timing import Timings
 
 BLOCK = 16
+T = TypeVar("T")
 
 
-def timings_of(subject: Subject, extent: Extent, given: Path | None) -> tuple[Timings, float]:
-    """A calibration and the seconds it took, or the one that is given."""
-    if given:
-        return Timings.load(given), 0.0
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        return calibrate(subject, Path(folder) / "timings.csv", extent), time.perf_counter() - start
+def alternate(
+    visits: Generator[object, None, Timings], passes: Generator[None, None, list[RunPass]], share: float
+) -> tuple[Timings, list[RunPass], float]:
+    """What both return, run in turn, `share` passes to a visit; and the seconds that the visits took."""
+    due = took = 0.0
+    found: list[RunPass] | None = None
+    while True:
+        start = time.perf_counter()
+        timings = ended(visits)
+        took += time.perf_counter() - start
+        due += math.inf if timings else share
+        while due >= 1 and found is None:
+            found, due = ended(passes), due - 1
+        if timings and found is not None:
+            return timings, found, took
+
+
+def ended(going: Generator[object, None, T]) -> T | None:
+    """Go on by a step; what it returns, if that was its end."""
+    try:
+        next(going)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    return None
 
 
 def without_loop(timings: Timings, max_step: float) -> StepModel:
@@ -55,7 +78,6 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1024)
     parser.add_argument("--max-context", type=int, default=2048)
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--timings", type=Path, help="a finished calibration; default: calibrate first")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if not (args.folder / "config.json").exists():
@@ -64,13 +86,17 @@ def main() -> None:
     extent = Extent(args.max_tokens, args.max_context, args.max_batch)
     mixes = standard_mixes(**vars(extent))
     blocks = max(sum(-(-sum(pair) // BLOCK) for pair in mix) for mix in mixes)
-    first, took = timings_of(subject, extent, args.timings)
-    runner = Runner(subject.model, blocks, BLOCK)
-    passes = run_passes(runner, without_loop(first, args.max_step), mixes, args.repeats)
-    second, took_again = timings_of(subject, extent, args.timings)
-    apart = [predict(without_loop(t, args.max_step), passes) for t in (first, second)]
-    checked = [Checked(p.mix, p.seconds, (a + b) / 2) for p, a, b in zip(passes, *apart, strict=True)]
-    print(f"{first.device}; {first.model}; calibrated in {took:.0f} s and {took_again:.0f} s")
+    with tempfile.TemporaryDirectory() as folder:
+        start, visits = time.perf_counter(), list[int]()
+        first = calibrate(subject, Path(folder) / "first.csv", extent, lambda done, _: visits.append(done))
+        took = time.perf_counter() - start
+        runner = Runner(subject.model, blocks, BLOCK)
+        passes = run_passes(runner, without_loop(first, args.max_step), mixes, args.repeats)
+        share = len(mixes) * (args.repeats + 1) / len(visits)
+        second, found, again = alternate(calibration(subject, Path(folder) / "second.csv", extent), passes, share)
+    apart = [predict(without_loop(t, args.max_step), found) for t in (first, second)]
+    checked = [Checked(p.mix, p.seconds, predicted) for p, predicted in zip(found, apart[1], strict=True)]
+    print(f"{first.device}; {first.model}; calibrated in {took:.0f} s and {again:.0f} s")
     print(f"{'sequences':>9} {'new':>6} {'cached':>7} {'measured ms':>12} {'predicted ms':>13} {'error':>7}")
     for one in checked:
         new, cached = sum(n for n, _ in one.mix), sum(c for _, c in one.mix)

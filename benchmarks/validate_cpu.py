@@ -4,8 +4,9 @@
 
 FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, float32), made where it is missing. Rates
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
-best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates; the
-one that a repeat is simulated with is made between its runs, part by part, so that it sees the machine that they see.
+best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates. The
+one that a run is simulated with is made in that run: its clock stands still while the engine's thread makes a visit, as
+often as two rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
 Prints the errors (with the calibrated step times, and with those at the speed that the machine had in each run), their
 spread over the repeats and the largest contributions; writes everything to --out. Needs a machine that does nothing
 else. One thread by default: two processors of a virtual machine may be one core at one time and two at another.
@@ -14,10 +15,7 @@ else. One thread by default: two processors of a virtual machine may be one core
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +47,7 @@ CONFIG = {
     "policies": ["fcfs", "priority", "qllm"],
 }
 EXTENT = Extent(max_tokens=1024, max_context=2048, max_batch=16)
+ROUNDS = (2, 2)  # of the calibration in a run
 
 
 def capacity(config: Config) -> float:
@@ -64,22 +63,14 @@ def capacity(config: Config) -> float:
     return len(trace) / result.makespan
 
 
-def replays(todo: list[Run], subject: Subject, visits: Iterator[object], seconds: float) -> Iterator[Replayed]:
-    """The runs on the real engine, with visits of a calibration, `seconds` long, before, between and after them."""
-    go_on(visits, seconds / (len(todo) + 1))
-    for run in todo:
-        cores = Cores(os.getpid())
-        yield replay_run(run, subject.model)
-        print(f"{run}; other cores {cores.used()[1]:.2f}", flush=True)
-        go_on(visits, seconds / (len(todo) + 1))
-    go_on(visits, math.inf)
-
-
-def go_on(visits: Iterator[object], seconds: float) -> None:
-    """Some of the visits, about `seconds` long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and next(visits, None) is not None:
+def calibrated(run: Run, subject: Subject, used: Path) -> Replayed:
+    """The run on the real engine, and in it the calibration `used`."""
+    used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
+    visits = calibration(subject, used, EXTENT, ROUNDS)
+    replayed = replay_run(run, subject.model, visits)
+    for _ in visits:  # what was left of it
         pass
+    return replayed
 
 
 def told(one: Compared) -> str:
@@ -98,7 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loads", default="0.3,0.6,0.85")
     parser.add_argument(
-        "--timings", type=Path, help="a finished calibration; default: calibrate at first, and in each repeat"
+        "--timings", type=Path, help="a finished calibration; default: calibrate at first, and in each run"
     )
     parser.add_argument("--out", type=Path, default=Path("out/validate-cpu"))
     args = parser.parse_args()
@@ -106,10 +97,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
     timings = args.timings or args.out / "timings.csv"
-    start = time.monotonic()
     if args.timings is None:
         calibrate(subject, timings, EXTENT)
-    seconds = time.monotonic() - start
     path = args.out / "config.yaml"
     whole = {**CONFIG, "timings": str(timings.resolve()), "requests": args.requests, "seeds": args.repeats}
     path.write_text(yaml.safe_dump({**whole, "rate": 1.0}, sort_keys=False))
@@ -120,15 +109,13 @@ def main() -> None:
     todo, compared = runs(load_config(path)), []
     replay_run(todo[-1], subject.model)  # not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms
     for seed in range(args.repeats):
-        used = args.timings or args.out / f"timings-{seed}.csv"
-        visits: Iterator[object] = iter(())
-        if args.timings is None:
-            used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
-            visits = calibration(subject, used, EXTENT)
-        done = list(replays([run for run in todo if run.seed == seed], subject, visits, seconds))
-        for one in (simulate_run(replayed, Timings.load(used)) for replayed in done):
-            compared.append(one)
-            print(told(one), flush=True)
+        for number, run in enumerate(todo):
+            if run.seed == seed:
+                cores = Cores(os.getpid())
+                used = args.timings or args.out / f"timings-{number}.csv"
+                replayed = replay_run(run, subject.model) if args.timings else calibrated(run, subject, used)
+                compared.append(simulate_run(replayed, Timings.load(used)))
+                print(f"{told(compared[-1])}; other cores {cores.used()[1]:.2f}", flush=True)
         save(compared, subject.model, args.out)
     print(report(args.out))
     print("\nmeans of single repeats, smallest and largest")

@@ -12,6 +12,7 @@ engine     serves requests: submit, cancel, close             loop      the thre
 streams    tokens as they come, and the record of times       jobs      a request inside the engine
 clock      real time, or that of a step model                 replays   a request trace, sent and recorded
 memory     which KV blocks are whose                          tape      the timeline and routing of a run
+asides     what the engine's thread does beside serving
 
 calibrate  a timing trace from measured passes                measure   one pass, timed part by part
 bench      the passes of a calibration, in rounds             grids     which passes

@@ -22,7 +22,6 @@ SHORT = 5  # ... and at most so many times
 ROUNDS = (2, 12)  # visits to each kind of pass: at least, at most
 PRECISION = 0.02  # half the 95 % interval of the median; further rounds until it is below for all kinds of passes ...
 VISITS_S = 130.0  # ... or so much time went into visits
-PRECISION_TOLD = f"visited until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} times"
 
 
 class Bench:
@@ -49,26 +48,26 @@ class Bench:
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
         return random_entries(self.runner, sizes, (*cell[:3], salt))
 
-    def visits(self, grid: list[Cell], kept: Kept) -> Iterator[tuple[int, int]]:
-        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one. Yields (visits
-        done, visits planned) after each visit; in between the model may be used for something else.
+    def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """Measure every kind of pass in rounds (at least, at most), so that a disturbance does not hit all repeats of
+        one. Yields (visits done, visits planned) after each visit; in between the model may be used for something else.
 
         A further round visits all kinds, not only those that scatter: who visits again what was slow, and leaves what
         was fast, ends up with a machine that is faster than it is.
         """
         done, spent = sum(kept.visits(cell) for cell in grid), 0.0
-        for number in range(ROUNDS[1]):
-            if number >= ROUNDS[0] and all(kept.cells[cell.key].uncertainty() < PRECISION for cell in grid):
+        for number in range(rounds[1]):
+            if number >= rounds[0] and all(kept.cells[cell.key].uncertainty() < PRECISION for cell in grid):
                 return
             for cell in (cell for cell in grid if kept.visits(cell) <= number):
-                if number >= ROUNDS[0] and spent > VISITS_S:
+                if number >= rounds[0] and spent > VISITS_S:
                     return
                 start = time.perf_counter()
                 with torch.inference_mode(), timed(self.model) as watch:
                     kept.add(cell, self.visit(cell, watch))
                 spent += time.perf_counter() - start
                 done += 1
-                yield done, max(ROUNDS[0], number + 1) * len(grid)
+                yield done, max(rounds[0], number + 1) * len(grid)
 
     def visit(self, cell: Cell, watch: Stopwatch) -> list[PassTimes]:
         """The repeats of a visit; before the first visit in this process, a pass to warm up.

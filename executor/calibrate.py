@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from executor.bench import PRECISION_TOLD, Bench
+from executor.bench import PRECISION, ROUNDS, Bench
 from executor.facts import conditions, device_name, memory_bytes, model_facts, versions
 from executor.grids import Cell, cells
 from executor.loop_cost import loop_seconds
@@ -75,11 +75,14 @@ def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progres
             progress(done, planned)
 
 
-def calibration(subject: Subject, out: Path, extent: Extent | None = None) -> Generator[tuple[int, int], None, Timings]:
+def calibration(
+    subject: Subject, out: Path, extent: Extent | None = None, rounds: tuple[int, int] = ROUNDS
+) -> Generator[tuple[int, int], None, Timings]:
     """`calibrate`, one visit to one kind of pass at a time: yields (visits done, visits planned) and returns the trace.
+    rounds: visits to each kind of pass, at least and at most.
 
     Between two visits the model may be used for something else, so that what is measured meanwhile and the calibration
-    see the same machine.
+    see the same machine. What follows the last visit uses an engine: not for an engine's thread.
     """
     extent = extent or Extent()
     model, facts = subject.model, model_facts(subject.model)
@@ -97,7 +100,7 @@ def calibration(subject: Subject, out: Path, extent: Extent | None = None) -> Ge
     of = {"model": subject.name, "device": device, **facts, **vars(extent), "versions": versions()}
     kept = Kept(out.with_name(out.name + ".measured"), of)
     bench = Bench(model, kv_tokens, extent.max_batch)
-    yield from bench.visits(grid, kept)
+    yield from bench.visits(grid, kept, rounds)
     with torch.inference_mode():
         for name, once in (("switch_s", bench.switch_seconds), ("bandwidth", bench.bandwidth)):
             if name not in kept.numbers:
@@ -106,7 +109,8 @@ def calibration(subject: Subject, out: Path, extent: Extent | None = None) -> Ge
         loop = loop_seconds(model, max(1, extent.max_batch // 4))
         kept.number("between_s", loop.between)
         kept.number("loop_s", loop.all)
-    timings = build(subject, facts, device, extent, {cell: kept.cells[cell.key] for cell in grid}, kept.numbers)
+    measured = {cell: kept.cells[cell.key] for cell in grid}
+    timings = build(subject, facts, device, extent, measured, kept.numbers, rounds)
     timings.save(out)
     kept.path.unlink()
     return timings
@@ -119,6 +123,7 @@ def build(
     extent: Extent,
     measured: dict[Cell, Measured],
     numbers: dict[str, float],
+    rounds: tuple[int, int],
 ) -> Timings:
     """The timing trace of finished measurements: medians, times what passes take on average over their median. What
     waits behind passes waits for their mean, and single means are too noisy."""
@@ -177,7 +182,7 @@ def build(
             "statistic": "medians, times mean_over_median; spread_s is the interquartile range",
             "mean_over_median": round(disturbed, 4),  # of steps over up to max_batch tokens
             "mean_over_median_large": round(disturbed_large, 4),
-            "precision": PRECISION_TOLD,
+            "precision": f"visited until 95 % intervals are within {PRECISION:.0%}, {rounds[0]} to {rounds[1]} times",
             "engine_loop_s": round(disturbed * numbers["loop_s"], 9),  # part of host_s
             "engine_between_s": round(disturbed * numbers["between_s"], 9),  # part of engine_loop_s
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),

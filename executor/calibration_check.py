@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,21 +46,26 @@ class RunPass:
     routing: np.ndarray
 
 
-def run_passes(runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5) -> list[RunPass]:
-    """Run each mix uninterrupted, cut as `steps` cuts it. Measured from the batch to the sampled tokens; nothing is
-    read inside the pass. Before each repeat runs one with other tokens, whose experts are others: else a small batch
-    would find its experts' weights in the processor's cache, as it never does in serving."""
+def run_passes(
+    runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5
+) -> Generator[None, None, list[RunPass]]:
+    """Run each mix uninterrupted, cut as `steps` cuts it; yields after each pass and returns them all. Between two
+    passes the model may be used for something else. Measured from the batch to the sampled tokens; nothing is read
+    inside the pass. Before each repeat runs one with other tokens, whose experts are others: else a small batch would
+    find its experts' weights in the processor's cache, as it never does in serving."""
     times: list[list[float]] = [[] for _ in mixes]
     routing: list[np.ndarray] = [np.empty(0)] * len(mixes)
     shapes = [shape_of_mix(steps, mix) for mix in mixes]
     with torch.inference_mode():
         fill_cache(runner)
-        for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
-            for at, mix in enumerate(mixes):
+    for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
+        for at, mix in enumerate(mixes):
+            with torch.inference_mode():
                 _once(runner, shapes[at], mix, "other")
                 seconds, routing[at] = _once(runner, shapes[at], mix)
-                if number:
-                    times[at].append(seconds)
+            if number:
+                times[at].append(seconds)
+            yield
     means = map(statistics.fmean, times)
     return [RunPass(*found) for found in zip(mixes, means, shapes, routing, strict=True)]
 

@@ -66,7 +66,7 @@ class RealClock:
         return time.monotonic()
 
     def idle(self, until: float | None) -> float | None:
-        return None if until is None else max(0.0, until - time.monotonic())
+        return None if until is None else max(0.0, until - self.now())
 
     def suspended(self) -> None:
         pass

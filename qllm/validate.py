@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
-from executor.clock import RealClock
+from executor.asides import PausingClock, asides
 from executor.engine import Engine, blocks_in
 from executor.replays import replay
 from qllm.build import load_timings, request_trace, scheduler_limits
@@ -123,20 +125,38 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
     return simulate_run(replay_run(run, model), load_timings(run.config.timings))
 
 
-def replay_run(run: Run, model: PreTrainedModel) -> Replayed:
-    """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes."""
+def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[tuple[int, int]] | None = None) -> Replayed:
+    """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes.
+
+    visits: of a calibration (`executor.calibrate.calibration`), spread evenly over the time in which requests arrive,
+    while the run's clock stands still: it measures the machine that the run sees, on the same thread. What is left of
+    them after the run is the caller's.
+    """
     config = run.config
     trace = request_trace(config, run.seed)
     limits = real_limits(config, model)
     asked = Asked(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     asked.calls = []
     policy = config.policies[run.policy].build()
-    with Engine(model, policy=policy, limits=limits, clock=RealClock(asked), seed=run.seed) as engine:
+    clock = PausingClock(asked)
+    with Engine(model, policy=policy, limits=limits, clock=clock, seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         asked.calls.clear()
-        real = replay(engine, trace, priorities=config.priorities, seed=run.seed)
+        with calibrated_in(engine, clock, visits, trace):
+            real = replay(engine, trace, priorities=config.priorities, seed=run.seed)
         calls = list(asked.calls)
     return Replayed(run, trace, limits, real, calls)
+
+
+def calibrated_in(
+    engine: Engine, clock: PausingClock, visits: Iterator[tuple[int, int]] | None, trace: RequestTrace
+) -> AbstractContextManager[None]:
+    """While this is open, the visits run aside, evenly over the time in which requests of `trace` arrive."""
+    if visits is None:
+        return nullcontext()
+    done, planned = next(visits)
+    left = planned - done  # what follows the last one is no visit
+    return asides(engine, clock, islice(visits, left), float(np.ptp(trace.arrival)) / max(1, left))
 
 
 def simulate_run(replayed: Replayed, timings: Timings) -> Compared:

@@ -1,5 +1,6 @@
 """Validation: the same requests in both worlds, errors, and where they come from."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,27 @@ def test_a_run_can_be_simulated_with_other_times_than_those_that_cut_it(folder, 
         assert after.predicted == pytest.approx(3 * before.predicted, rel=1e-3)
     assert slower.speed.few == pytest.approx(same.speed.few / 3, rel=0.05)
     assert slower.simulated.makespan > same.simulated.makespan
+
+
+def test_visits_of_a_calibration_are_spread_over_the_run_and_no_more_than_planned(folder, model):
+    """What follows the last visit needs an engine of its own, and is left to the caller."""
+    run = runs(load_config(folder / "config.yaml"))[0]
+    steps: list[int] = []
+
+    def visits(planned: int) -> Iterator[tuple[int, int]]:
+        for done in range(1, planned + 1):
+            steps.append(done)
+            yield done, planned
+        steps.append(-1)
+
+    few, many = visits(3), visits(10**9)
+    replay_run(run, model, few)
+    assert steps == [1, 2, 3]
+    assert next(few, None) is None
+    steps.clear()
+    replay_run(run, model, many)
+    assert 1 < len(steps) < 10**9
+    assert next(many)[0] == steps[-1]
 
 
 def test_passes_add_up_to_the_time_the_engine_ran(compared):

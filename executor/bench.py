@@ -72,22 +72,19 @@ class Bench:
     def visit(self, cell: Cell, watch: Stopwatch) -> list[PassTimes]:
         """The repeats of a visit; before the first visit in this process, a pass to warm up.
 
-        Before each of several repeats comes a pass like it with other tokens, which go to other experts: else a small
-        batch would find the weights of its experts in the processor's cache, as it never does in serving.
+        Before each repeat comes a pass like it with other tokens, which go to other experts. Without it a small batch's
+        repeats would find the weights of their experts in the processor's cache, as they never do in serving, and a
+        large one, after a pass of another size, memory that is not in use yet.
         """
         self.cut = Cut(cell.group, cell.pieces)
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
-        entries = self.sequences(cell)
+        entries, other = self.sequences(cell), self.sequences(cell, "other")
         if cell not in self.warm:
             self.warm[cell] = measure(self.runner, watch, entries).seconds
-        repeats = min(SHORT, int(VISIT_S / self.warm[cell]))
-        if repeats > 1:
-            other, passes = self.sequences(cell, "other"), []
-            for _ in range(repeats):
-                measure(self.runner, watch, other)
-                passes.append(measure(self.runner, watch, entries))
-        else:
-            passes = [measure(self.runner, watch, entries)]
+        passes = []
+        for _ in range(max(1, min(SHORT, int(VISIT_S / self.warm[cell])))):
+            measure(self.runner, watch, other)
+            passes.append(measure(self.runner, watch, entries))
         watch.steer = None
         return passes
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,33 +100,30 @@ def test_times_are_those_of_the_mean_pass():
     assert mean_over_median({}, 3) == (1.0, 1.0)
 
 
-def test_a_kind_of_pass_that_was_slow_is_not_visited_more_often(subject, tmp_path, monkeypatch):
-    """Else it would end up faster than it is: slow visits would be outnumbered, and fast ones would not."""
+def visits_that_take(monkeypatch, seconds: Callable[[Cell, int], float]) -> list[Cell]:
+    """Each interval of the n-th visit to a cell takes seconds(cell, n). Returns the cells, as they are visited."""
     visited: list[Cell] = []
     visit = Bench.visit
 
-    def slow_at_first(self, cell: Cell, watch) -> list[PassTimes]:
+    def visit_in(self, cell: Cell, watch) -> list[PassTimes]:
         visited.append(cell)
-        found = visit(self, cell, watch)
-        slow = cell == Cell(1, 4, 0) and visited.count(cell) == 1
-        return [
-            PassTimes(tuple((n, (9 if slow else 1) * 1e-3) for n, _ in f.parts), f.routing, f.groups) for f in found
-        ]
+        each = seconds(cell, visited.count(cell))
+        passes = visit(self, cell, watch)
+        return [PassTimes(tuple((name, each) for name, _ in p.parts), p.routing, p.groups) for p in passes]
 
-    monkeypatch.setattr(Bench, "visit", slow_at_first)
+    monkeypatch.setattr(Bench, "visit", visit_in)
+    return visited
+
+
+def test_a_kind_of_pass_that_was_slow_is_not_visited_more_often(subject, tmp_path, monkeypatch):
+    """Else it would end up faster than it is: slow visits would be outnumbered, and fast ones would not."""
+    visited = visits_that_take(monkeypatch, lambda cell, n: 9e-3 if (cell, n) == (Cell(1, 4, 0), 1) else 1e-3)
     calibrate(subject, tmp_path / "tiny.csv", EXTENT)
     assert {visited.count(cell) for cell in visited} == {ROUNDS[0] + 1}
 
 
 def test_steady_passes_are_visited_as_little_as_possible(subject, tmp_path, monkeypatch):
-    visited: list[Cell] = []
-    visit = Bench.visit
-
-    def steady(self, cell: Cell, watch) -> list[PassTimes]:
-        visited.append(cell)
-        return [PassTimes(tuple((n, 1e-3) for n, _ in f.parts), f.routing, f.groups) for f in visit(self, cell, watch)]
-
-    monkeypatch.setattr(Bench, "visit", steady)
+    visited = visits_that_take(monkeypatch, lambda cell, n: 1e-3)
     calibrate(subject, tmp_path / "tiny.csv", EXTENT)
     assert {visited.count(cell) for cell in visited} == {ROUNDS[0]}
 

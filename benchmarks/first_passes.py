@@ -1,15 +1,11 @@
-"""What a prefill pays for being the first: of its size, and in its KV blocks.
+"""What a prefill pays for being the first of its size.
 
     python benchmarks/first_passes.py FOLDER [--threads 1] [--prompts 40] [--rounds 3]
 
-FOLDER: the checkpoint of benchmarks/make_moe.py, made where it is missing. Each prefill runs twice, and what the first
-takes over the second is printed, as the sum over all prompts, for two choices of the engine and for what it does:
-
-- the rows that an expert gets, as the router counted them or filled up to a multiple (executor.linear.EVEN_ROWS):
-  oneDNN makes code for each number of rows and keeps it for a limited number of them;
-- memory of the KV cache, promised by the operating system or written when it is made (executor.kv_cache).
-
-For the first, what filling up costs a prefill that comes again is printed too.
+FOLDER: the checkpoint of benchmarks/make_moe.py, made where it is missing. oneDNN makes code for each number of rows,
+and keeps it for a limited number of them. Each prefill runs twice, and what the first takes over the second is printed,
+as the sum over all prompts: with the rows that the router counts for each expert, and filled up to a multiple
+(executor.linear.EVEN_ROWS), as the engine does. What that costs a prefill that comes again is printed too.
 """
 
 from __future__ import annotations
@@ -25,22 +21,11 @@ from make_moe import make
 
 import executor.linear
 from executor.batch import SequenceState
-from executor.kv_cache import PagedKVCache
 from executor.measure import random_entries
 from executor.runner import Runner, run_to_end
 from executor.subject import load_subject
 
-BLOCK, SMALLEST, LARGEST, PROMPT = 16, 256, 1024, 512
-
-
-class Promised(PagedKVCache):
-    """A KV cache whose memory the operating system gives page by page, at the first write to each."""
-
-    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if index == len(self.keys):
-            for store, like in ((self.keys, key), (self.values, value)):
-                store.append(torch.zeros((self.zero_slot + 1, *like.shape[1:]), dtype=like.dtype))
-        return self.keys[index], self.values[index]
+BLOCK, SMALLEST, LARGEST = 16, 256, 1024
 
 
 def seconds(runner: Runner, entry: tuple[SequenceState, int]) -> float:
@@ -62,19 +47,6 @@ def of_sizes(runner: Runner, sizes: list[int], seed: str) -> tuple[float, float]
     return first, again
 
 
-def of_blocks(runner: Runner) -> tuple[float, float]:
-    """Seconds of prefills that together write to every block, in all, at first and again. The first blocks are left
-    out: the cache is made when they are written to."""
-    entry, each = random_entries(runner, [(PROMPT, 0)], "blocks")[0], PROMPT // BLOCK
-    first = again = 0.0
-    for start in range(0, runner.cache.n_blocks, each):
-        entry[0].blocks = list(range(start, start + each))
-        one, two = seconds(runner, entry), seconds(runner, entry)
-        if start:
-            first, again = first + one, again + two
-    return first, again
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -87,28 +59,18 @@ def main() -> None:
     chosen = executor.linear.EVEN_ROWS
     runner, rng = Runner(model, LARGEST // BLOCK, BLOCK), random.Random(0)
     even: dict[int, list[tuple[float, float]]] = {1: [], chosen: []}
-    memory: dict[type[PagedKVCache], list[tuple[float, float]]] = {Promised: [], PagedKVCache: []}
     with torch.inference_mode():
         of_sizes(runner, [rng.randint(SMALLEST, LARGEST) for _ in range(args.prompts)], "warm")
         for number in range(args.rounds):  # in turn, so that the machine's drift meets all alike
             sizes = [rng.randint(SMALLEST, LARGEST) for _ in range(args.prompts)]
             for rows, found in even.items():
                 executor.linear.EVEN_ROWS = rows
-                found.append(of_sizes(runner, sizes, f"{number}"))
-            executor.linear.EVEN_ROWS = chosen
-            for kind, pairs in memory.items():
-                other = Runner(model, args.prompts * PROMPT // BLOCK, BLOCK)
-                other.cache = kind(other.cache.n_blocks, BLOCK)
-                pairs.append(of_blocks(other))
+                found.append(of_sizes(runner, sizes, str(number)))
     print(f"prefills of {SMALLEST} to {LARGEST} tokens, first over again (median of {args.rounds} rounds)")
     for rows, found in even.items():
         print(f"  experts get multiples of {rows} rows: {statistics.median(a / b for a, b in found):.3f}")
     cost = statistics.median(b / a for (_, a), (_, b) in zip(even[1], even[chosen], strict=True))
     print(f"  again, multiples of {chosen} over multiples of 1: {cost:.3f}")
-    print(f"prefills of {PROMPT} tokens, in new KV blocks over the same again")
-    for kind, pairs in memory.items():
-        told = "promised" if kind is Promised else "written when made"
-        print(f"  memory {told}: {statistics.median(a / b for a, b in pairs):.3f}")
 
 
 if __name__ == "__main__":

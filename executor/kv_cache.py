@@ -60,10 +60,7 @@ class PagedKVCache:
         """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
         if index == len(self.keys):
             for store, like in ((self.keys, key), (self.values, value)):
-                # Written, not only promised to be zero: on a CPU the first write to each page costs microseconds, which
-                # prefills would pay, a twelfth of their time, until all blocks were used once.
-                shape = (self.zero_slot + 1, *like.shape[1:])
-                store.append(torch.empty(shape, dtype=like.dtype, device=like.device).zero_())
+                store.append(torch.zeros((self.zero_slot + 1, *like.shape[1:]), dtype=like.dtype, device=like.device))
         return self.keys[index], self.values[index]
 
     def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from executor.few_rows import MOST_ROWS, strips_of
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 #: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
-#: experts: making it anew took a twelfth of a prefill's experts. So experts get multiples of so many rows.
+#: experts, so that it was made anew (benchmarks/first_passes.py). So experts get multiples of so many rows.
 EVEN_ROWS = 4
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
 

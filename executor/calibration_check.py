@@ -75,7 +75,7 @@ def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
     found = []
     for p in passes:
         shape = shape_of_mix(steps, p.mix, p.shape)
-        found.append(steps.total(shape, steps.experts_of_pass(p.routing)))
+        found.append(steps.total(shape, steps.experts_of_pass(shape, p.routing)))
     return found
 
 

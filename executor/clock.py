@@ -174,11 +174,10 @@ class VirtualCourse:
     def _group(self, layer: int, index: int) -> float:
         """Seconds of a group of experts that begins now: over what waits there, and what runs along with it."""
         running, steps = self.running, self._steps
-        routed = np.array(running.routing[layer])
         queues = running.queues  # None where nothing is left of the layer: the real pass has gone on
-        own = np.zeros_like(routed) if queues is None else np.array(queues.waiting)
+        own = np.zeros(steps.n_experts, dtype=np.int64) if queues is None else np.array(queues.waiting)
         others = [np.array(q.waiting) for q in running.shared_queues()]
-        return float(steps.groups(self._shape, steps.merged(own, others), routed)[index])
+        return float(steps.groups(self._shape, steps.merged(own, others))[index])
 
     def _follow(self, layer: int, stage: str, group: int) -> None:
         """Bring the real pass to that point, or to the first one after it where there is none."""

@@ -86,7 +86,7 @@ def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, 
     # Experts with more tokens than the router would send them.
     found += [Cell(1, n, 0, ALL, hot) for n in (64, 256, max_tokens) if n <= max_tokens for hot in (top_k, 2 * top_k)]
     # Between query blocks.
-    long = [n for n in coarse(max_tokens)[-2:] if n >= LEAST_CUT]
+    long = [n for n in coarse(max_tokens)[-3:-1] if n >= LEAST_CUT]
     found += [Cell(1, n, c, pieces=PIECES) for n in long for c in (0, max_context)]
     return [cell for cell in dict.fromkeys(found) if cell.kv_tokens <= kv_tokens and cell.hot <= experts]
 

@@ -42,11 +42,12 @@ Steer = Callable[[torch.Tensor, int], torch.Tensor]
 @dataclass(frozen=True)
 class PassTimes:
     """One measured pass. `parts`: (name, seconds) in order, names as in the module's text; `routing`: rows of each
-    expert for each MoE layer; `groups`: groups of experts that had rows, for each MoE layer."""
+    expert for each MoE layer; `further`: groups of experts that had rows, the first of all not counted, for each MoE
+    layer."""
 
     parts: tuple[tuple[str, float], ...]
     routing: tuple[tuple[int, ...], ...]
-    groups: tuple[int, ...]
+    further: tuple[int, ...]
 
     @property
     def seconds(self) -> float:
@@ -154,10 +155,10 @@ def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState,
     watch.restart()
     watch.mark("start")
     running = runner.begin(entries)
-    groups: dict[int, int] = {}
+    further: dict[int, int] = {}
     while (point := running.advance()) is not None:
         if point.stage == "experts":
-            groups[point.layer] = groups.get(point.layer, 0) + 1
+            further[point.layer] = further.get(point.layer, 0) + (point.group > 0)
     watch.mark("logits")
     sample_greedily(running)
     watch.mark("end")
@@ -168,4 +169,5 @@ def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState,
     for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
         part = {"logits": "tail", "end": "sample"}.get(following) or AFTER[name]
         parts.append((part, seconds))
-    return PassTimes(tuple(parts), tuple(map(tuple, running.routing)), tuple(groups[layer] for layer in sorted(groups)))
+    routing = tuple(map(tuple, running.routing))
+    return PassTimes(tuple(parts), routing, tuple(further[layer] for layer in sorted(further)))

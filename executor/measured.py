@@ -22,24 +22,24 @@ class CalibrationError(ExecutorError, ValueError):
 @dataclass(frozen=True)
 class Measured:
     """Repeats of one kind of pass. parts: names of the intervals (`executor.measure`); seconds: float64[repeats,
-    intervals]; routing, groups: as in PassTimes; visits: in which the repeats were made."""
+    intervals]; routing, further: as in PassTimes; visits: in which the repeats were made."""
 
     parts: tuple[str, ...]
     seconds: np.ndarray
     routing: tuple[tuple[int, ...], ...]
-    groups: tuple[int, ...]
+    further: tuple[int, ...]
     visits: int = 1
 
     @classmethod
     def of(cls, passes: list[PassTimes]) -> Measured:
         first = passes[0]
         seconds = np.array([[seconds for _, seconds in p.parts] for p in passes])
-        return cls(tuple(name for name, _ in first.parts), seconds, first.routing, first.groups)
+        return cls(tuple(name for name, _ in first.parts), seconds, first.routing, first.further)
 
     def and_also(self, other: Measured) -> Measured:
         """With the repeats of both."""
         seconds = np.concatenate([self.seconds, other.seconds])
-        return Measured(self.parts, seconds, self.routing, self.groups, self.visits + other.visits)
+        return Measured(self.parts, seconds, self.routing, self.further, self.visits + other.visits)
 
     @property
     def repeats(self) -> int:
@@ -115,7 +115,7 @@ class Kept:
         measured = Measured.of(passes)
         seconds = [[round(value, 10) for value in row] for row in measured.seconds.tolist()]
         line: dict[str, Any] = {"cell": cell.key, "parts": measured.parts, "seconds": seconds}
-        line |= {"routing": measured.routing, "groups": measured.groups}
+        line |= {"routing": measured.routing, "further": measured.further}
         self._write(line)
         self._take(line)
 
@@ -135,7 +135,7 @@ class Kept:
             return
         key = line["cell"]
         routing = tuple(map(tuple, line["routing"]))
-        visit = Measured(tuple(line["parts"]), np.array(line["seconds"]), routing, tuple(line["groups"]))
+        visit = Measured(tuple(line["parts"]), np.array(line["seconds"]), routing, tuple(line["further"]))
         self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
 
     def _write(self, line: dict[str, Any], mode: str = "a") -> None:

@@ -84,13 +84,18 @@ def attention_points(cells: Cells, layers: int) -> list[Point]:
 
 def query_block_seconds(cells: Cells, layers: int) -> float | None:
     """What each group of query blocks of a cut attention costs beyond its share of the attention: the same passes cut
-    and uncut, the median. None where none was measured."""
-    extra = []
-    for cell, found in cells.items():
-        whole = cells.get(cell._replace(pieces=1))
-        if cell.pieces > 1 and whole is not None:
-            extra.append((found.total("attention") - whole.total("attention")) / cell.pieces / layers)
-    return max(0.0, float(np.median(extra))) if extra else None
+    and uncut, least squares of relative errors, since the difference of two long passes says little. None where none
+    was measured."""
+    pairs = [(found, cells.get(cell._replace(pieces=1)), cell.pieces) for cell, found in cells.items()]
+    rows = [
+        (pieces * layers / whole.total(), (cut.total("attention") - whole.total("attention")) / whole.total())
+        for cut, whole, pieces in pairs
+        if pieces > 1 and whole is not None
+    ]
+    if not rows:
+        return None
+    pieces, extra = np.array(rows).T
+    return max(0.0, float(pieces @ extra / (pieces @ pieces)))
 
 
 def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, along_context: bool) -> list[Point]:
@@ -148,14 +153,14 @@ def expert_fit(cells: Cells) -> LayerFit:
     """base, cost of a further group and f from every measured layer. CalibrationError where no expert was reached."""
     seconds: list[float] = []
     counts: list[tuple[int, ...]] = []
-    groups: list[int] = []
+    further: list[int] = []
     for found in cells.values():
         seconds += found.each("experts").tolist()
         counts += found.routing
-        groups += found.groups
+        further += found.further
     if not any(map(any, counts)):
         raise CalibrationError("no pass reached an expert")
-    return fit_layers(seconds, counts, groups)
+    return fit_layers(seconds, counts, further)
 
 
 def expert_points(fit: LayerFit, share: float) -> list[Point]:

@@ -93,12 +93,11 @@ def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, floa
 
 def _predicted(steps: StepModel, call: Call, counts: np.ndarray) -> dict[str, float]:
     shape, layers = call.shape, steps.layers
-    cuts = layers * (shape.base + shape.per_group * (shape.groups - 1))
     return {
         "lead and dense_pre": shape.lead + layers * shape.pre,
         "attention": layers * shape.attention * shape.pieces,
         "dense_post": layers * shape.post,
-        "experts": cuts + steps.experts_of_pass(counts),
+        "experts": layers * shape.base + steps.experts_of_pass(shape, counts),
         "head": shape.head,
     }
 

@@ -70,7 +70,8 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
 
 def seconds_by(steps: StepModel, p: PassSeconds) -> float:
     """What `steps` predicts for the pass, cut as `steps` cuts it."""
-    return steps.total(shape_of_call(steps, p.call), steps.experts_of_pass(p.routing))
+    shape = shape_of_call(steps, p.call)
+    return steps.total(shape, steps.experts_of_pass(shape, p.routing))
 
 
 def shape_of_call(steps: StepModel, call: Call) -> Shape:

@@ -204,7 +204,7 @@ def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[P
         took[s.pass_id] += s.end - s.start
     found = []
     for (_, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
-        predicted = steps.total(call.shape, steps.experts_of_pass(counts))
+        predicted = steps.total(call.shape, steps.experts_of_pass(call.shape, counts))
         found.append(PassSeconds(call, seconds, predicted - between_s, np.asarray(counts)))
     return found
 

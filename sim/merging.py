@@ -41,7 +41,7 @@ class Merging:
         steps = self._steps
         for layer in {*lent, *run.changed()}:
             counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in lent.get(layer, ())])
-            run.retime(layer, steps.groups(run.shape, counts, run.counts()[layer]))
+            run.retime(layer, steps.groups(run.shape, counts))
 
     def end(self, run: Run, first: int, last: int | None) -> None:
         """`run` did the pieces from `first` to before `last` (None: to its end): what ran along waits no more."""
@@ -62,7 +62,7 @@ def run_group(run: Run, suspended: Iterable[Run], steps: StepModel) -> float:
     layer, _, group = run.place()
     shape = run.shape
     experts = range(group * shape.group, min((group + 1) * shape.group, steps.n_experts))
-    own, routed = run.tokens(layer), run.counts()[layer]
+    own = run.tokens(layer)
     lenders = [q for q in suspended if q.place()[:2] == (layer, "experts")]
     seconds = 0.0
     for e in experts:
@@ -75,5 +75,4 @@ def run_group(run: Run, suspended: Iterable[Run], steps: StepModel) -> float:
         seconds += float(steps.experts(np.array(rows)))
     if group == 0:
         return seconds + shape.base
-    emptied = any(routed[e] for e in experts) and not any(own[e] for e in experts)
-    return seconds if emptied else seconds + shape.per_group
+    return seconds + shape.per_group if any(own[e] for e in experts) else seconds

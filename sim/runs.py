@@ -146,10 +146,11 @@ class GpuModel:
             rows += cached + new == r.prompt_tokens + r.generated
         moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
         shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
-        experts_s = float(steps.experts(self.routing.counts(p.tokens, draw)).sum())
+        experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
         return Run(self, p, draw, steps.total(shape, experts_s), shape)
 
     def _variants(self, tokens: int) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
+        shape = self.steps.shape((), tokens, 0, tokens)  # the experts' cut depends on the tokens alone
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
-        return [(d, float(self.steps.experts(self.routing.counts(tokens, d)).sum())) for d in draws]
+        return [(d, self.steps.experts_of_pass(shape, self.routing.counts(tokens, d))) for d in draws]

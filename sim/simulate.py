@@ -80,7 +80,8 @@ def _isolated_prefill(tokens: int, max_tokens: int, steps: StepModel, share: np.
         low = mean.astype(np.intp)
         experts_s = steps.experts(low)
         experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
-        seconds += steps.total(shape, float(experts_s.sum()))
+        further = np.minimum(steps.by_group(shape, mean)[:, 1:], 1).sum()  # groups with tokens, at most one each
+        seconds += steps.total(shape, float(experts_s.sum() + shape.per_group * further))
         done += n
     return seconds
 

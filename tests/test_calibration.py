@@ -80,7 +80,7 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
         tokens = sum(new for _, new, _ in prefill) + batch
         shape = steps.shape(prefill, batch, context, batch or 1)
         counts = np.full((2, 8), math.ceil(tokens * 2 / 8))
-        total = steps.total(shape, float(steps.experts(counts).sum()))
+        total = steps.total(shape, steps.experts_of_pass(shape, counts))
         assert total == pytest.approx((4 * 2 + 2 + 5) * 1e-3, rel=0.02)
 
 
@@ -109,7 +109,7 @@ def visits_that_take(monkeypatch, seconds: Callable[[Cell, int], float]) -> list
         visited.append(cell)
         each = seconds(cell, visited.count(cell))
         passes = visit(self, cell, watch)
-        return [PassTimes(tuple((name, each) for name, _ in p.parts), p.routing, p.groups) for p in passes]
+        return [PassTimes(tuple((name, each) for name, _ in p.parts), p.routing, p.further) for p in passes]
 
     monkeypatch.setattr(Bench, "visit", visit_in)
     return visited
@@ -209,8 +209,8 @@ def test_parts_cuts_and_steering_of_a_pass(subject):
         hot = bench.visit(Cell(1, 16, 0, ALL, 2), watch)[0]
     layer = ["attention", "post", "experts", "pre"]
     assert [name for name, _ in whole.parts] == ["lead", *layer, *layer[:3], "tail", "sample"]
-    assert whole.groups == (1, 1)
-    assert single.groups == tuple(sum(count > 0 for count in rows) for rows in single.routing)
+    assert whole.further == (0, 0)
+    assert single.further == tuple(sum(count > 0 for count in rows[1:]) for rows in single.routing)
     assert single.routing == whole.routing
     assert hot.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
     assert subject.model.config._attn_implementation == "qllm"  # as before

@@ -10,17 +10,18 @@ from traces.timing_format import TimingError
 
 
 def layers(rng: np.random.Generator, n: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Uneven routing of 1 to 255 tokens, int[n, 8], and the groups with tokens when experts run one by one or all."""
+    """Uneven routing of 1 to 255 tokens, int[n, 8], and the groups with tokens besides the first group when
+    experts run one by one or all together."""
     tokens = rng.integers(1, 256, size=n)
     counts = np.array([rng.multinomial(2 * t, rng.dirichlet(np.ones(8))) for t in tokens])
-    groups = np.where(rng.random(n) < 0.5, (counts > 0).sum(axis=1), 1)
-    return counts, groups
+    further = np.where(rng.random(n) < 0.5, (counts[:, 1:] > 0).sum(axis=1), 0)
+    return counts, further
 
 
 def test_base_group_cost_and_f_are_found_again():
-    counts, groups = layers(np.random.default_rng(0))
+    counts, further = layers(np.random.default_rng(0))
     true = np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0)
-    fit = fit_layers(30e-6 + 7e-6 * (groups - 1) + true.sum(axis=1), counts, groups)
+    fit = fit_layers(30e-6 + 7e-6 * further + true.sum(axis=1), counts, further)
     assert fit.base == pytest.approx(30e-6, rel=1e-3)
     assert fit.per_group == pytest.approx(7e-6, rel=1e-3)
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=1e-3)
@@ -30,18 +31,18 @@ def test_base_group_cost_and_f_are_found_again():
 
 def test_disturbed_layers_do_not_move_the_fit():
     rng = np.random.default_rng(1)
-    counts, groups = layers(rng)
-    seconds = 30e-6 + 7e-6 * (groups - 1) + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
+    counts, further = layers(rng)
+    seconds = 30e-6 + 7e-6 * further + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
     seconds[:10] *= 3
-    fit = fit_layers(seconds, counts, groups)
+    fit = fit_layers(seconds, counts, further)
     assert not fit.kept[:10].any()
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=0.05)
 
 
 def test_f_never_falls_and_nothing_is_negative_on_noise():
     rng = np.random.default_rng(2)
-    counts, groups = layers(rng, 40)
-    fit = fit_layers(rng.random(40) + 0.1, counts, groups)
+    counts, further = layers(rng, 40)
+    fit = fit_layers(rng.random(40) + 0.1, counts, further)
     assert fit.base >= 0
     assert fit.per_group >= 0
     assert (np.diff(fit.seconds) >= 0).all()
@@ -50,7 +51,7 @@ def test_f_never_falls_and_nothing_is_negative_on_noise():
 @pytest.mark.parametrize("counts", [[[3, 0]], [[0, 0], [0, 0]]])
 def test_too_few_layers_are_refused(counts):
     with pytest.raises(TimingError, match="at least 2 measured layers"):
-        fit_layers([1.0] * len(counts), counts, [1] * len(counts))
+        fit_layers([1.0] * len(counts), counts, [0] * len(counts))
 
 
 @given(st.integers(0, 10_000))

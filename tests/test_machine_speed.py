@@ -24,7 +24,7 @@ def passes_on(steps: StepModel, prompts: bool = True, decoding: bool = True) -> 
         times = []
         for model in (steps, STEPS):
             shape = model.shape([(None, *chunk) for chunk in chunks], n, context, rows)
-            times.append(model.total(shape, model.experts_of_pass(routing)))
+            times.append(model.total(shape, model.experts_of_pass(shape, routing)))
         found.append(PassSeconds(Call(chunks, n, context, rows, shape), *times, routing))
     return found
 

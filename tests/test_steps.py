@@ -31,7 +31,7 @@ def test_pieces_add_up_to_the_total_to_the_last_bit(steps, prefill, n_decode, co
     counts = draw_counts(steps, n_decode + sum(c[1] for c in prefill), seed)
     times = steps.times(shape, counts)
     assert len(times) == 2 + steps.layers * shape.steps_per_layer
-    assert times.cumsum()[-1] == steps.total(shape, float(steps.experts(counts).sum()))
+    assert times.cumsum()[-1] == steps.total(shape, steps.experts_of_pass(shape, counts))
     np.testing.assert_array_equal(times, ticks(times))
     if not prefill:
         bare = steps.decode_total(n_decode, context)
@@ -84,7 +84,7 @@ def test_fused_shares_its_base_and_separate_pays_a_launch_each():
     cut = StepModel(timings, max_step=1e-9)
     shape = cut.shape([(None, 4, 0)], 0, 0, 1)
     assert (shape.group, shape.groups) == (1, 4)
-    assert cut.groups(shape, counts).sum() == pytest.approx(30e-6 + f.sum() + 3 * 15e-6, abs=12 * TICK)
+    assert cut.groups(shape, counts).sum() == pytest.approx(30e-6 + f.sum() + 2 * 15e-6, abs=12 * TICK)
 
 
 def test_what_cannot_be_is_refused():

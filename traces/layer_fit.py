@@ -1,4 +1,4 @@
-"""The expert-layer model t = base + per_group (groups - 1) + sum_e f(m_e), fitted to measured layers of any routing."""
+"""The expert-layer model t = base + per_group further + sum_e f(m_e), fitted to measured layers of any routing."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class LayerFit:
     kept: np.ndarray
 
 
-def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], groups: Sequence[int]) -> LayerFit:
+def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], further: Sequence[int]) -> LayerFit:
     """Fit base, the cost of a further group, and f by least squares on relative errors, none of them below zero.
 
-    seconds, counts (tokens of each expert) and groups (that had tokens): one element a measured layer. f is piecewise
-    linear between sizes that grow by half, as far as a size was seen. TimingError without two layers.
+    seconds, counts (tokens of each expert) and further (groups of experts with tokens, the first group of all not
+    counted): one element a measured layer. f is piecewise linear between sizes that grow by half, as far as a size was
+    seen. TimingError without two layers.
     """
     times = np.asarray(seconds, dtype=float)
     rows = np.asarray(counts, dtype=np.int64)
@@ -41,7 +42,7 @@ def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], groups
     knots = _knots(int(rows.max()))
     active = (rows > 0).sum(axis=1)
     ramps = [np.clip((rows - a) / (b - a), 0, 1).sum(axis=1) for a, b in itertools.pairwise(knots)]
-    design = np.stack([np.ones(len(times)), np.asarray(groups) - 1, active, *ramps], axis=1)
+    design = np.stack([np.ones(len(times)), np.asarray(further), active, *ramps], axis=1)
     kept = np.ones(len(times), dtype=bool)
     for _ in range(2):
         scaled = design[kept] / times[kept, None]

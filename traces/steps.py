@@ -41,7 +41,7 @@ class Shape:
 
     lead: before the first layer. pre: norm and QKV. attention: one query block of `pieces`. post: output projection,
     norm, router. base: shared cost of the experts, in front of the first group. per_group: extra of each further
-    group. head: after the last layer. group: experts in a group; groups: groups in a layer.
+    group with tokens. head: after the last layer. group: experts in a group; groups: groups in a layer.
     """
 
     lead: float
@@ -126,11 +126,15 @@ class StepModel:
             self._table = self._expert_table(int(counts.max()))
             return self._table.take(counts)
 
-    def experts_of_pass(self, routing: Any) -> float:
-        """Seconds of all experts of a pass, for the tokens that each got in each MoE layer, int[MoE layers, experts].
-        A trace takes all layers to be alike: where some have no experts, each counts for its share."""
+    def experts_of_pass(self, shape: Shape, routing: Any) -> float:
+        """Seconds of all experts of a pass and of its further groups, for the tokens that each expert got in each MoE
+        layer, int[MoE layers, experts]. A trace takes all layers to be alike: where some have no experts, each counts
+        for its share."""
         counts = np.asarray(routing)
-        return float(self.experts(counts).sum()) * self.layers / len(counts)
+        seconds = float(self.experts(counts).sum())
+        if shape.groups > 1 and shape.per_group:
+            seconds += shape.per_group * int(np.count_nonzero(self.by_group(shape, counts)[..., 1:]))
+        return seconds * (self.layers / len(counts))
 
     def shape(
         self,
@@ -197,22 +201,16 @@ class StepModel:
         group = int(min(max(room / each, 1), self.n_experts))
         return group, -(-self.n_experts // group)
 
-    def groups(self, shape: Shape, counts: np.ndarray, routed: np.ndarray | None = None) -> np.ndarray:
-        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts].
-
-        `routed`: what was routed there, where `counts` is what is left of it because some ran along with other
-        passes. A group of which nothing is left is passed over; of the first, the shared `base` remains.
-        """
-        out = self._by_group(shape, self.experts(counts))
-        extra: Any = shape.per_group
-        if routed is not None:
-            emptied = (self._by_group(shape, counts) == 0) & (self._by_group(shape, routed) > 0)
-            extra = np.where(emptied[..., 1:], 0.0, extra)
+    def groups(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts]. A group
+        without tokens is passed over; of the first, the shared `base` remains."""
+        out = self.by_group(shape, self.experts(counts))
         out[..., 0] += shape.base
-        out[..., 1:] += extra
+        out[..., 1:] += shape.per_group * (self.by_group(shape, counts)[..., 1:] > 0)
         return out
 
-    def _by_group(self, shape: Shape, each: np.ndarray) -> np.ndarray:
+    def by_group(self, shape: Shape, each: np.ndarray) -> np.ndarray:
+        """Sums of what `each` expert has, [..., experts], over the groups, [..., groups]."""
         if shape.group == 1:
             return each
         return np.add.reduceat(each, np.arange(0, self.n_experts, shape.group), axis=-1)
@@ -231,9 +229,8 @@ class StepModel:
         return out
 
     def total(self, shape: Shape, experts_s: float) -> float:
-        """Seconds of the whole pass; `experts_s`: its experts' times, summed (`experts` over all layers)."""
+        """Seconds of the whole pass; `experts_s`: its experts' times (`experts_of_pass`)."""
         layer = shape.pre + shape.attention * shape.pieces + shape.post + shape.base
-        layer += shape.per_group * (shape.groups - 1)
         return shape.lead + self.layers * layer + experts_s + shape.head
 
     def times(self, shape: Shape, counts: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, flo
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
 best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates. The
 one that a run is simulated with is made in that run: its clock stands still while the engine's thread makes a visit, as
-often as two rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
+often as three rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
 Prints the errors (with the calibrated step times, and with those at the speed that the machine had in each run), their
 spread over the repeats and the largest contributions; writes everything to --out. Needs a machine that does nothing
 else. One thread by default: two processors of a virtual machine may be one core at one time and two at another.
@@ -46,8 +46,8 @@ CONFIG = {
     "max_step": 0.005,
     "policies": ["fcfs", "priority", "qllm"],
 }
-EXTENT = Extent(max_tokens=1024, max_context=2048, max_batch=16)
-ROUNDS = (2, 2)  # of the calibration in a run
+EXTENT = Extent(max_tokens=1024, max_context=1088, max_batch=16)  # the longest sequence has 1,072 tokens
+ROUNDS = (3, 3)  # of the calibration in a run
 
 
 def capacity(config: Config) -> float:

@@ -138,7 +138,8 @@ class GpuModel:
             n = p.n_decode
             variants = self._decodes.get(n)
             if variants is None:
-                variants = self._decodes[n] = self._variants(n)
+                shape = steps.shape((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
+                variants = self._decodes[n] = self._variants(n, shape)
             draw, experts_s = variants[draw % _VARIANTS]
             return Run(self, p, draw, steps.decode_total(n, p.decode_context) + experts_s)
         rows = p.n_decode
@@ -149,8 +150,7 @@ class GpuModel:
         experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
         return Run(self, p, draw, steps.total(shape, experts_s), shape)
 
-    def _variants(self, tokens: int) -> list[tuple[int, float]]:
+    def _variants(self, tokens: int, shape: Shape) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
-        shape = self.steps.shape((), tokens, 0, tokens)  # the experts' cut depends on the tokens alone
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
         return [(d, self.steps.experts_of_pass(shape, self.routing.counts(tokens, d))) for d in draws]

@@ -223,6 +223,9 @@ def test_what_cutting_an_attention_costs_is_its_own_number(tmp_path):
     cells_ = {Cell(1, 64, 0): attention(0.8), Cell(1, 64, 0, pieces=8): attention(0.96), Cell(1, 8, 0): attention(0.1)}
     found = query_block_seconds(cells_, layers=2)
     assert found == pytest.approx(0.01)
+    # a long pass that by chance was a twentieth faster cut than uncut
+    long = {Cell(1, 512, 0): attention(80.0), Cell(1, 512, 0, pieces=8): attention(76.0)}
+    assert query_block_seconds(cells_ | long, layers=2) == pytest.approx(0.01, rel=0.01)
     timings = affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), query_block_s=found)
     timings.save(tmp_path / "t.csv")
     for known in (timings, Timings.load(tmp_path / "t.csv")):

@@ -195,7 +195,7 @@ def expected():
 def crowd():
     """(prompt, new tokens, priority, arrival): long BE prompts, and LS arriving all along."""
     be = [(p, 6, 1, 0.005 * (i // 2)) for i, p in enumerate(prompts(20, seed=1, low=10, high=30))]
-    ls = [(p, 6, 0, 3.1e-4 + 1.37e-3 * i) for i, p in enumerate(prompts(40, seed=2, low=3, high=20))]
+    ls = [(p, 6, 0, 3.1e-4 + 1.7e-3 * i) for i, p in enumerate(prompts(40, seed=2, low=3, high=20))]
     return sorted(be + ls, key=lambda request: request[3])
 
 

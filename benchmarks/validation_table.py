@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-METRICS = ("ttft_s", "tpot_s", "turnaround_s")
-STATISTICS = ("mean", "p50", "p99")
+from qllm.validate import METRICS, REAL, SIMULATED
+
+STATISTICS = ("mean", "p50", "p99")  # without p95: no goal is set for it
 GOALS = {"mean": 0.05, "p50": 0.05, "p99": 0.10, "throughput": 0.02}
 HEAD = (
     "| policy | requests/s | TTFT mean, p50, p99 | TPOT mean, p50, p99 | turnaround mean, p50, p99 | throughput "
@@ -30,7 +31,7 @@ def table(errors: pd.DataFrame) -> str:
         cells = [policy, f"{rate:g}"]
         cells += [", ".join(f"{at.loc[(m, s), 'error']:+.1%}" for s in STATISTICS) for m in METRICS]
         cells.append(f"{at.loc[('throughput_rps', 'mean'), 'error']:+.1%}")
-        cells.append(", ".join(f"{at.loc[('preemptions', 'sum'), world]:.0f}" for world in ("real", "simulated")))
+        cells.append(", ".join(f"{at.loc[('preemptions', 'sum'), world]:.0f}" for world in (REAL, SIMULATED)))
         cells.append(", ".join(f"{at.loc[(m, 'mean'), 'error_at_speed']:+.1%}" for m in METRICS))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -41,8 +42,10 @@ def held(errors: pd.DataFrame) -> str:
     mine = errors[errors["class"] == "all"]
     lines = []
     for name, goal in GOALS.items():
-        rows = mine["metric"] == "throughput_rps" if name == "throughput" else mine["metric"].isin(METRICS)
-        rows &= (mine["statistic"] == name) | (name == "throughput")
+        if name == "throughput":
+            rows = mine["metric"] == "throughput_rps"
+        else:
+            rows = mine["metric"].isin(METRICS) & (mine["statistic"] == name)
         within = [int((mine.loc[rows, column].abs() <= goal).sum()) for column in ("error", "error_at_speed")]
         lines.append(f"{name}: {within[0]} of {rows.sum()} within {goal:.0%}; at speed {within[1]}")
     return "\n".join(lines)

@@ -20,12 +20,12 @@ from executor.runner import max_positions
 from executor.subject import Subject
 from executor.timing_points import (
     attention_points,
+    beyond_steps,
     dense_points,
     expert_fit,
     expert_points,
     fit_quality,
     host_seconds,
-    mean_over_median,
     query_block_seconds,
     wide,
 )
@@ -125,8 +125,7 @@ def build(
     numbers: dict[str, float],
     rounds: tuple[int, int],
 ) -> Timings:
-    """The timing trace of finished measurements: medians, times what passes take on average over their median. What
-    waits behind passes waits for their mean, and single means are too noisy."""
+    """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
     scattered = wide(measured)
     if scattered:
@@ -140,15 +139,16 @@ def build(
         )
     host_s = host_seconds(measured)
     fit = expert_fit(measured)
-    points = dense_points(measured, layers, host_s) + attention_points(measured, layers) + expert_points(fit, share)
+    dense = dense_points(measured, layers, host_s)
+    attention = attention_points(measured, layers, beyond_steps(measured, dense, fit, layers, host_s))
+    points = dense + attention + expert_points(fit, share)
     modelled = {
         "attention_prefill": "sizes between the measured ones",
         "attention_decode": "corners whose KV does not fit in memory: along the last slope over the context",
     }
     if subject.layers != layers:
         modelled["layers"] = f"{layers} layers with random weights were measured, {subject.layers} are assumed alike"
-    disturbed, disturbed_large = mean_over_median(measured, extent.max_batch)
-    medians = Timings(
+    return Timings(
         points=tuple(points),
         name=f"{device}: {subject.name}",
         source="measured",
@@ -179,15 +179,12 @@ def build(
         versions=versions(),
         conditions={
             **conditions(subject.model.device),
-            "statistic": "medians, times mean_over_median; spread_s is the interquartile range",
-            "mean_over_median": round(disturbed, 4),  # of steps over up to max_batch tokens
-            "mean_over_median_large": round(disturbed_large, 4),
+            "statistic": "means; spread_s is the interquartile range",
             "precision": f"visited until 95 % intervals are within {PRECISION:.0%}, {rounds[0]} to {rounds[1]} times",
-            "engine_loop_s": round(disturbed * numbers["loop_s"], 9),  # part of host_s
-            "engine_between_s": round(disturbed * numbers["between_s"], 9),  # part of engine_loop_s
+            "engine_loop_s": round(numbers["loop_s"], 9),  # part of host_s
+            "engine_between_s": round(numbers["between_s"], 9),  # part of engine_loop_s
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),
             **fit_quality(fit),
         },
         modelled=modelled,
     )
-    return medians.scaled(disturbed, disturbed_large, extent.max_batch)

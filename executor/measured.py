@@ -14,6 +14,8 @@ from executor.errors import ExecutorError
 from executor.grids import Cell
 from executor.measure import PassTimes
 
+STALLED = 3.0  # times the median: the machine stood still, which says nothing about other days
+
 
 class CalibrationError(ExecutorError, ValueError):
     """A calibration that cannot be made or gone on with; the message names the file or option."""
@@ -46,19 +48,22 @@ class Measured:
         return len(self.seconds)
 
     def total(self, *names: str) -> float:
-        """Seconds of these parts, all where none is named: the sum of `medians`."""
-        return float(self.medians[self._columns(names)].sum())
+        """Seconds of these parts, all where none is named: the sum of `means`."""
+        return float(self.means[self._columns(names)].sum())
 
     def each(self, name: str) -> np.ndarray:
-        """Seconds of each interval of that name, float64[intervals]: its `medians`."""
-        return self.medians[self._columns((name,))]
+        """Seconds of each interval of that name, float64[intervals]: its `means`."""
+        return self.means[self._columns((name,))]
 
     @property
-    def medians(self) -> np.ndarray:
-        """Median seconds of each interval, float64[intervals], scaled so that their sum is the median pass: what
-        disturbs one interval now and then is lost in its median, but some interval is disturbed in most passes."""
-        medians = np.median(self.seconds, axis=0)
-        return medians * (np.median(self.seconds.sum(axis=1)) / medians.sum())
+    def means(self) -> np.ndarray:
+        """Mean seconds of each interval, float64[intervals]: what waits behind passes waits for their mean, not for
+        their median. A pass that took more than STALLED times the median counts as if it had taken that. Of an
+        interval the median is taken, scaled so that their sum is the pass: what disturbs passes hits now one, now
+        another."""
+        medians, passes = np.median(self.seconds, axis=0), self.seconds.sum(axis=1)
+        mean = np.minimum(passes, STALLED * np.median(passes)).mean()
+        return medians * (mean / medians.sum())
 
     def spread(self, *names: str) -> float:
         """Interquartile range (seconds) over the repeats of the sum of these parts."""

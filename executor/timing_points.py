@@ -17,8 +17,6 @@ from traces.layer_fit import LayerFit, fit_layers
 from traces.timing_format import Point
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
-LEAST_REPEATS = 4  # of a kind of pass, to tell its mean from its median
-STALLED = 3.0  # times the median: the machine stood still, which says nothing about other days
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
@@ -69,8 +67,9 @@ def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
     return heads
 
 
-def attention_points(cells: Cells, layers: int) -> list[Point]:
-    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
+def attention_points(cells: Cells, layers: int, beyond: Mapping[Cell, float]) -> list[Point]:
+    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence, with what
+    these take `beyond` their steps (seconds a pass).
 
     Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
     context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
@@ -78,8 +77,32 @@ def attention_points(cells: Cells, layers: int) -> list[Point]:
     mine = plain(cells)
     one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
     several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
-    prefill = _grid("attention_prefill", one, layers, along_context=False)
-    return prefill + _grid("attention_decode", several, layers, along_context=True)
+    prefill = _grid("attention_prefill", one, _attention(one, layers), layers, along_context=False)
+    times = _attention(several, layers)
+    for cell, seconds in beyond.items():
+        at = cell.sequences, cell.context
+        times[at] = max(0.0, times[at] + seconds / layers)
+    return prefill + _grid("attention_decode", several, times, layers, along_context=True)
+
+
+def beyond_steps(cells: Cells, dense: list[Point], fit: LayerFit, layers: int, host_s: float) -> dict[Cell, float]:
+    """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero.
+
+    The others are the same for all contexts, and yet they take longer after an attention over much KV, which leaves
+    them less of the processor's cache and of the memory's bandwidth: 4 % of a pass of four sequences over 1,024 tokens.
+    """
+    curves = {
+        step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T
+        for step in ("dense_pre", "dense_post", "head")
+    }
+    beyond = {}
+    for cell, found in plain(cells).items():
+        if cell.new == 1:
+            pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
+            experts = float(fit.predicted(found.routing, found.further).sum())
+            steps = host_s + layers * (pre + post) + head + experts
+            beyond[cell] = found.total() - found.total("attention") - steps
+    return beyond
 
 
 def query_block_seconds(cells: Cells, layers: int) -> float | None:
@@ -98,8 +121,17 @@ def query_block_seconds(cells: Cells, layers: int) -> float | None:
     return max(0.0, float(pieces @ extra / (pieces @ pieces)))
 
 
-def _grid(step: str, measured: Mapping[tuple[int, int], Measured], layers: int, along_context: bool) -> list[Point]:
-    times = {at: found.total("attention") / layers for at, found in measured.items()}
+def _attention(measured: Mapping[tuple[int, int], Measured], layers: int) -> dict[tuple[int, int], float]:
+    return {at: found.total("attention") / layers for at, found in measured.items()}
+
+
+def _grid(
+    step: str,
+    measured: Mapping[tuple[int, int], Measured],
+    times: dict[tuple[int, int], float],
+    layers: int,
+    along_context: bool,
+) -> list[Point]:
     sizes, held = sorted({x for x, _ in times}), sorted({y for _, y in times})
     if not along_context:
         sizes = _with_midpoints(times, sizes)
@@ -169,21 +201,6 @@ def expert_points(fit: LayerFit, share: float) -> list[Point]:
         Point("expert", int(tokens), None, float(seconds) * share)
         for tokens, seconds in zip(fit.tokens, fit.seconds, strict=True)
     ]
-
-
-def mean_over_median(cells: Cells, bound: int) -> tuple[float, float]:
-    """How much longer a pass takes on average than the median, for passes of up to `bound` tokens and for larger ones:
-    what disturbs passes now and then. Small ones wait for memory, which more of what happens on a host disturbs. Of
-    each size alone it would be too noisy."""
-    small: list[float] = []
-    large: list[float] = []
-    for cell, found in cells.items():
-        if found.repeats >= LEAST_REPEATS:
-            totals = found.seconds.sum(axis=1)
-            over = np.minimum(totals / np.median(totals), STALLED).mean()
-            (small if cell.tokens <= bound else large).append(float(over))
-    few, many = (float(np.mean(over)) if over else None for over in (small, large))
-    return few or many or 1.0, many or few or 1.0
 
 
 def wide(cells: Cells) -> list[tuple[Cell, float]]:

@@ -25,7 +25,7 @@ from executor.model import prepare_model
 from executor.routing_record import count_routing, write_popularity
 from executor.runner import Runner
 from executor.subject import Subject, load_subject, with_layers
-from executor.timing_points import mean_over_median, query_block_seconds
+from executor.timing_points import query_block_seconds
 from scheduler import Limits
 from traces.popularity import load_popularity
 from traces.steps import StepModel
@@ -94,10 +94,9 @@ def test_times_are_those_of_the_mean_pass():
     often = Measured(("lead",), np.array([[1.0]] * 7 + [[1.8]]), (), ())
     once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), (), ())
     few = Measured(("lead",), np.array([[1.0], [2.0]]), (), ())
-    kinds = {Cell(1, n, 0): found for n, found in enumerate((often, once, few), start=1)}
-    assert mean_over_median(kinds, 1) == pytest.approx((1.1, 1.25))
-    assert mean_over_median(kinds, 3) == pytest.approx(((1.1 + 1.25) / 2,) * 2)  # of large ones nothing is known
-    assert mean_over_median({}, 3) == (1.0, 1.0)
+    parts = Measured(("lead", "tail"), np.array([[1.0, 3.0]] * 7 + [[1.8, 5.4]]), (), ())
+    assert (often.total(), once.total(), few.total()) == pytest.approx((1.1, 1.25, 1.5))
+    assert parts.means == pytest.approx([1.1, 3.3])
 
 
 def visits_that_take(monkeypatch, seconds: Callable[[Cell, int], float]) -> list[Cell]:

@@ -27,6 +27,12 @@ class LayerFit:
     errors: np.ndarray
     kept: np.ndarray
 
+    def predicted(self, counts: Sequence[Sequence[int]], further: Sequence[int]) -> np.ndarray:
+        """Seconds of layers, float64[layers]; arguments as those of `fit_layers`."""
+        rows = np.asarray(counts)
+        each = np.where(rows > 0, np.interp(rows, self.tokens, self.seconds), 0.0)
+        return self.base + self.per_group * np.asarray(further) + each.sum(axis=1)
+
 
 def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], further: Sequence[int]) -> LayerFit:
     """Fit base, the cost of a further group, and f by least squares on relative errors, none of them below zero.

@@ -15,8 +15,8 @@ from scheduler import State
 class KVMemory:
     """The blocks of one cache: free ones, those in the jobs' block tables, and the way to host memory and back.
 
-    A sequence's blocks lie one after another as far as that can be: attention over 1,000 tokens whose blocks are
-    scattered takes a fifth more on a CPU, which fetches ahead what lies behind.
+    A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes
+    longer on a CPU, which fetches ahead what lies behind.
     """
 
     def __init__(self, cache: PagedKVCache):

@@ -89,7 +89,7 @@ def beyond_steps(cells: Cells, dense: list[Point], fit: LayerFit, layers: int, h
     """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero.
 
     The others are the same for all contexts, and yet they take longer after an attention over much KV, which leaves
-    them less of the processor's cache and of the memory's bandwidth: 4 % of a pass of four sequences over 1,024 tokens.
+    them less of the processor's cache.
     """
     curves = {
         step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T

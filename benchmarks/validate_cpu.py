@@ -24,7 +24,7 @@ import torch
 import yaml
 from make_moe import make
 from processes import Cores
-from validation_table import held, table
+from validation_table import summary
 
 from executor.calibrate import Extent, calibrate, calibration
 from executor.subject import Subject, load_subject
@@ -119,8 +119,7 @@ def main() -> None:
                 print(f"{told(compared[-1])}; other cores {cores.used()[1]:.2f}", flush=True)
         save(compared, subject.model, args.out)
     print(report(args.out))
-    errors = pd.read_csv(args.out / "errors.csv")
-    print(f"{table(errors)}\n\n{held(errors)}")
+    print(summary(args.out))
     print("\nmeans of single repeats, smallest and largest")
     print(pd.read_csv(args.out / "spread.csv").to_string(index=False, float_format="{:.4f}".format))
 

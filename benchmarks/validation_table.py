@@ -51,11 +51,16 @@ def held(errors: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def summary(folder: Path) -> str:
+    """Both, of the errors.csv in `folder`."""
+    errors = pd.read_csv(folder / "errors.csv")
+    return f"{table(errors)}\n\n{held(errors)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    errors = pd.read_csv(parser.parse_args().folder / "errors.csv")
-    print(f"{table(errors)}\n\n{held(errors)}")
+    print(summary(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
     return heads
 
 
-def attention_points(cells: Cells, layers: int, beyond: Mapping[Cell, float]) -> list[Point]:
+def attention_points(cells: Cells, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
     """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence, with what
-    these take `beyond` their steps (seconds a pass).
+    these take `beyond` their steps (of `beyond_steps`).
 
     Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
     context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
@@ -77,16 +77,15 @@ def attention_points(cells: Cells, layers: int, beyond: Mapping[Cell, float]) ->
     mine = plain(cells)
     one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
     several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
-    prefill = _grid("attention_prefill", one, _attention(one, layers), layers, along_context=False)
-    times = _attention(several, layers)
-    for cell, seconds in beyond.items():
-        at = cell.sequences, cell.context
-        times[at] = max(0.0, times[at] + seconds / layers)
-    return prefill + _grid("attention_decode", several, times, layers, along_context=True)
+    prefill = _grid("attention_prefill", one, {}, layers, along_context=False)
+    return prefill + _grid("attention_decode", several, beyond, layers, along_context=True)
 
 
-def beyond_steps(cells: Cells, dense: list[Point], fit: LayerFit, layers: int, host_s: float) -> dict[Cell, float]:
-    """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero.
+def beyond_steps(
+    cells: Cells, dense: list[Point], fit: LayerFit, layers: int, host_s: float
+) -> dict[tuple[int, int], float]:
+    """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero, by
+    (sequences, context).
 
     The others are the same for all contexts, and yet they take longer after an attention over much KV, which leaves
     them less of the processor's cache.
@@ -101,7 +100,7 @@ def beyond_steps(cells: Cells, dense: list[Point], fit: LayerFit, layers: int, h
             pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
             experts = float(fit.predicted(found.routing, found.further).sum())
             steps = host_s + layers * (pre + post) + head + experts
-            beyond[cell] = found.total() - found.total("attention") - steps
+            beyond[cell.sequences, cell.context] = found.total() - found.total("attention") - steps
     return beyond
 
 
@@ -121,17 +120,14 @@ def query_block_seconds(cells: Cells, layers: int) -> float | None:
     return max(0.0, float(pieces @ extra / (pieces @ pieces)))
 
 
-def _attention(measured: Mapping[tuple[int, int], Measured], layers: int) -> dict[tuple[int, int], float]:
-    return {at: found.total("attention") / layers for at, found in measured.items()}
-
-
 def _grid(
     step: str,
     measured: Mapping[tuple[int, int], Measured],
-    times: dict[tuple[int, int], float],
+    beyond: Mapping[tuple[int, int], float],
     layers: int,
     along_context: bool,
 ) -> list[Point]:
+    times = {at: max(0.0, (found.total("attention") + beyond.get(at, 0.0)) / layers) for at, found in measured.items()}
     sizes, held = sorted({x for x, _ in times}), sorted({y for _, y in times})
     if not along_context:
         sizes = _with_midpoints(times, sizes)

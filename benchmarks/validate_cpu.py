@@ -6,16 +6,19 @@ FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, flo
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
 best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates. The
 one that a run is simulated with is made in that run: its clock stands still while the engine's thread makes a visit, as
-often as three rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
+often as two rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
 Prints the errors (with the calibrated step times, and with those at the speed that the machine had in each run), their
-spread over the repeats and the largest contributions; writes everything to --out. Needs a machine that does nothing
-else. One thread by default: two processors of a virtual machine may be one core at one time and two at another.
+spread over the repeats and the largest contributions; writes everything to --out. A finished run is kept there: after
+an interruption, or with more --repeats, the same command runs what is missing, and simulates everything. Needs a
+machine that does nothing else. One thread by default: two processors of a virtual machine may be one core at one time
+and two at another.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +51,7 @@ CONFIG = {
     "policies": ["fcfs", "priority", "qllm"],
 }
 EXTENT = Extent(max_tokens=1024, max_context=1088, max_batch=16)  # the longest sequence has 1,072 tokens
-ROUNDS = (3, 3)  # of the calibration in a run
+ROUNDS = (2, 2)  # of the calibration in a run
 
 
 def capacity(config: Config) -> float:
@@ -64,14 +67,60 @@ def capacity(config: Config) -> float:
     return len(trace) / result.makespan
 
 
-def calibrated(run: Run, subject: Subject, used: Path) -> Replayed:
-    """The run on the real engine, and in it the calibration `used`."""
+def prepare(args: argparse.Namespace, subject: Subject) -> Config:
+    """The configuration in --out, made at the first call: what is offered must not change from repeat to repeat."""
+    path, timings = args.out / "config.yaml", args.timings or args.out / "timings.csv"
+    whole = {**CONFIG, "timings": str(timings.resolve()), "requests": args.requests, "seeds": args.repeats}
+    if not path.exists():
+        if args.timings is None:
+            calibrate(subject, timings, EXTENT)
+        busy = args.out / "capacity.yaml"
+        busy.write_text(yaml.safe_dump({**whole, "rate": 1.0}, sort_keys=False))
+        most = capacity(load_config(busy))
+        rates = [round(float(load) * most, 3) for load in args.loads.split(",")]
+        print(f"capacity {most:.2f} requests/s; rates {rates}", flush=True)
+        whole |= {"sweep": {"rate": rates}}
+    else:
+        found = yaml.safe_load(path.read_text())
+        whole |= {"sweep": found["sweep"]}
+        if found | {"seeds": args.repeats} != whole:
+            raise SystemExit(
+                f"{path}: of another --requests or --timings, or an earlier version; remove it or ask as then"
+            )
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return load_config(path)
+
+
+def kept_in(folder: Path, run: Run) -> Path:
+    """Where a finished run is kept."""
+    return folder / f"run-{run.title}-{run.config.rate:g}-{run.seed}.pkl"
+
+
+def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple[Replayed, Timings]:
+    """The run on the real engine with the calibration that was made in it; from its file, where it is finished."""
+    kept = kept_in(args.out, run)
+    if kept.exists():
+        found: tuple[Replayed, Timings] = pickle.loads(kept.read_bytes())
+        return found
+    cores = Cores(os.getpid())
+    if args.timings:
+        both = replay_run(run, subject.model), Timings.load(args.timings)
+    else:
+        both = calibrated(run, subject, kept.with_suffix(".csv"))
+    kept.with_suffix(".part").write_bytes(pickle.dumps(both))
+    kept.with_suffix(".part").rename(kept)
+    print(f"other cores {cores.used()[1]:.2f}", end="; ", flush=True)
+    return both
+
+
+def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timings]:
+    """The run on the real engine, and the calibration `used`, made in it."""
     used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
     visits = calibration(subject, used, EXTENT, ROUNDS)
     replayed = replay_run(run, subject.model, visits)
     for _ in visits:  # what was left of it
         pass
-    return replayed
+    return replayed, Timings.load(used)
 
 
 def told(one: Compared) -> str:
@@ -97,26 +146,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
-    timings = args.timings or args.out / "timings.csv"
-    if args.timings is None:
-        calibrate(subject, timings, EXTENT)
-    path = args.out / "config.yaml"
-    whole = {**CONFIG, "timings": str(timings.resolve()), "requests": args.requests, "seeds": args.repeats}
-    path.write_text(yaml.safe_dump({**whole, "rate": 1.0}, sort_keys=False))
-    most = capacity(load_config(path))
-    rates = [round(float(load) * most, 3) for load in args.loads.split(",")]
-    path.write_text(yaml.safe_dump({**whole, "sweep": {"rate": rates}}, sort_keys=False))
-    print(f"capacity {most:.2f} requests/s; rates {rates}", flush=True)
-    todo, compared = runs(load_config(path)), []
-    replay_run(todo[-1], subject.model)  # not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms
+    todo, compared = runs(prepare(args, subject)), []
+    if not all(kept_in(args.out, run).exists() for run in todo):
+        fastest = max(todo, key=lambda run: run.config.rate or 0)
+        replay_run(
+            fastest, subject.model
+        )  # not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms
     for seed in range(args.repeats):
-        for number, run in enumerate(todo):
+        for run in todo:
             if run.seed == seed:
-                cores = Cores(os.getpid())
-                used = args.timings or args.out / f"timings-{number}.csv"
-                replayed = replay_run(run, subject.model) if args.timings else calibrated(run, subject, used)
-                compared.append(simulate_run(replayed, Timings.load(used)))
-                print(f"{told(compared[-1])}; other cores {cores.used()[1]:.2f}", flush=True)
+                compared.append(simulate_run(*replayed_once(run, subject, args)))
+                print(told(compared[-1]), flush=True)
         save(compared, subject.model, args.out)
     print(report(args.out))
     print(summary(args.out))

@@ -17,11 +17,15 @@ from executor.measured import Kept
 from executor.runner import Runner, run_to_end
 
 BLOCK = 16  # KV slots in a block
-VISIT_S = 0.15  # a visit repeats its pass about so long ...
-SHORT = 5  # ... and at most so many times
-ROUNDS = (2, 12)  # visits to each kind of pass: at least, at most
+ROUND_S = 0.3  # a round repeats a pass about so long in all ...
+OFTEN = 8  # ... and at most so many times; the machine's speed meets a short pass harder, and hardly costs to see
+ROUNDS = (2, 12)  # at least, at most
 PRECISION = 0.02  # half the 95 % interval of the median; further rounds until it is below for all kinds of passes ...
-VISITS_S = 130.0  # ... or so much time went into visits
+VISITS_S = 115.0  # ... or so much time went into visits
+SHORT = 5  # repeats of what is measured once
+GOLDEN = (5**0.5 - 1) / 2
+
+Entries = list[tuple[SequenceState, int]]
 
 
 class Bench:
@@ -33,13 +37,13 @@ class Bench:
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
-        self.warm: dict[Cell, float] = {}  #: what the pass took that a kind was warmed up with
+        self.prompts: dict[Cell, tuple[Entries, Entries]] = {}  #: those of a kind, and others like them
 
     def cutter(self, batch: Batch) -> Cut:
         """The cut that the next pass is to have."""
         return self.cut
 
-    def sequences(self, cell: Cell, salt: str = "") -> list[tuple[SequenceState, int]]:
+    def sequences(self, cell: Cell, salt: str = "") -> Entries:
         """Random tokens, the same in each visit and for each cut; others with another `salt`. What is cached before
         them is random KV, which takes as long to attend to as any. Sequences that decode together are of different
         lengths, as they are in serving: from half of the cell's context to one and a half."""
@@ -49,17 +53,25 @@ class Bench:
         return random_entries(self.runner, sizes, (*cell[:3], salt))
 
     def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[tuple[int, int]]:
-        """Measure every kind of pass in rounds (at least, at most), so that a disturbance does not hit all repeats of
-        one. Yields (visits done, visits planned) after each visit; in between the model may be used for something else.
+        """Measure every kind of pass in rounds (at least, at most), one repeat at a visit, so that a disturbance does
+        not hit all repeats of one. Yields (visits done, visits planned) after each visit; in between the model may be
+        used for something else.
 
-        A further round visits all kinds, not only those that scatter: who visits again what was slow, and leaves what
-        was fast, ends up with a machine that is faster than it is.
+        How often a round visits a kind is settled beforehand by how long it takes; a further round visits all kinds,
+        not only those that scatter: who visits again what was slow, and leaves what was fast, ends up with a machine
+        that is faster than it is.
         """
-        done, spent = sum(kept.visits(cell) for cell in grid), 0.0
+        with torch.inference_mode(), timed(self.model) as watch:
+            took = {cell: self.visit(cell, watch).seconds for cell in grid}  # kernels are made at their first use
+        often = {cell: max(1, min(OFTEN, int(ROUND_S / seconds))) for cell, seconds in took.items()}
+        order = spread(often)
+        done, spent = sum(kept.repeats(cell) for cell in grid), 0.0
         for number in range(rounds[1]):
             if number >= rounds[0] and all(kept.cells[cell.key].uncertainty() < PRECISION for cell in grid):
                 return
-            for cell in (cell for cell in grid if kept.visits(cell) <= number):
+            for cell, turn in order:
+                if kept.repeats(cell) > number * often[cell] + turn:
+                    continue
                 if number >= rounds[0] and spent > VISITS_S:
                     return
                 start = time.perf_counter()
@@ -67,26 +79,21 @@ class Bench:
                     kept.add(cell, self.visit(cell, watch))
                 spent += time.perf_counter() - start
                 done += 1
-                yield done, max(rounds[0], number + 1) * len(grid)
+                yield done, max(rounds[0], number + 1) * len(order)
 
-    def visit(self, cell: Cell, watch: Stopwatch) -> list[PassTimes]:
-        """The repeats of a visit; before the first visit in this process, a pass to warm up.
-
-        Before each repeat comes a pass like it with other tokens, which go to other experts. Without it a small batch's
-        repeats would find the weights of their experts in the processor's cache, as they never do in serving, and a
-        large one, after a pass of another size, memory that is not in use yet.
-        """
+    def visit(self, cell: Cell, watch: Stopwatch) -> PassTimes:
+        """A repeat of a kind of pass, after a pass like it with other tokens, which go to other experts. Without that
+        one a small batch's repeats would find the weights of their experts in the processor's cache, as they never do
+        in serving, and a large one, after a pass of another size, memory that is not in use yet."""
+        if cell not in self.prompts:
+            self.prompts[cell] = self.sequences(cell), self.sequences(cell, "other")
+        entries, other = self.prompts[cell]
         self.cut = Cut(cell.group, cell.pieces)
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
-        entries, other = self.sequences(cell), self.sequences(cell, "other")
-        if cell not in self.warm:
-            self.warm[cell] = measure(self.runner, watch, entries).seconds
-        passes = []
-        for _ in range(max(1, min(SHORT, int(VISIT_S / self.warm[cell])))):
-            measure(self.runner, watch, other)
-            passes.append(measure(self.runner, watch, entries))
+        measure(self.runner, watch, other)
+        passed = measure(self.runner, watch, entries)
         watch.steer = None
-        return passes
+        return passed
 
     def switch_seconds(self) -> float:
         """What one suspension and its resumption cost: a prefill that is suspended before the attention of each layer
@@ -149,6 +156,16 @@ class Bench:
     def _wait(self) -> None:
         if self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
+
+
+def spread(often: dict[Cell, int]) -> list[tuple[Cell, int]]:
+    """A round of visits: each kind so often, evenly spread, as (cell, which of its visits in this round)."""
+    at = [
+        ((turn + place * GOLDEN % 1) / times, place, cell, turn)
+        for place, (cell, times) in enumerate(often.items())
+        for turn in range(times)
+    ]
+    return [(cell, turn) for _, _, cell, turn in sorted(at)]
 
 
 def steered(index: torch.Tensor, hot: int) -> torch.Tensor:

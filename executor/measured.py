@@ -23,25 +23,18 @@ class CalibrationError(ExecutorError, ValueError):
 
 @dataclass(frozen=True)
 class Measured:
-    """Repeats of one kind of pass. parts: names of the intervals (`executor.measure`); seconds: float64[repeats,
-    intervals]; routing, further: as in PassTimes; visits: in which the repeats were made."""
+    """Repeats of a kind of pass, made at different times. parts: names of the intervals (`executor.measure`); seconds:
+    float64[repeats, intervals]; routing, further: as in PassTimes."""
 
     parts: tuple[str, ...]
     seconds: np.ndarray
     routing: tuple[tuple[int, ...], ...]
     further: tuple[int, ...]
-    visits: int = 1
-
-    @classmethod
-    def of(cls, passes: list[PassTimes]) -> Measured:
-        first = passes[0]
-        seconds = np.array([[seconds for _, seconds in p.parts] for p in passes])
-        return cls(tuple(name for name, _ in first.parts), seconds, first.routing, first.further)
 
     def and_also(self, other: Measured) -> Measured:
         """With the repeats of both."""
         seconds = np.concatenate([self.seconds, other.seconds])
-        return Measured(self.parts, seconds, self.routing, self.further, self.visits + other.visits)
+        return Measured(self.parts, seconds, self.routing, self.further)
 
     @property
     def repeats(self) -> int:
@@ -71,11 +64,10 @@ class Measured:
         return float(high - low)
 
     def uncertainty(self) -> float:
-        """Half the width of the 95 % interval of the pass's median, relative: 1.96 x 1.2533 x 1.4826 MAD / sqrt(n). n
-        counts visits: the repeats of one see the machine in the same state."""
+        """Half the width of the 95 % interval of the pass's median, relative: 1.96 x 1.2533 x 1.4826 MAD / sqrt(n)."""
         totals = self.seconds.sum(axis=1)
         median = float(np.median(totals))
-        return 1.96 * 1.2533 * 1.4826 * float(np.median(np.abs(totals - median))) / median / self.visits**0.5
+        return 1.96 * 1.2533 * 1.4826 * float(np.median(np.abs(totals - median))) / median / self.repeats**0.5
 
     def _columns(self, names: tuple[str, ...]) -> np.ndarray:
         return np.array([not names or part in names for part in self.parts])
@@ -115,19 +107,18 @@ class Kept:
                     "it to start anew, or calibrate as before to go on"
                 )
 
-    def add(self, cell: Cell, passes: list[PassTimes]) -> None:
-        """Keep one visit's repeats of `cell`."""
-        measured = Measured.of(passes)
-        seconds = [[round(value, 10) for value in row] for row in measured.seconds.tolist()]
-        line: dict[str, Any] = {"cell": cell.key, "parts": measured.parts, "seconds": seconds}
-        line |= {"routing": measured.routing, "further": measured.further}
+    def add(self, cell: Cell, passed: PassTimes) -> None:
+        """Keep a repeat of `cell`."""
+        seconds = [round(value, 10) for _, value in passed.parts]
+        line: dict[str, Any] = {"cell": cell.key, "parts": [name for name, _ in passed.parts], "seconds": seconds}
+        line |= {"routing": passed.routing, "further": passed.further}
         self._write(line)
         self._take(line)
 
-    def visits(self, cell: Cell) -> int:
-        """How often `cell` was visited."""
+    def repeats(self, cell: Cell) -> int:
+        """How often `cell` was measured."""
         found = self.cells.get(cell.key)
-        return 0 if found is None else found.visits
+        return 0 if found is None else found.repeats
 
     def number(self, name: str, value: float) -> None:
         """Keep a single result."""
@@ -140,7 +131,7 @@ class Kept:
             return
         key = line["cell"]
         routing = tuple(map(tuple, line["routing"]))
-        visit = Measured(tuple(line["parts"]), np.array(line["seconds"]), routing, tuple(line["further"]))
+        visit = Measured(tuple(line["parts"]), np.atleast_2d(line["seconds"]), routing, tuple(line["further"]))
         self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
 
     def _write(self, line: dict[str, Any], mode: str = "a") -> None:

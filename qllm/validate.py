@@ -30,6 +30,7 @@ from traces.timing import Timings
 
 METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
+AT_ONCE = 6  # visits of a calibration in a run: about half a second of passes on a CPU
 WARM_UP = 8  # requests replayed first and not counted: kernels are chosen and compiled at their first sizes
 REAL, SIMULATED, AT_SPEED = "real", "simulated", "at_speed"
 
@@ -151,12 +152,20 @@ def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[tuple[int, int
 def calibrated_in(
     engine: Engine, clock: PausingClock, visits: Iterator[tuple[int, int]] | None, trace: RequestTrace
 ) -> AbstractContextManager[None]:
-    """While this is open, the visits run aside, evenly over the time in which requests of `trace` arrive."""
+    """While this is open, visits run aside, evenly over the time in which requests of `trace` arrive, a few at once:
+    a pass takes a tenth longer right after the machine stood idle, and one that goes on after a visit finds the
+    processor's cache used by others."""
     if visits is None:
         return nullcontext()
     done, planned = next(visits)
-    left = planned - done  # what follows the last one is no visit
-    return asides(engine, clock, islice(visits, left), float(np.ptp(trace.arrival)) / max(1, left))
+    stretches = batched(islice(visits, planned - done), AT_ONCE)  # what follows the last one is no visit
+    return asides(engine, clock, stretches, float(np.ptp(trace.arrival)) * AT_ONCE / max(AT_ONCE, planned - done))
+
+
+def batched(visits: Iterator[tuple[int, int]], many: int) -> Iterator[list[tuple[int, int]]]:
+    """So many at once. (itertools has it from Python 3.12 on.)"""
+    while stretch := list(islice(visits, many)):
+        yield stretch
 
 
 def simulate_run(replayed: Replayed, timings: Timings) -> Compared:

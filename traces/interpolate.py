@@ -49,7 +49,7 @@ def isotonic_grid(values: np.ndarray, sweeps: int = 20) -> np.ndarray:
     return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
 
 
-def _line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
+def line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Piecewise-linear through (xs, ys): flat below xs[0], the last segment's slope above xs[-1]."""
     inside = np.interp(x, xs, ys)
     if len(xs) < 2:
@@ -74,7 +74,7 @@ class Curve:
         self._warned = False
 
     def _evaluate(self, x: np.ndarray) -> np.ndarray:
-        return np.where(x > 0, _line(self.xs, self.ys, x), 0.0)
+        return np.where(x > 0, line(self.xs, self.ys, x), 0.0)
 
     def __call__(self, tokens: Any) -> Any:
         """Seconds: float for a number, float64 array of the same shape for an array. ValueError if negative."""
@@ -166,7 +166,7 @@ class Grid:
         """Values at every grid context, [len(x), len(ys)]."""
         if (x < 0).any():
             raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {x.min():g}")
-        columns = np.stack([_line(self.xs, column, x) for column in self.grid.T], axis=-1)
+        columns = np.stack([line(self.xs, column, x) for column in self.grid.T], axis=-1)
         return np.where(x[:, None] > 0, columns, 0.0)
 
     def _array(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from traces.interpolate import isotonic
+from traces.layer_fit import expert_seconds
 from traces.timing_format import TimingError
 
 OUTLIER = 0.25  # a row further than this from the line through the others does not take part in the base
@@ -31,13 +32,7 @@ class ExpertFit:
 
     def layer(self, counts: np.ndarray) -> float:
         """Seconds of one MoE layer whose experts get `counts` tokens (int[experts])."""
-        return _layer(self.base, self.tokens, self.seconds, counts)
-
-
-def _layer(base: float, tokens: np.ndarray, seconds: np.ndarray, counts: np.ndarray) -> float:
-    slope = (seconds[-1] - seconds[-2]) / (tokens[-1] - tokens[-2])
-    f = np.interp(counts, tokens, seconds) + np.maximum(counts - tokens[-1], 0) * slope
-    return float(base + np.where(counts > 0, f, 0.0).sum())
+        return self.base + float(expert_seconds(self.tokens, self.seconds, counts).sum())
 
 
 def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
@@ -74,8 +69,9 @@ def fit_experts(layer: pd.Series, experts: int, top_k: int, tile: int | None = N
     measured = np.ones(len(sizes), dtype=bool)
     if tile is not None:
         sizes, f, measured = _stairs(sizes, f, tile)
-    predicted = [_layer(base, sizes, f, balanced_counts(int(n), top_k, experts)) for n in tokens]
-    errors = np.abs(np.array(predicted) / seconds - 1)
+    spread = np.array([balanced_counts(int(n), top_k, experts) for n in tokens])
+    predicted = base + expert_seconds(sizes, f, spread).sum(axis=1)
+    errors = np.abs(predicted / seconds - 1)
     dropped = tuple(int(n) for n in tokens[few][~kept])
     return ExpertFit(base, sizes, f, measured, float(errors.mean()), float(errors.max()), dropped)
 

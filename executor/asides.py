@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,17 +20,20 @@ class PausingClock(RealClock):
     def __init__(self, steps: StepModel | None = None):
         super().__init__(steps)
         self.paused = 0.0  #: seconds until now
+        self._stands: float | None = None  # at that time
 
     def now(self) -> float:
-        return super().now() - self.paused
+        stands = self._stands
+        return super().now() - self.paused if stands is None else stands
 
     def aside(self, doings: Iterator[object]) -> bool:
         """Take a step of `doings` while the clock stands still; whether there was one."""
-        start = time.monotonic()
+        self._stands = stands = self.now()
         try:
             return next(doings, _END) is not _END
         finally:
-            self.paused += time.monotonic() - start
+            self.paused = super().now() - stands
+            self._stands = None
 
 
 @contextmanager

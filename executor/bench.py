@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +27,15 @@ SHORT = 5  # repeats of what is measured once
 GOLDEN = (5**0.5 - 1) / 2
 
 Entries = list[tuple[SequenceState, int]]
+
+
+class Visit(NamedTuple):
+    """One repeat of a kind of pass. done: visits until now, this one included; planned: in all."""
+
+    done: int
+    planned: int
+    cell: Cell
+    seconds: float
 
 
 class Bench:
@@ -52,10 +62,9 @@ class Bench:
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
         return random_entries(self.runner, sizes, (*cell[:3], salt))
 
-    def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[Visit]:
         """Measure every kind of pass in rounds (at least, at most), one repeat at a visit, so that a disturbance does
-        not hit all repeats of one. Yields (visits done, visits planned) after each visit; in between the model may be
-        used for something else.
+        not hit all repeats of one. Yields each visit; in between the model may be used for something else.
 
         How often a round visits a kind is settled beforehand by how long it takes; a further round visits all kinds,
         not only those that scatter: who visits again what was slow, and leaves what was fast, ends up with a machine
@@ -76,10 +85,11 @@ class Bench:
                     return
                 start = time.perf_counter()
                 with torch.inference_mode(), timed(self.model) as watch:
-                    kept.add(cell, self.visit(cell, watch))
+                    passed = self.visit(cell, watch)
+                kept.add(cell, passed, time.time())
                 spent += time.perf_counter() - start
                 done += 1
-                yield done, max(rounds[0], number + 1) * len(order)
+                yield Visit(done, max(rounds[0], number + 1) * len(order), cell, passed.seconds)
 
     def visit(self, cell: Cell, watch: Stopwatch) -> PassTimes:
         """A repeat of a kind of pass, after a pass like it with other tokens, which go to other experts. Without that

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from executor.bench import PRECISION, ROUNDS, Bench
+from executor.bench import PRECISION, ROUNDS, Bench, Visit
 from executor.facts import conditions, device_name, memory_bytes, model_facts, versions
 from executor.grids import Cell, cells
 from executor.loop_cost import loop_seconds
@@ -67,19 +67,19 @@ def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progres
     visits = calibration(subject, out, extent)
     while True:
         try:
-            done, planned = next(visits)
+            visit = next(visits)
         except StopIteration as end:
             timings: Timings = end.value
             return timings
         if progress is not None:
-            progress(done, planned)
+            progress(visit.done, visit.planned)
 
 
 def calibration(
     subject: Subject, out: Path, extent: Extent | None = None, rounds: tuple[int, int] = ROUNDS
-) -> Generator[tuple[int, int], None, Timings]:
-    """`calibrate`, one visit to one kind of pass at a time: yields (visits done, visits planned) and returns the trace.
-    rounds: visits to each kind of pass, at least and at most.
+) -> Generator[Visit, None, Timings]:
+    """`calibrate`, one visit to one kind of pass at a time: yields the visits and returns the trace. rounds: of visits
+    to all kinds of passes, at least and at most.
 
     Between two visits the model may be used for something else, so that what is measured meanwhile and the calibration
     see the same machine. What follows the last visit uses an engine: not for an engine's thread.
@@ -109,11 +109,26 @@ def calibration(
         loop = loop_seconds(model, max(1, extent.max_batch // 4))
         kept.number("between_s", loop.between)
         kept.number("loop_s", loop.all)
-    measured = {cell: kept.cells[cell.key] for cell in grid}
-    timings = build(subject, facts, device, extent, measured, kept.numbers, rounds)
+    warn({cell: kept.cells[cell.key] for cell in grid})
+    measured, drift = kept.steady(grid, extent.max_batch)
+    timings = build(subject, facts, device, extent, measured, {**kept.numbers, "drift": drift}, rounds)
     timings.save(out)
     kept.path.unlink()
     return timings
+
+
+def warn(measured: dict[Cell, Measured]) -> None:
+    """A CalibrationWarning where passes scatter widely, as they were measured."""
+    scattered = wide(measured)
+    if scattered:
+        cell, most = scattered[0]
+        warnings.warn(
+            f"{len(scattered)} of {len(measured)} kinds of passes scatter by more than 20 % (interquartile range over "
+            f"median); the widest: {cell.sequences} x {cell.new} tokens over {cell.context}, {most:.0%}. Is the "
+            "machine busy?",
+            CalibrationWarning,
+            stacklevel=3,
+        )
 
 
 def build(
@@ -127,16 +142,6 @@ def build(
 ) -> Timings:
     """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
-    scattered = wide(measured)
-    if scattered:
-        cell, most = scattered[0]
-        warnings.warn(
-            f"{len(scattered)} of {len(measured)} kinds of passes scatter by more than 20 % (interquartile range over "
-            f"median); the widest: {cell.sequences} x {cell.new} tokens over {cell.context}, {most:.0%}. Is the "
-            "machine busy?",
-            CalibrationWarning,
-            stacklevel=4,
-        )
     host_s = host_seconds(measured)
     fit = expert_fit(measured)
     dense = dense_points(measured, layers, host_s)
@@ -183,6 +188,7 @@ def build(
             "precision": f"visited until 95 % intervals are within {PRECISION:.0%}, {rounds[0]} to {rounds[1]} times",
             "engine_loop_s": round(numbers["loop_s"], 9),  # part of host_s
             "engine_between_s": round(numbers["between_s"], 9),  # part of engine_loop_s
+            "speed_drift": round(numbers["drift"], 4),  # standard deviation over the calibration; not in `seconds`
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),
             **fit_quality(fit),
         },

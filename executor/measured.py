@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 from executor.errors import ExecutorError
 from executor.grids import Cell
 from executor.measure import PassTimes
-
-STALLED = 3.0  # times the median: the machine stood still, which says nothing about other days
+from traces.drift import STALLED, slowness
 
 
 class CalibrationError(ExecutorError, ValueError):
@@ -83,6 +83,7 @@ class Kept:
     def __init__(self, path: Path, of: dict[str, Any]):
         self.path = path
         self.cells: dict[str, Measured] = {}
+        self.order: list[tuple[str, float]] = []  #: key of the cell of each repeat, and when it was made
         self.numbers: dict[str, float] = {}
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         whole = lines[:-1]  # what follows the last newline was cut short
@@ -107,11 +108,11 @@ class Kept:
                     "it to start anew, or calibrate as before to go on"
                 )
 
-    def add(self, cell: Cell, passed: PassTimes) -> None:
-        """Keep a repeat of `cell`."""
+    def add(self, cell: Cell, passed: PassTimes, at: float) -> None:
+        """Keep a repeat of `cell`, made at `at` (seconds since the epoch)."""
         seconds = [round(value, 10) for _, value in passed.parts]
         line: dict[str, Any] = {"cell": cell.key, "parts": [name for name, _ in passed.parts], "seconds": seconds}
-        line |= {"routing": passed.routing, "further": passed.further}
+        line |= {"routing": passed.routing, "further": passed.further, "at": round(at, 3)}
         self._write(line)
         self._take(line)
 
@@ -119,6 +120,20 @@ class Kept:
         """How often `cell` was measured."""
         found = self.cells.get(cell.key)
         return 0 if found is None else found.repeats
+
+    def steady(self, grid: Sequence[Cell], bound: int) -> tuple[dict[Cell, Measured], float]:
+        """The measurements of `grid` as if the machine had had its average speed all the time, for itself for passes of
+        up to `bound` tokens and for larger ones (`traces.drift`); and the speed's standard deviation, relative."""
+        found, slow = {}, list[np.ndarray]()
+        for some in ([c for c in grid if c.tokens <= bound], [c for c in grid if c.tokens > bound]):
+            rows = {cell.key: iter(self.cells[cell.key].seconds) for cell in some}
+            visits = [(key, at, next(rows[key]).sum()) for key, at in self.order if key in rows]
+            keys = np.array([key for key, _, _ in visits])
+            slow.append(slowness(np.array([at for _, at, _ in visits]), keys, np.array([s for _, _, s in visits])))
+            for cell in some:
+                one = self.cells[cell.key]
+                found[cell] = replace(one, seconds=one.seconds / slow[-1][keys == cell.key, None])
+        return found, float(np.concatenate(slow).std())
 
     def number(self, name: str, value: float) -> None:
         """Keep a single result."""
@@ -133,6 +148,7 @@ class Kept:
         routing = tuple(map(tuple, line["routing"]))
         visit = Measured(tuple(line["parts"]), np.atleast_2d(line["seconds"]), routing, tuple(line["further"]))
         self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
+        self.order.append((key, line["at"]))
 
     def _write(self, line: dict[str, Any], mode: str = "a") -> None:
         with self.path.open(mode, encoding="utf-8") as file:

@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from executor.grids import Cell
+from sim import Pace
+from traces.drift import slowness, smooth
 from traces.steps import Shape, StepModel
 
 MOST_APART = 0.5  # of the speed of all passes
+PACE_S = 1.0  # between two speeds that a simulation follows
 
 
 class Call(NamedTuple):
@@ -44,6 +48,14 @@ class Speed(NamedTuple):
     bound: int
 
 
+class Visited(NamedTuple):
+    """A visit of a calibration in a run: at what time of it (seconds), to which kind of pass, which took `seconds`."""
+
+    at: float
+    cell: Cell
+    seconds: float
+
+
 def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
     """The speed at which the decoding passes take together what they took, and so do those with prompts. `bound`: most
     sequences that decode together. Where one kind is missing, both numbers stay close to what is known; where one would
@@ -66,6 +78,29 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
     """`steps` on that machine, cut about as they were."""
     timings = steps.timings.scaled(*speed)
     return StepModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
+
+
+def pace_of(visits: list[Visited], steps: StepModel, bound: int) -> Pace:
+    """`steps` at the speed that the machine had when a pass begins, for itself for small steps and for large ones, by
+    the visits around that time (`traces.drift`) to passes of up to `bound` tokens and to larger ones. Nothing comes
+    from the run's own passes. `steps` are taken to be those of the average visit."""
+    at = np.array([visit.at for visit in visits])
+    times = np.arange(at.min(), at.max() + PACE_S, PACE_S)
+    curves = []
+    for mine in (visit.cell.tokens <= bound for visit in visits), (visit.cell.tokens > bound for visit in visits):
+        some = np.fromiter(mine, bool)
+        if not some.any():
+            curves.append(np.ones(len(times)))
+            continue
+        chosen = [visit for visit, is_mine in zip(visits, some, strict=True) if is_mine]
+        slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
+        curves.append(smooth(at[some], slow, times))
+    models = [at_speed(steps, Speed(float(few), float(many), bound)) for few, many in zip(*curves, strict=True)]
+
+    def pace(now: float) -> StepModel:
+        return models[min(max(0, round((now - times[0]) / PACE_S)), len(models) - 1)]
+
+    return pace
 
 
 def seconds_by(steps: StepModel, p: PassSeconds) -> float:

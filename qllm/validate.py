@@ -14,15 +14,16 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from executor.asides import PausingClock, asides
+from executor.bench import Visit
 from executor.engine import Engine, blocks_in
 from executor.replays import replay
 from qllm.build import load_timings, request_trace, scheduler_limits
 from qllm.config import Config
-from qllm.machine_speed import Call, PassSeconds, Speed, at_speed, shape_of_call, speed_of
+from qllm.machine_speed import Call, PassSeconds, Speed, Visited, at_speed, pace_of, shape_of_call, speed_of
 from qllm.metrics import per_request
 from qllm.runs import Run
 from scheduler import Limits
-from sim import Resampled, simulate
+from sim import Pace, Resampled, simulate
 from traces.requests import RequestTrace
 from traces.results import RunResult
 from traces.steps import Shape, StepModel
@@ -57,23 +58,25 @@ class Asked(StepModel):
 
 class Replayed(NamedTuple):
     """One run on the real engine. calls: its passes, in the order of `real.routing`, as the step model that cut them
-    saw them."""
+    saw them. visits: those of a calibration that was made in it."""
 
     run: Run
     trace: RequestTrace
     limits: Limits
     real: RunResult
     calls: list[Call]
+    visits: list[Visited]
 
 
 @dataclass
 class Compared:
     """One run in both worlds. calls: the real run's passes, in the order of `real.routing`, as `steps` predicts them.
 
-    passes: what each real pass took and what is predicted for it. at_speed: simulated once more with step times at the
-    `speed` that the machine had over the whole run. What its speed drifts between its calibration and the run is in the
-    errors of `simulated`, and not in those of `at_speed`, which are the simulator's own: how passes are made, queue,
-    preempt and share their time.
+    passes: what each real pass took and what is predicted for it. at_speed: simulated once more at the speed that the
+    machine had: from moment to moment, as the visits of a calibration in the run saw it, or, where there are none, over
+    the whole run, as its own passes show it (`speed`). How the machine's speed changes is in the errors of `simulated`,
+    and not in those of `at_speed`, which are the simulator's own: how passes are made, queue, preempt and share their
+    time.
     """
 
     run: Run
@@ -126,7 +129,7 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
     return simulate_run(replay_run(run, model), load_timings(run.config.timings))
 
 
-def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[tuple[int, int]] | None = None) -> Replayed:
+def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None = None) -> Replayed:
     """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes.
 
     visits: of a calibration (`executor.calibrate.calibration`), spread evenly over the time in which requests arrive,
@@ -143,39 +146,45 @@ def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[tuple[int, int
     with Engine(model, policy=policy, limits=limits, clock=clock, seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         asked.calls.clear()
-        with calibrated_in(engine, clock, visits, trace):
+        visited: list[Visited] = []
+        with calibrated_in(engine, clock, visits, trace, visited):
             real = replay(engine, trace, priorities=config.priorities, seed=run.seed)
         calls = list(asked.calls)
-    return Replayed(run, trace, limits, real, calls)
+    return Replayed(run, trace, limits, real, calls, visited)
 
 
 def calibrated_in(
-    engine: Engine, clock: PausingClock, visits: Iterator[tuple[int, int]] | None, trace: RequestTrace
+    engine: Engine, clock: PausingClock, visits: Iterator[Visit] | None, trace: RequestTrace, visited: list[Visited]
 ) -> AbstractContextManager[None]:
-    """While this is open, visits run aside, evenly over the time in which requests of `trace` arrive, a few at once:
-    a pass takes a tenth longer right after the machine stood idle, and one that goes on after a visit finds the
-    processor's cache used by others."""
+    """While this is open, visits run aside, evenly over the time in which requests of `trace` arrive, a few at once;
+    `visited` gets them.
+
+    A pass takes a tenth longer right after the machine stood idle, and one that goes on after a visit finds the
+    processor's cache used by others.
+    """
     if visits is None:
         return nullcontext()
-    done, planned = next(visits)
-    stretches = batched(islice(visits, planned - done), AT_ONCE)  # what follows the last one is no visit
-    return asides(engine, clock, stretches, float(np.ptp(trace.arrival)) * AT_ONCE / max(AT_ONCE, planned - done))
+    first = next(visits)
+    left = first.planned - first.done  # what follows the last one is no visit
+    begun = clock.now()  # the replay begins within a few hundredths of a second
 
+    def stretches() -> Iterator[None]:
+        for number, visit in enumerate(islice(visits, left), start=1):
+            visited.append(Visited(clock.now() - begun, visit.cell, visit.seconds))
+            if number % AT_ONCE == 0 or number == left:
+                yield
 
-def batched(visits: Iterator[tuple[int, int]], many: int) -> Iterator[list[tuple[int, int]]]:
-    """So many at once. (itertools has it from Python 3.12 on.)"""
-    while stretch := list(islice(visits, many)):
-        yield stretch
+    return asides(engine, clock, stretches(), float(np.ptp(trace.arrival)) * AT_ONCE / max(AT_ONCE, left))
 
 
 def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
     """Simulate a run that was replayed, with routing like that which was seen there, at the times of `timings` and at
     those of the speed that the machine had. `timings` may be others than those that cut the engine's passes, such as a
     calibration at the time of the run: the simulator's are cut by them."""
-    run, trace, limits, real, _ = replayed
+    run, trace, limits, real, _, visits = replayed
     config = run.config
 
-    def simulation(steps: StepModel) -> RunResult:
+    def simulation(steps: StepModel, pace: Pace | None = None) -> RunResult:
         return simulate(
             trace,
             priorities=config.priorities,
@@ -185,14 +194,18 @@ def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
             routing=Resampled(real.routing or [], timings.top_k, steps.layers, run.seed),
             seed=run.seed,
             timeline=True,
+            pace=pace,
         )
 
     steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
     calls = [call._replace(shape=shape_of_call(steps, call)) for call in replayed.calls]
     passes = pass_seconds(real, calls, steps)
     speed = speed_of(passes, steps, limits.max_seqs)
-    slower = simulation(at_speed(steps, speed))
-    return Compared(run, trace, real, simulation(steps), steps, calls, passes, speed, slower)
+    if visits:
+        followed = simulation(steps, pace_of(visits, steps, limits.max_seqs))
+    else:
+        followed = simulation(at_speed(steps, speed))
+    return Compared(run, trace, real, simulation(steps), steps, calls, passes, speed, followed)
 
 
 def real_limits(config: Config, model: PreTrainedModel) -> Limits:

@@ -87,7 +87,7 @@ def fast_device(device: Device) -> Process:
     env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
     steps = gpu.steps
     stops = gpu.granularity != "iteration"
-    merging = Merging(scheduler, steps) if scheduler.policy.merge else None
+    merging = Merging(scheduler) if scheduler.policy.merge else None
     rechecks = stops and type(scheduler.policy).recheck_at is not Policy.recheck_at
     while True:
         if env.peek() == env._now:
@@ -100,7 +100,7 @@ def fast_device(device: Device) -> Process:
         run: Run = p.cursor  # type: ignore[assignment]
         start = env._now
         if run is None:
-            run = gpu.start(p)
+            run = gpu.start(p, start)
         else:
             start += steps.resume_s
         if merging is not None:
@@ -160,17 +160,17 @@ def step_device(device: Device) -> Process:
         run: Run = p.cursor  # type: ignore[assignment]
         start = env.now
         if run is None:
-            run = gpu.start(p)
+            run = gpu.start(p, start)
         else:
             start += gpu.steps.resume_s
             yield device.sleep(gpu.steps.resume_s)
-        times = gpu.steps.times(run.shape, run.counts())
+        times = run.steps.times(run.shape, run.counts())
         points = set(run.points())
         first, stopped = run.done, False
         for piece in range(first, len(times)):
             seconds = float(times[piece])
             if scheduler.policy.merge and run.place()[1] == "experts":
-                seconds = run_group(run, suspended_runs(scheduler), gpu.steps)
+                seconds = run_group(run, suspended_runs(scheduler))
             yield device.sleep(seconds)
             run.done, run.at = piece + 1, run.at + seconds
             if piece in points:

@@ -13,7 +13,6 @@ from typing import cast
 import numpy as np
 
 from scheduler import Scheduler
-from traces.steps import StepModel
 
 from .runs import Run
 
@@ -26,9 +25,8 @@ def suspended_runs(scheduler: Scheduler) -> list[Run]:
 class Merging:
     """For the fast device: call `begin` when a pass starts or goes on, and `end` when it stops or ends."""
 
-    def __init__(self, scheduler: Scheduler, steps: StepModel):
+    def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
-        self._steps = steps
         self._lent: dict[int, list[Run]] = {}  # by layer, who stands before or between its experts
 
     def begin(self, run: Run) -> None:
@@ -38,7 +36,7 @@ class Merging:
             layer, stage, _ = q.place()
             if stage == "experts":
                 lent.setdefault(layer, []).append(q)
-        steps = self._steps
+        steps = run.steps
         for layer in {*lent, *run.changed()}:
             counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in lent.get(layer, ())])
             run.retime(layer, steps.groups(run.shape, counts))
@@ -52,15 +50,15 @@ class Merging:
             if last is not None:
                 own[max(0, last - start) * size :] = 0
             for q in lenders:
-                joined = self._steps.joins(own, q.expert_queues())
+                joined = run.steps.joins(own, q.expert_queues())
                 if joined.any():
                     q.ran_along(joined)
 
 
-def run_group(run: Run, suspended: Iterable[Run], steps: StepModel) -> float:
+def run_group(run: Run, suspended: Iterable[Run]) -> float:
     """Seconds of the group of experts that comes next in `run`; what runs along leaves the queues of `suspended`."""
     layer, _, group = run.place()
-    shape = run.shape
+    shape, steps = run.shape, run.steps
     experts = range(group * shape.group, min((group + 1) * shape.group, steps.n_experts))
     own = run.tokens(layer)
     lenders = [q for q in suspended if q.place()[:2] == (layer, "experts")]

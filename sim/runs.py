@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from traces.steps import Shape, StepModel
 
 from .routing import Recorded, Resampled, Routing
 
+#: a time (seconds) -> the step times of passes that begin then
+Pace = Callable[[float], StepModel]
 _VARIANTS = 32  # routing draws kept per size of a decode pass
 
 
@@ -19,10 +22,24 @@ class Run:
     stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done. Where passes merge at experts
     (sim/merging.py), `total` is what is planned for the stretch that begins."""
 
-    __slots__ = ("_cum", "_draw", "_gpu", "_left", "_points", "_seconds", "_shape", "_size", "at", "done", "total")
+    __slots__ = (
+        "_cum",
+        "_draw",
+        "_gpu",
+        "_left",
+        "_points",
+        "_seconds",
+        "_shape",
+        "_size",
+        "at",
+        "done",
+        "steps",
+        "total",
+    )
 
-    def __init__(self, gpu: GpuModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
+    def __init__(self, gpu: GpuModel, steps: StepModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
         self._gpu = gpu
+        self.steps = steps
         self._size = (p.tokens, p.n_decode, p.decode_context)
         self._draw = draw
         self._shape = shape
@@ -39,7 +56,7 @@ class Run:
         """How the pass is cut; worked out when first asked for in passes that only decode."""
         if self._shape is None:
             _, n, context = self._size
-            self._shape = self._gpu.steps.shape((), n, context, n)
+            self._shape = self.steps.shape((), n, context, n)
         return self._shape
 
     def counts(self) -> np.ndarray:
@@ -49,7 +66,7 @@ class Run:
     def ends(self) -> list[float]:
         """Seconds from the pass's start to the end of each piece."""
         if self._cum is None:
-            steps = self._gpu.steps
+            steps = self.steps
             times = steps.times(self.shape, self.counts())
             for layer, seconds in self._seconds.items():
                 first = self.piece(layer)
@@ -74,14 +91,14 @@ class Run:
 
     def place(self) -> tuple[int, str, int]:
         """(layer, stage, index) of the piece that comes next."""
-        return self._gpu.steps.where(self.shape, self.done)
+        return self.steps.where(self.shape, self.done)
 
     def expert_queues(self) -> np.ndarray:
         """Tokens that wait at each expert of the layer where the pass stands, int[experts]: all zero unless it stands
         before or between its experts."""
         layer, stage, group = self.place()
         if stage != "experts":
-            return np.zeros(self._gpu.steps.n_experts, dtype=np.int64)
+            return np.zeros(self.steps.n_experts, dtype=np.int64)
         queues = self.tokens(layer).copy()
         queues[: group * self.shape.group] = 0
         return queues
@@ -113,7 +130,7 @@ class Run:
         """Those groups of experts of `layer` that are still to run take `seconds`, float64[groups]."""
         old = self._seconds.get(layer)
         if old is None:
-            old = self._gpu.steps.groups(self.shape, self.counts()[layer])
+            old = self.steps.groups(self.shape, self.counts()[layer])
         new = old.copy()
         first = max(0, self.done - self.piece(layer))
         new[first:] = seconds[first:]
@@ -123,34 +140,44 @@ class Run:
 
 
 class GpuModel:
-    """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
+    """Passes of one model on one GPU: step times, and the routing that its tokens draw.
 
-    def __init__(self, steps: StepModel, routing: Routing | Recorded | Resampled, granularity: str):
+    pace: the step times of passes that begin at a time (seconds); `steps` at all times where it is None.
+    """
+
+    def __init__(
+        self,
+        steps: StepModel,
+        routing: Routing | Recorded | Resampled,
+        granularity: str,
+        pace: Pace | None = None,
+    ):
         self.steps = steps
+        self.pace = pace
         self.routing = routing
         self.granularity = granularity
-        self._decodes: dict[int, list[tuple[int, float]]] = {}
+        self._decodes: dict[tuple[StepModel, int], list[tuple[int, float]]] = {}
 
-    def start(self, p: Pass) -> Run:
-        """`p` is launched for the first time."""
-        steps, draw = self.steps, self.routing.draw()
+    def start(self, p: Pass, now: float) -> Run:
+        """`p` is launched for the first time, at `now`."""
+        steps, draw = self.steps if self.pace is None else self.pace(now), self.routing.draw()
         if self.routing.pooled and not p.prefill and p.restored is None and p.offloaded is None:
             n = p.n_decode
-            variants = self._decodes.get(n)
+            variants = self._decodes.get((steps, n))
             if variants is None:
                 shape = steps.shape((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
-                variants = self._decodes[n] = self._variants(n, shape)
+                variants = self._decodes[steps, n] = self._variants(steps, n, shape)
             draw, experts_s = variants[draw % _VARIANTS]
-            return Run(self, p, draw, steps.decode_total(n, p.decode_context) + experts_s)
+            return Run(self, steps, p, draw, steps.decode_total(n, p.decode_context) + experts_s)
         rows = p.n_decode
         for r, new, cached in p.prefill:
             rows += cached + new == r.prompt_tokens + r.generated
         moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
         shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
         experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
-        return Run(self, p, draw, steps.total(shape, experts_s), shape)
+        return Run(self, steps, p, draw, steps.total(shape, experts_s), shape)
 
-    def _variants(self, tokens: int, shape: Shape) -> list[tuple[int, float]]:
+    def _variants(self, steps: StepModel, tokens: int, shape: Shape) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
-        return [(d, self.steps.experts_of_pass(shape, self.routing.counts(tokens, d))) for d in draws]
+        return [(d, steps.experts_of_pass(shape, self.routing.counts(tokens, d))) for d in draws]

@@ -15,7 +15,7 @@ from traces.steps import StepModel, ticks
 
 from .device import Device, Observer, Process, fast_device, step_device
 from .routing import Recorded, Resampled, Routing
-from .runs import GpuModel, Run
+from .runs import GpuModel, Pace, Run
 
 
 def simulate(
@@ -31,6 +31,7 @@ def simulate(
     timeline: bool = False,
     until: float | None = None,
     step_by_step: bool = False,
+    pace: Pace | None = None,
 ) -> SimResult:
     """Simulate `trace` on one GPU and return what became of each request.
 
@@ -38,7 +39,8 @@ def simulate(
     (`traces.steps.StepModel`). popularity: share of tokens routed to each expert, float[layers, experts]; uniform by
     default. seed: of the routing's draws. routing: recorded routing to use instead of draws. timeline: record a Slice
     for each stretch that a pass runs. until: stop at that time (seconds) instead of when everybody is served.
-    step_by_step: use the slow reference device.
+    step_by_step: use the slow reference device. pace: for a machine whose speed changes, the step times of passes that
+    begin at a time, of a model with as many layers and experts; those of `steps` at all times by default.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """
@@ -46,7 +48,7 @@ def simulate(
     world = _World(trace, levels, Scheduler(policy, limits))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
-    gpu = GpuModel(steps, drawn, policy.granularity)
+    gpu = GpuModel(steps, drawn, policy.granularity, pace)
     slices: list[Slice] | None = [] if timeline else None
     env = simpy.Environment()
     device = Device(env, world.scheduler, gpu, world.record, None if slices is None else _observer(gpu, slices))

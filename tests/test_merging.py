@@ -60,7 +60,7 @@ def stopped_prefill(steps: StepModel, group: int, prompt: int = 40) -> tuple[Sch
     scheduler.add(Request(0, prompt, 2, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    be = p.cursor = gpu.start(p)
+    be = p.cursor = gpu.start(p, 0.0)
     scheduler.add(Request(1, 5, 1, 0), 0.0)
     be.done = be.piece(0) + group
     be.at = be.ends()[be.done - 1]
@@ -76,9 +76,9 @@ def test_what_ran_along_waits_no_more_and_saves_the_reading_of_its_expert(group)
     before, total = be.expert_queues(), be.total
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p)
+    ls = gpu.start(p, 0.0)
     alone, own = ls.total, ls.tokens(0).copy()
-    merging = Merging(scheduler, steps)
+    merging = Merging(scheduler)
     merging.begin(ls)
     joined = (own > 0) & (before > 0)
     assert ls.total - alone == pytest.approx(before[joined].sum() * ROW_S, abs=20 * TICK)
@@ -99,8 +99,8 @@ def test_a_pass_that_stops_has_run_along_only_what_it_came_to():
     before = be.expert_queues()
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p)
-    merging = Merging(scheduler, steps)
+    ls = gpu.start(p, 0.0)
+    merging = Merging(scheduler)
     merging.begin(ls)
     ls.done = ls.piece(0) + 5  # groups 0 to 4 are done
     merging.end(ls, 0, ls.done)
@@ -116,8 +116,8 @@ def test_queues_longer_than_merge_rows_wait_for_their_own_pass():
     assert before.min() > steps.merge_rows
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p)
-    alone, merging = ls.total, Merging(scheduler, steps)
+    ls = gpu.start(p, 0.0)
+    alone, merging = ls.total, Merging(scheduler)
     merging.begin(ls)
     merging.end(ls, 0, None)
     assert ls.total == alone

@@ -121,7 +121,7 @@ def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(nam
     scheduler.add(Request(0, 60, 3, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    run_ = gpu.start(p)
+    run_ = gpu.start(p, 0.0)
     at = [run_.ends()[point] for point in run_.points()]
     for point in (0, 1, len(at) - 1):
         for second in (at[point] + 0.5 * resume_s + 2e-3, at[point] + 1e-3):
@@ -168,7 +168,7 @@ def test_expert_queues_hold_what_a_suspended_pass_has_left():
     scheduler.add(Request(0, 50, 5, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    run_ = gpu.start(p)
+    run_ = gpu.start(p, 0.0)
     seen = set()
     for point in run_.points():
         run_.done = point + 1

@@ -9,8 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from executor.bench import Visit
 from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
+from executor.grids import Cell
 from executor.model import prepare_model
 from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
@@ -91,20 +93,21 @@ def test_visits_of_a_calibration_are_spread_over_the_run_and_no_more_than_planne
     run = runs(load_config(folder / "config.yaml"))[0]
     steps: list[int] = []
 
-    def visits(planned: int) -> Iterator[tuple[int, int]]:
+    def visits(planned: int) -> Iterator[Visit]:
         for done in range(1, planned + 1):
             steps.append(done)
-            yield done, planned
+            yield Visit(done, planned, Cell(1, 1, 0), 1e-3)
         steps.append(-1)
 
     few, many = visits(3), visits(10**9)
-    replay_run(run, model, few)
+    replayed = replay_run(run, model, few)
     assert steps == [1, 2, 3]
+    assert [(visit.cell, visit.seconds) for visit in replayed.visits] == [(Cell(1, 1, 0), 1e-3)] * 2  # in the run
     assert next(few, None) is None
     steps.clear()
     replay_run(run, model, many)
     assert 1 < len(steps) < 10**9
-    assert next(many)[0] == steps[-1]
+    assert next(many).done == steps[-1]
 
 
 def test_passes_add_up_to_the_time_the_engine_ran(compared):

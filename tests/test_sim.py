@@ -34,6 +34,37 @@ def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy
     assert fast.passes == slow.passes
 
 
+def slower(steps: StepModel, factor: float) -> StepModel:
+    return StepModel(steps.timings.scaled(factor), max_step=steps.max_step, expert_mode=steps.mode)
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces(), policies, limits(), step_models(), st.lists(st.sampled_from([0.5, 1.0, 1.7, 30.0]), min_size=2))
+def test_both_devices_agree_on_a_machine_whose_speed_changes(trace, policy, limits, steps, factors):
+    models = [slower(steps, factor) for factor in factors]
+
+    def pace(now: float) -> StepModel:
+        return models[int(now / 0.004) % len(models)]
+
+    fast = run(trace, policy, limits, steps, pace=pace, timeline=True)
+    slow = run(trace, policy, limits, steps, pace=pace, timeline=True, step_by_step=True)
+    assert fast.slices == slow.slices
+    np.testing.assert_array_equal(fast.finish, slow.finish)
+
+
+def test_a_pass_has_the_speed_of_the_time_when_it_began():
+    """Three decode passes at twice the time, after a prefill that began before the machine became slower."""
+    timings = affine_timings(layers=2, experts=4)
+    steps, twice = StepModel(timings), StepModel(timings.scaled(2.0))
+    trace = RequestTrace(np.array([0.0]), np.array([20]), np.array([4]), np.array([0]), ("ls",))
+    plain = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True).slices
+    paced = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True, pace=lambda now: twice if now else steps)
+    assert plain is not None
+    assert paced.slices is not None
+    ratios = [(b.end - b.start) / (a.end - a.start) for a, b in zip(plain, paced.slices, strict=True)]
+    assert ratios == pytest.approx([1, 2, 2, 2], rel=1e-4)
+
+
 @settings(max_examples=150, deadline=None)
 @given(traces(), policies, limits(), step_models())
 def test_conservation_causality_and_time_that_adds_up(trace, policy, limits, steps):

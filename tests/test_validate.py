@@ -17,10 +17,11 @@ from executor.model import prepare_model
 from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
 from qllm.config import load_config
-from qllm.machine_speed import at_speed, seconds_by
+from qllm.machine_speed import Visited, at_speed, pace_of, seconds_by
 from qllm.runs import runs
 from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors, replay_run, simulate_run
 from qllm.validation_results import report, save
+from traces.steps import StepModel
 from traces.timing import Timings, affine_timings
 
 CONFIG = """\
@@ -108,6 +109,26 @@ def test_visits_of_a_calibration_are_spread_over_the_run_and_no_more_than_planne
     replay_run(run, model, many)
     assert 1 < len(steps) < 10**9
     assert next(many).done == steps[-1]
+
+
+def test_a_simulation_follows_the_speed_that_visits_saw(folder, model):
+    """Small steps take twice their time in the second half, by the visits; passes begin in both halves."""
+    timings = Timings.load(folder / "timings.csv")
+    cells = [Cell(1, 1, 0), Cell(2, 1, 0), Cell(1, 64, 0)]
+    seconds = {cell: 1e-3 * cell.tokens for cell in cells}
+    visits = [
+        Visited(at, cell, seconds[cell] * (2 if at >= 30 and cell.tokens <= 4 else 1))
+        for at in np.arange(0, 60, 0.25).tolist()
+        for cell in cells
+    ]
+    pace = pace_of(visits, StepModel(timings), 4)
+    decoding, prefill = (lambda s: s.shape((), 1, 20, 1).pre), (lambda s: s.shape([(None, 32, 0)], 0, 0, 1).pre)
+    for now, expected in ((-5, 2 / 3), (10, 2 / 3), (50, 4 / 3), (1000, 4 / 3)):
+        assert decoding(pace(now)) / decoding(StepModel(timings)) == pytest.approx(expected, rel=0.01)
+        assert prefill(pace(now)) == pytest.approx(prefill(StepModel(timings)), rel=1e-4)
+    replayed = replay_run(runs(load_config(folder / "config.yaml"))[0], model)
+    followed = simulate_run(replayed._replace(visits=visits), timings)
+    assert followed.at_speed.makespan < followed.simulated.makespan  # all of the run lies in the fast half
 
 
 def test_passes_add_up_to_the_time_the_engine_ran(compared):

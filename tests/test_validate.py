@@ -122,7 +122,8 @@ def test_a_simulation_follows_the_speed_that_visits_saw(folder, model):
         for cell in cells
     ]
     pace = pace_of(visits, StepModel(timings), 4)
-    decoding, prefill = (lambda s: s.shape((), 1, 20, 1).pre), (lambda s: s.shape([(None, 32, 0)], 0, 0, 1).pre)
+    most = int(timings.range("dense_pre")[1])
+    decoding, prefill = (lambda s: s.shape((), 1, 20, 1).pre), (lambda s: s.shape([(None, most, 0)], 0, 0, 1).pre)
     for now, expected in ((-5, 2 / 3), (10, 2 / 3), (50, 4 / 3), (1000, 4 / 3)):
         assert decoding(pace(now)) / decoding(StepModel(timings)) == pytest.approx(expected, rel=0.01)
         assert prefill(pace(now)) == pytest.approx(prefill(StepModel(timings)), rel=1e-4)

@@ -7,11 +7,11 @@ are those shares of the rate at which fcfs is simulated to be busy all the time.
 best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates. The
 one that a run is simulated with is made in that run: its clock stands still while the engine's thread makes a visit, as
 often as two rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
-Prints the errors (with the calibrated step times, and with those at the speed that the machine had in each run), their
-spread over the repeats and the largest contributions; writes everything to --out. A finished run is kept there: after
-an interruption, or with more --repeats, the same command runs what is missing, and simulates everything. Needs a
-machine that does nothing else. One thread by default: two processors of a virtual machine may be one core at one time
-and two at another.
+Prints the errors (with the calibrated step times, which are those of the machine's average speed, and at the speed that
+it had from moment to moment by those visits), their spread over the repeats and the largest contributions; writes
+everything to --out. A finished run is kept there: after an interruption, or with more --repeats, the same command runs
+what is missing, and simulates everything. Needs a machine that does nothing else. One thread by default: two processors
+of a virtual machine may be one core at one time and two at another.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timing
 
 def told(one: Compared) -> str:
     """A line about one run in both worlds."""
-    real, simulated = (float(np.mean(result.finish - result.arrival)) for result in (one.real, one.simulated))
+    worlds = (one.real, one.simulated, one.at_speed)
+    real, simulated, followed = (float(np.mean(result.finish - result.arrival)) for result in worlds)
     few, many, bound = one.speed
-    times = f"mean turnaround {real:.3f} s real, {simulated:.3f} s simulated"
+    times = f"mean turnaround {real:.3f} s real, {simulated:.3f} s simulated, {followed:.3f} s at speed"
     return f"{one.run}: {times}; steps took {few:.3f} (up to {bound} tokens) and {many:.3f} (more) of what is predicted"
 
 

@@ -55,7 +55,7 @@ def report(folder: Path) -> str:
     wide = table.assign(what=table["metric"].str.removesuffix("_s") + " " + table["statistic"])
     names = list(dict.fromkeys(wide["what"]))
     formats = {name: "{:+.0f}".format if name.startswith("preemptions") else "{:+.1%}".format for name in names}
-    for values, told in (("error", "calibrated step times"), ("error_at_speed", "step times at the speed of each run")):
+    for values, told in (("error", "calibrated step times"), ("error_at_speed", "at the speed that the machine had")):
         shown = wide.pivot(index=["policy", "rate", "class"], columns="what", values=values)[names]
         lines += [f"simulated / real - 1 (preemptions: difference), {told}", ""]
         lines += [shown.to_string(formatters=formats, na_rep="-"), ""]

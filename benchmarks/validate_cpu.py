@@ -150,9 +150,8 @@ def main() -> None:
     todo, compared = runs(prepare(args, subject)), []
     if not all(kept_in(args.out, run).exists() for run in todo):
         fastest = max(todo, key=lambda run: run.config.rate or 0)
-        replay_run(
-            fastest, subject.model
-        )  # not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms
+        # Not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms.
+        replay_run(fastest, subject.model)
     for seed in range(args.repeats):
         for run in todo:
             if run.seed == seed:

@@ -127,7 +127,7 @@ def warn(measured: dict[Cell, Measured]) -> None:
             f"median); the widest: {cell.sequences} x {cell.new} tokens over {cell.context}, {most:.0%}. Is the "
             "machine busy?",
             CalibrationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -86,15 +86,13 @@ def pace_of(visits: list[Visited], steps: StepModel, bound: int) -> Pace:
     from the run's own passes. `steps` are taken to be those of the average visit."""
     at = np.array([visit.at for visit in visits])
     times = np.arange(at.min(), at.max() + PACE_S, PACE_S)
+    small = np.array([visit.cell.tokens <= bound for visit in visits])
     curves = []
-    for mine in (visit.cell.tokens <= bound for visit in visits), (visit.cell.tokens > bound for visit in visits):
-        some = np.fromiter(mine, bool)
-        if not some.any():
-            curves.append(np.ones(len(times)))
-            continue
-        chosen = [visit for visit, is_mine in zip(visits, some, strict=True) if is_mine]
-        slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
-        curves.append(smooth(at[some], slow, times))
+    for some in (small, ~small):
+        chosen = [visit for visit, mine in zip(visits, some, strict=True) if mine]
+        if chosen:
+            slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
+        curves.append(smooth(at[some], slow, times) if chosen else np.ones(len(times)))
     models = [at_speed(steps, Speed(float(few), float(many), bound)) for few, many in zip(*curves, strict=True)]
 
     def pace(now: float) -> StepModel:

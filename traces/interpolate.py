@@ -49,13 +49,18 @@ def isotonic_grid(values: np.ndarray, sweeps: int = 20) -> np.ndarray:
     return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
 
 
-def line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
+def _line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Piecewise-linear through (xs, ys): flat below xs[0], the last segment's slope above xs[-1]."""
     inside = np.interp(x, xs, ys)
     if len(xs) < 2:
         return inside
     slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
     return inside + slope * np.maximum(x - xs[-1], 0.0)
+
+
+def by_tokens(tokens: np.ndarray, seconds: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Seconds of `x` tokens (any shape), which are `seconds` at the increasing sizes `tokens`; nothing for none."""
+    return np.where(x > 0, _line(tokens, seconds, x), 0.0)
 
 
 class Curve:
@@ -74,7 +79,7 @@ class Curve:
         self._warned = False
 
     def _evaluate(self, x: np.ndarray) -> np.ndarray:
-        return np.where(x > 0, line(self.xs, self.ys, x), 0.0)
+        return by_tokens(self.xs, self.ys, x)
 
     def __call__(self, tokens: Any) -> Any:
         """Seconds: float for a number, float64 array of the same shape for an array. ValueError if negative."""
@@ -166,7 +171,7 @@ class Grid:
         """Values at every grid context, [len(x), len(ys)]."""
         if (x < 0).any():
             raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {x.min():g}")
-        columns = np.stack([line(self.xs, column, x) for column in self.grid.T], axis=-1)
+        columns = np.stack([_line(self.xs, column, x) for column in self.grid.T], axis=-1)
         return np.where(x[:, None] > 0, columns, 0.0)
 
     def _array(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:

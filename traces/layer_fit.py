@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from traces.interpolate import line
+from traces.interpolate import by_tokens
 from traces.timing_format import TimingError
 
 OUTLIER = 0.25  # a layer further than this from the first fit does not take part in the second
@@ -30,14 +30,8 @@ class LayerFit:
 
     def predicted(self, counts: Sequence[Sequence[int]], further: Sequence[int]) -> np.ndarray:
         """Seconds of layers, float64[layers]; arguments as those of `fit_layers`."""
-        each = expert_seconds(self.tokens, self.seconds, np.asarray(counts))
+        each = by_tokens(self.tokens, self.seconds, np.asarray(counts))
         return self.base + self.per_group * np.asarray(further) + each.sum(axis=1)
-
-
-def expert_seconds(tokens: np.ndarray, seconds: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """f at `rows` (int, any shape), which is `seconds` at the increasing sizes `tokens`; nothing for an expert without
-    rows. float64 of the shape of `rows`."""
-    return np.where(rows > 0, line(tokens, seconds, rows), 0.0)
 
 
 def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], further: Sequence[int]) -> LayerFit:

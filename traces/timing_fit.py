@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from traces.interpolate import isotonic
-from traces.layer_fit import expert_seconds
+from traces.interpolate import by_tokens, isotonic
 from traces.timing_format import TimingError
 
 OUTLIER = 0.25  # a row further than this from the line through the others does not take part in the base
@@ -32,7 +31,7 @@ class ExpertFit:
 
     def layer(self, counts: np.ndarray) -> float:
         """Seconds of one MoE layer whose experts get `counts` tokens (int[experts])."""
-        return self.base + float(expert_seconds(self.tokens, self.seconds, counts).sum())
+        return self.base + float(by_tokens(self.tokens, self.seconds, counts).sum())
 
 
 def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
@@ -70,7 +69,7 @@ def fit_experts(layer: pd.Series, experts: int, top_k: int, tile: int | None = N
     if tile is not None:
         sizes, f, measured = _stairs(sizes, f, tile)
     spread = np.array([balanced_counts(int(n), top_k, experts) for n in tokens])
-    predicted = base + expert_seconds(sizes, f, spread).sum(axis=1)
+    predicted = base + by_tokens(sizes, f, spread).sum(axis=1)
     errors = np.abs(predicted / seconds - 1)
     dropped = tuple(int(n) for n in tokens[few][~kept])
     return ExpertFit(base, sizes, f, measured, float(errors.mean()), float(errors.max()), dropped)

@@ -17,8 +17,8 @@ _END = object()
 class PausingClock(RealClock):
     """Real time, but for what is done aside."""
 
-    def __init__(self, steps: StepModel | None = None):
-        super().__init__(steps)
+    def __init__(self, steps: StepModel | None = None, *, polls: bool = False):
+        super().__init__(steps, polls=polls)
         self.paused = 0.0  #: seconds until now
         self._stands: float | None = None  # at that time
 

@@ -57,15 +57,23 @@ class Clock(Protocol):
 
 
 class RealClock:
-    """time.monotonic. `steps`, if given, cut the passes; they say nothing about time."""
+    """time.monotonic. `steps`, if given, cut the passes; they say nothing about time.
 
-    def __init__(self, steps: StepModel | None = None):
+    polls: do not sleep while idle. It keeps a core busy, and the first pass after a pause does not pay for a processor
+    that slept or, in a virtual machine, worked for others (benchmarks/idle.py prints how much).
+    """
+
+    def __init__(self, steps: StepModel | None = None, *, polls: bool = False):
         self.steps = steps
+        self._polls = polls
 
     def now(self) -> float:
         return time.monotonic()
 
     def idle(self, until: float | None) -> float | None:
+        if self._polls:
+            time.sleep(0)  # other threads may have the interpreter's lock
+            return 0.0
         return None if until is None else max(0.0, until - self.now())
 
     def suspended(self) -> None:

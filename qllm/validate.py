@@ -130,7 +130,8 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
 
 
 def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None = None) -> Replayed:
-    """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes.
+    """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes. The engine polls
+    while it is idle: what a processor takes to wake up is in no step.
 
     visits: of a calibration (`executor.calibrate.calibration`), spread evenly over the time in which requests arrive,
     while the run's clock stands still: it measures the machine that the run sees, on the same thread. What is left of
@@ -142,7 +143,7 @@ def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None 
     asked = Asked(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     asked.calls = []
     policy = config.policies[run.policy].build()
-    clock = PausingClock(asked)
+    clock = PausingClock(asked, polls=True)
     with Engine(model, policy=policy, limits=limits, clock=clock, seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         asked.calls.clear()

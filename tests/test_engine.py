@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from executor import Engine  # noqa: E402
+from executor import Engine, RealClock  # noqa: E402
 from executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
 from executor.passes import tensors  # noqa: E402
@@ -48,6 +49,27 @@ def test_tokens_are_those_of_generate_whatever_the_policy(model, expected, polic
         streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 3, stop=()) for i, p in enumerate(asked)]
         assert [s.result().tokens for s in streams] == [expected(p) for p in asked]
         assert {s.finish_reason for s in streams} == {"length"}
+
+
+def test_an_engine_that_polls_never_sleeps_and_hears_of_requests(model, expected, monkeypatch):
+    idled: list[float | None] = []
+    idle = RealClock.idle
+
+    def watched(self, until):
+        idled.append(idle(self, until))
+        return idled[-1]
+
+    monkeypatch.setattr(RealClock, "idle", watched)
+    prompt = prompts(1, seed=5)[0]
+    with Engine(model, clock=RealClock(polls=True), limits=Limits(kv_blocks=100)) as engine:
+        for _ in range(2):
+            assert engine.submit(prompt, max_new_tokens=NEW, stop=()).result().tokens == expected(prompt)
+            turns = len(idled)
+            late = time.monotonic() + 30
+            while len(idled) < turns + 10 and time.monotonic() < late:
+                time.sleep(0.001)
+            assert len(idled) >= turns + 10  # it goes on by itself
+    assert set(idled) == {0.0}
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

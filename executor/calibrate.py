@@ -14,7 +14,7 @@ import torch
 from executor.bench import PRECISION, ROUNDS, Bench, Visit
 from executor.facts import conditions, device_name, memory_bytes, model_facts, versions
 from executor.grids import Cell, cells
-from executor.loop_cost import loop_seconds
+from executor.loop_cost import loop_seconds, wake_seconds
 from executor.measured import CalibrationError, Kept, Measured
 from executor.runner import max_positions
 from executor.subject import Subject
@@ -109,6 +109,8 @@ def calibration(
         loop = loop_seconds(model, max(1, extent.max_batch // 4))
         kept.number("between_s", loop.between)
         kept.number("loop_s", loop.all)
+    if "wake_s" not in kept.numbers:
+        kept.number("wake_s", wake_seconds(model))
     warn({cell: kept.cells[cell.key] for cell in grid})
     measured, drift = kept.steady(grid, extent.max_batch)
     timings = build(subject, facts, device, extent, measured, {**kept.numbers, "drift": drift}, rounds)
@@ -176,6 +178,7 @@ def build(
         host_s=host_s + numbers["loop_s"],
         suspend_s=numbers["switch_s"] / 2,
         resume_s=numbers["switch_s"] / 2,
+        wake_s=numbers["wake_s"],
         kv_bytes_per_token=facts["kv_bytes_per_token"] * subject.layers // layers,
         weights_bytes=subject.weights_bytes,
         memory_bytes=memory_bytes(subject.model.device)[1],

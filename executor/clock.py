@@ -113,12 +113,13 @@ class RealCourse:
 
 
 class VirtualClock:
-    """Time by `steps`, from 0 on. Idle time passes at once."""
+    """Time by `steps`, from 0 on. Idle time passes at once, and the pass after it wakes the device up."""
 
     def __init__(self, steps: StepModel):
         self.steps: StepModel | None = steps
         self._steps = steps
         self._now = 0.0
+        self._rested = False
 
     def now(self) -> float:
         return self._now
@@ -126,6 +127,7 @@ class VirtualClock:
     def idle(self, until: float | None) -> float | None:
         if until is None:
             return None
+        self._rested |= until > self._now
         self._now = max(self._now, until)
         return 0.0
 
@@ -139,7 +141,11 @@ class VirtualClock:
         self._now += seconds
 
     def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
-        return VirtualCourse(self, running, shape or shape_of(self._steps, p), granularity)
+        shape = shape or shape_of(self._steps, p)
+        if self._rested:
+            self._rested = False
+            shape.lead += self._steps.wake_s
+        return VirtualCourse(self, running, shape, granularity)
 
 
 class VirtualCourse:

@@ -1,5 +1,5 @@
-"""What the engine's loop takes for a pass, beyond the pass itself: the scheduler's decisions, the messages it listens
-for at each preemption point, the end of one pass and the start of the next."""
+"""What the engine takes for a pass, beyond the pass itself: the loop's decisions, the messages that it listens for at
+each preemption point, the end of one pass and the start of the next; and what a pass takes longer after a pause."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from traces.requests import RequestTrace
 from traces.steps import Shape
 
 PROMPT, OUTPUT, BLOCK = 8, 24, 16
+PAUSES = 24
+PAUSE_S = 0.4
 
 
 class LoopSeconds(NamedTuple):
@@ -71,6 +73,23 @@ def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
     )
     between = statistics.median(after.start - before.end for before, after in pairs)
     return LoopSeconds(max(0.0, around - _batch_and_sampling(model, sequences)), max(0.0, between))
+
+
+def wake_seconds(model: PreTrainedModel) -> float:
+    """What a prompt takes longer after a pause than right behind another, in an engine that polls while idle: caches
+    were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after PAUSE_S."""
+    rng = np.random.default_rng(0)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    limits = Limits(max_seqs=1, max_tokens=PROMPT, kv_blocks=2 * (PROMPT // BLOCK + 1), block_size=BLOCK)
+    found = []
+    with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True)) as engine:
+        for _ in range(PAUSES):
+            time.sleep(PAUSE_S)
+            prompts = rng.integers(vocabulary, size=(2, PROMPT)).tolist()
+            streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
+            first, second = (stream.result().record for stream in streams)
+            found.append((first.finish - first.arrival) - (second.finish - first.finish))
+    return max(0.0, statistics.median(found))
 
 
 def _batch_and_sampling(model: PreTrainedModel, sequences: int) -> float:

@@ -15,7 +15,7 @@ from executor.grids import mixed_lengths
 from executor.measure import Stopwatch, fill_cache, measure, random_entries, timed
 from executor.runner import Runner
 from qllm.machine_speed import Call
-from qllm.validate import Compared
+from qllm.validate import Compared, after_rest
 from traces.steps import StepModel
 
 SAMPLED = 24  # passes measured again, step kind by step kind
@@ -45,12 +45,12 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
     for run in runs:
         slices = run.real.slices or []
         between_s = run.steps.timings.engine_between_s  # part of host_s, and so of each pass's lead
+        rested = after_rest(run.real)
         for call, seconds, predicted, _ in run.passes:
             kind = "mixed" if call.chunks and call.n_decode else "prefill" if call.chunks else "decode"
             add(f"{kind} passes", seconds, predicted)
         for before, after in pairwise(slices):
-            waiting = (run.real.arrival <= before.end) & (run.real.finish > after.start)  # else the engine was idle
-            if waiting.any():
+            if after.pass_id not in rested or after.first > 0:
                 switched = run.steps.suspend_s * before.suspended + run.steps.resume_s * (after.first > 0)
                 kind = "suspending and resuming" if before.suspended or after.first > 0 else "between passes"
                 add(kind, after.start - before.end, switched + between_s)

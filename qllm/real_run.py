@@ -59,11 +59,12 @@ class Target:
         return int(model_facts(self.model)["layers"])
 
     def clock(self, config: Config) -> RealClock:
-        """Real time; passes are cut by the configuration's timing trace where that was measured on this target."""
+        """Real time; passes are cut by the configuration's timing trace where that was measured on this target. The
+        engine polls while idle, as in a calibration."""
         timings = load_timings(config.timings)
         here = model_facts(self.model) | {"source": "measured", "device": device_name(self.model.device)}
         same = all(getattr(timings, key) == here[key] for key in SAME)
-        return RealClock(step_model(config) if same else None)
+        return RealClock(step_model(config) if same else None, polls=True)
 
     def limits(self, config: Config) -> Limits:
         """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""

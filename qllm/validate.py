@@ -131,7 +131,7 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
 
 def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None = None) -> Replayed:
     """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes. The engine polls
-    while it is idle: what a processor takes to wake up is in no step.
+    while idle, as in a calibration.
 
     visits: of a calibration (`executor.calibrate.calibration`), spread evenly over the time in which requests arrive,
     while the run's clock stands still: it measures the machine that the run sees, on the same thread. What is left of
@@ -222,13 +222,24 @@ def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[P
     """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what the
     engine's loop takes between two passes (a part of `host_s`)."""
     between_s = steps.timings.engine_between_s
+    rested = after_rest(real)
     took: dict[int, float] = defaultdict(float)
     for s in real.slices or []:
         took[s.pass_id] += s.end - s.start
     found = []
-    for (_, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
-        predicted = steps.total(call.shape, steps.experts_of_pass(call.shape, counts))
+    for (id, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
+        predicted = steps.total(call.shape, steps.experts_of_pass(call.shape, counts)) + steps.wake_s * (id in rested)
         found.append(PassSeconds(call, seconds, predicted - between_s, np.asarray(counts)))
+    return found
+
+
+def after_rest(real: RunResult) -> set[int]:
+    """Ids of the passes before which nobody was in the system."""
+    found, end = set(), 0.0
+    for s in real.slices or []:
+        if not ((real.arrival <= end) & (real.finish > end)).any():
+            found.add(s.pass_id)
+        end = s.end
     return found
 
 

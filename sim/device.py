@@ -48,6 +48,7 @@ class Device:
         self.on_finished = on_finished
         self.observer = observer
         self.idle: simpy.Event | None = None
+        self.rested = False  # it stood idle for a time, and the next pass wakes it up
         self.interruptible: Pass | None = None  # the running pass, while an event may stop it
         self.process: simpy.Process | None = None
 
@@ -66,6 +67,20 @@ class Device:
         elif self.idle is not None:
             idle, self.idle = self.idle, None
             idle.succeed()
+
+    def rest(self) -> Process:
+        """Nothing to do until something arrives."""
+        since, self.idle = self.env.now, self.env.event()
+        yield self.idle
+        self.rested |= self.env.now > since
+
+    def launch(self, p: Pass) -> Run:
+        """`p` begins."""
+        run = self.gpu.start(p, self.env.now)
+        if self.rested:
+            self.rested = False
+            run.wake()
+        return run
 
     def sleep(self, seconds: float, priority: int = FINISH) -> simpy.Event:
         """An event `seconds` from now, before or after others of the same instant by `priority`."""
@@ -94,13 +109,12 @@ def fast_device(device: Device) -> Process:
             yield device.sleep(0.0, DECISION)
         p = scheduler.next(env._now)
         if p is None:
-            device.idle = env.event()
-            yield device.idle
+            yield from device.rest()
             continue
         run: Run = p.cursor  # type: ignore[assignment]
         start = env._now
         if run is None:
-            run = gpu.start(p, start)
+            run = device.launch(p)
         else:
             start += steps.resume_s
         if merging is not None:
@@ -154,13 +168,12 @@ def step_device(device: Device) -> Process:
         yield device.sleep(0.0, DECISION)
         p = scheduler.next(env.now)
         if p is None:
-            device.idle = env.event()
-            yield device.idle
+            yield from device.rest()
             continue
         run: Run = p.cursor  # type: ignore[assignment]
         start = env.now
         if run is None:
-            run = gpu.start(p, start)
+            run = device.launch(p)
         else:
             start += gpu.steps.resume_s
             yield device.sleep(gpu.steps.resume_s)

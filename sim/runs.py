@@ -103,6 +103,11 @@ class Run:
         queues[: group * self.shape.group] = 0
         return queues
 
+    def wake(self) -> None:
+        """The device stood idle before the pass, of which nothing is done yet."""
+        self.shape.lead += self.steps.wake_s
+        self.total += self.steps.wake_s
+
     # ---- merging -----------------------------------------------------------------------------------------------
 
     def piece(self, layer: int) -> int:

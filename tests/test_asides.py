@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from executor import loop_cost
 from executor.asides import PausingClock, asides
 from executor.bench import Bench
 from executor.calibrate import CalibrationWarning, Extent, calibration
@@ -93,6 +94,7 @@ def test_a_model_is_calibrated_inside_a_run_and_generates_what_it_would(subject,
         return visit(self, cell, watch)
 
     monkeypatch.setattr(Bench, "visit", watched)
+    monkeypatch.setattr(loop_cost, "PAUSES", 1)
     visits = calibration(subject, tmp_path / "tiny.csv", EXTENT, (1, 1))
     clock = PausingClock()
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor import loop_cost
 from executor import measure as measuring
 from executor.bench import OFTEN, ROUNDS, Bench, spread
 from executor.calibrate import CalibrationWarning, Extent, calibrate, calibration
 from executor.calibration_check import predict, run_passes
+from executor.clock import RealClock
 from executor.engine import Engine
 from executor.facts import device_name, model_facts
 from executor.families import tiny_config, tiny_model
 from executor.grids import ALL, Cell, cells, mixed_lengths
-from executor.loop_cost import LoopSeconds, loop_seconds
+from executor.loop_cost import LoopSeconds, loop_seconds, wake_seconds
 from executor.measure import PassTimes, timed
 from executor.measured import CalibrationError, Measured
 from executor.model import prepare_model
@@ -36,6 +39,14 @@ from traces.timing import TimingError, Timings, affine_timings
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.CalibrationWarning")
 EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop_cost, "PAUSES", 3)
+        patch.setattr(loop_cost, "PAUSE_S", 0.02)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +101,24 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
 def test_the_loop_takes_more_than_what_lies_between_passes(subject):
     loop = loop_seconds(subject.model, 2)
     assert 0 < loop.between < loop.all
+
+
+def test_a_pass_that_is_slow_after_a_pause_is_found_out(subject, monkeypatch):
+    class Sleepy(RealClock):
+        woken = False
+
+        def idle(self, until):
+            self.woken = False
+            return super().idle(until)
+
+        def course(self, *args):
+            if not self.woken:
+                time.sleep(0.1)
+            self.woken = True
+            return super().course(*args)
+
+    monkeypatch.setattr(loop_cost, "RealClock", Sleepy)
+    assert wake_seconds(subject.model) > 0.05
 
 
 def test_times_are_those_of_the_mean_pass():

@@ -13,6 +13,7 @@ import executor.experts  # noqa: E402
 from executor import Engine, VirtualClock, replay  # noqa: E402
 from executor.families import tiny_model  # noqa: E402
 from executor.model import prepare_model  # noqa: E402
+from qllm.validate import after_rest  # noqa: E402
 from scheduler import POLICIES, Limits, Policy, make_policy  # noqa: E402
 from sim import Recorded, simulate  # noqa: E402
 from traces.requests import RequestTrace  # noqa: E402
@@ -59,8 +60,8 @@ def workload(seed: int, n: int = 40, gap: float = 0.002) -> RequestTrace:
 
 
 def step_model(max_step: float = 1e-4, expert_mode: str = "fused", layers: int = LAYERS, **costs) -> StepModel:
-    header = {"host_s": 1e-4, "suspend_s": 1e-5, "resume_s": 7e-6, "kv_bytes_per_token": 1 << 20}
-    timings = affine_timings(layers=layers, experts=EXPERTS, top_k=2, **header, **costs)
+    header = {"host_s": 1e-4, "suspend_s": 1e-5, "resume_s": 7e-6, "wake_s": 3e-4, "kv_bytes_per_token": 1 << 20}
+    timings = affine_timings(layers=layers, experts=EXPERTS, top_k=2, **header | costs)
     return StepModel(timings, max_step=max_step, expert_mode=expert_mode)
 
 
@@ -86,6 +87,22 @@ def assert_same(real: RunResult, simulated: RunResult) -> None:
         np.testing.assert_array_equal(getattr(real, column), getattr(simulated, column), err_msg=column)
     assert (real.makespan, real.passes) == (simulated.makespan, simulated.passes)
     assert real.reasons == simulated.reasons
+
+
+@pytest.mark.parametrize("name", ["fcfs", "qllm"])
+def test_after_each_pause_both_wake_up(model, name):
+    trace = workload(seed=5, n=16, gap=0.1)
+    results = [
+        both(model, trace, make_policy(name), Limits(kv_blocks=40, block_size=4), step_model(wake_s=wake_s))
+        for wake_s in (0.0, 0.01)
+    ]
+    for real, simulated in results:
+        assert_same(real, simulated)
+    (real, _), (woken, _) = results
+    pauses = after_rest(real)
+    assert len(pauses) > 4
+    longer = sum(s.end - s.start for s in woken.slices or []) - sum(s.end - s.start for s in real.slices or [])
+    assert longer == pytest.approx(0.01 * len(pauses), rel=0.02)
 
 
 def test_every_policy_is_put_to_the_test():

@@ -183,6 +183,20 @@ def test_lone_request_takes_its_isolated_ttft():
         assert result.queueing[0] == 0
 
 
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
+    """The second of two requests waits for the first, which woke the device up; nobody wakes it at time 0."""
+    arrivals = np.array([0.0, 1.0, 1.0, 2.0])
+    ones = np.ones(4, dtype=int)
+    trace = RequestTrace(arrivals, 8 * ones, ones, 0 * ones, ("ls",))
+    took = []
+    for wake_s in (0.0, 0.01):
+        steps = StepModel(affine_timings(wake_s=wake_s))
+        result = run(trace, make_policy("fcfs"), Limits(max_seqs=1), steps, step_by_step=step_by_step, timeline=True)
+        took.append(np.array([s.end - s.start for s in result.slices or []]))
+    assert took[1] - took[0] == pytest.approx([0.0, 0.01, 0.0, 0.01], abs=1e-8)
+
+
 def test_requests_that_cannot_fit_are_rejected_with_a_reason():
     trace = RequestTrace(np.zeros(2), np.array([1000, 10]), np.array([1, 1]), np.array([0, 0]), ("ls",))
     result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), StepModel(affine_timings()))

@@ -89,6 +89,7 @@ def step_models(draw: st.DrawFn) -> StepModel:
         host_s=draw(st.sampled_from([0.0, 2e-4])),
         suspend_s=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
         resume_s=draw(st.sampled_from([0.0, 7e-6, 3e-3])),
+        wake_s=draw(st.sampled_from([0.0, 2e-3])),
     )
     max_step = draw(st.sampled_from([1e-5, 1e-4, 3e-4, float("inf")]))
     return StepModel(timings, max_step=max_step, expert_mode=draw(st.sampled_from(["fused", "separate"])))

@@ -39,9 +39,10 @@ def ticks(seconds: Any) -> Any:
 class Shape:
     """Times (seconds, whole ticks) of a pass but for its experts, and how each layer is cut.
 
-    lead: before the first layer. pre: norm and QKV. attention: one query block of `pieces`. post: output projection,
-    norm, router. base: shared cost of the experts, in front of the first group. per_group: extra of each further
-    group with tokens. head: after the last layer. group: experts in a group; groups: groups in a layer.
+    lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass. pre: norm and
+    QKV. attention: one query block of `pieces`. post: output projection, norm, router. base: shared cost of the
+    experts, in front of the first group. per_group: extra of each further group with tokens. head: after the last
+    layer. group: experts in a group; groups: groups in a layer.
     """
 
     lead: float
@@ -106,6 +107,7 @@ class StepModel:
         self._block = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
+        self.wake_s: float = ticks(timings.wake_s)
         peak = 1.0 / timings.experts if popularity is None else float(popularity.max())
         self._peak_share = min(1.0, peak * timings.top_k)  # of a pass's tokens, at the most popular expert
         self._cuts: dict[int, tuple[int, int]] = {}

@@ -26,7 +26,8 @@ from traces.timing_format import (
 
 __all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "affine_timings", "bundled"]
 
-_SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s")  # seconds that belong to no size
+#: seconds that belong to no size
+_SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s", "wake_s")
 _FOLDER = Path(__file__).parent / "timings"
 
 

@@ -65,6 +65,7 @@ class TimingHeader:
     memory_bytes: int
     host_bandwidth: float
     query_block_s: float | None = None  # each block of a cut attention; untold, it is `launch_s`
+    wake_s: float = 0.0  # what a pass takes longer after the device stood idle
     repeats: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +75,10 @@ class TimingHeader:
 _KINDS = {f.name: str(f.type) for f in fields(TimingHeader)}
 _REQUIRED = tuple(f.name for f in fields(TimingHeader) if f.default is MISSING and f.default_factory is MISSING)
 _CHOICES = {"source": SOURCES, "expert_mode": EXPERT_MODES}
-_MAY_BE_ZERO = ("experts_base_s", "launch_s", "launches_per_expert", "host_s", "suspend_s", "resume_s", "query_block_s")
+_MAY_BE_ZERO = (
+    *("experts_base_s", "launch_s", "launches_per_expert", "host_s", "suspend_s", "resume_s", "query_block_s"),
+    "wake_s",
+)
 
 
 def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def after_rest(real: RunResult) -> set[int]:
     """Ids of the passes before which nobody was in the system."""
     found, end = set(), 0.0
     for s in real.slices or []:
-        if not ((real.arrival <= end) & (real.finish > end)).any():
+        if not ((real.arrival <= end) & (real.finish > s.start)).any():
             found.add(s.pass_id)
         end = s.end
     return found

@@ -1,6 +1,7 @@
 """Validation: the same requests in both worlds, errors, and where they come from."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,11 @@ from qllm.cli import app
 from qllm.config import load_config
 from qllm.machine_speed import Visited, at_speed, pace_of, seconds_by
 from qllm.runs import runs
-from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, compare, errors, replay_run, simulate_run
+from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, after_rest, compare, errors, replay_run, simulate_run
 from qllm.validation_results import report, save
+from scheduler import Limits, make_policy
+from sim import simulate
+from traces.requests import RequestTrace
 from traces.steps import StepModel
 from traces.timing import Timings, affine_timings
 
@@ -67,6 +71,20 @@ def test_both_worlds_serve_the_same_requests(compared):
             assert (real[column] == simulated[column]).all()
         assert real["finish_s"].notna().all()
         assert (real["ttft_s"] > 0).all()
+
+
+@pytest.mark.parametrize("noted", [0.0, 1e-5])
+def test_passes_after_a_pause_are_told_from_those_that_follow_one(noted):
+    """Also where a request's end is noted a moment after its pass's, as on the real clock."""
+    ones = np.ones(4, dtype=int)
+    trace = RequestTrace(np.array([0.0, 1.0, 1.0, 2.0]), 8 * ones, ones, 0 * ones, ("all",))
+    limits, steps = Limits(max_seqs=1), StepModel(affine_timings(host_s=1e-4))
+    result = simulate(
+        trace, priorities={"all": 0}, policy=make_policy("fcfs"), limits=limits, steps=steps, timeline=True
+    )
+    ids = [s.pass_id for s in result.slices or []]
+    moved = [s._replace(start=s.start + noted, end=s.end + noted / 2) for s in result.slices or []]
+    assert after_rest(replace(result, slices=moved, finish=result.finish + 2 * noted / 3)) == {ids[1], ids[3]}
 
 
 def test_every_real_pass_is_known_as_the_step_model_saw_it(compared):

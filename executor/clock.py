@@ -59,8 +59,8 @@ class Clock(Protocol):
 class RealClock:
     """time.monotonic. `steps`, if given, cut the passes; they say nothing about time.
 
-    polls: do not sleep while idle. It keeps a core busy, and the first pass after a pause does not pay for a processor
-    that slept or, in a virtual machine, worked for others (benchmarks/idle.py prints how much).
+    polls: do not sleep while idle. It keeps a core busy, which then need not be woken up, nor works for others meanwhile
+    where the machine is a virtual one (benchmarks/idle.py prints what that is worth).
     """
 
     def __init__(self, steps: StepModel | None = None, *, polls: bool = False):

@@ -59,8 +59,8 @@ class Clock(Protocol):
 class RealClock:
     """time.monotonic. `steps`, if given, cut the passes; they say nothing about time.
 
-    polls: do not sleep while idle. It keeps a core busy, which then need not be woken up nor, in a virtual machine, works
-    for others meanwhile (benchmarks/idle.py prints what that is worth).
+    polls: do not sleep while idle. It keeps a core busy, which then need not be woken up nor, in a virtual machine,
+    works for others meanwhile (benchmarks/idle.py prints what that is worth).
     """
 
     def __init__(self, steps: StepModel | None = None, *, polls: bool = False):

@@ -90,9 +90,11 @@ def pace_of(visits: list[Visited], steps: StepModel, bound: int) -> Pace:
     curves = []
     for some in (small, ~small):
         chosen = [visit for visit, mine in zip(visits, some, strict=True) if mine]
-        if chosen:
-            slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
-        curves.append(smooth(at[some], slow, times) if chosen else np.ones(len(times)))
+        if not chosen:
+            curves.append(np.ones(len(times)))
+            continue
+        slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
+        curves.append(smooth(at[some], slow, times))
     models = [at_speed(steps, Speed(float(few), float(many), bound)) for few, many in zip(*curves, strict=True)]
 
     def pace(now: float) -> StepModel:

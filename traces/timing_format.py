@@ -76,7 +76,13 @@ _KINDS = {f.name: str(f.type) for f in fields(TimingHeader)}
 _REQUIRED = tuple(f.name for f in fields(TimingHeader) if f.default is MISSING and f.default_factory is MISSING)
 _CHOICES = {"source": SOURCES, "expert_mode": EXPERT_MODES}
 _MAY_BE_ZERO = (
-    *("experts_base_s", "launch_s", "launches_per_expert", "host_s", "suspend_s", "resume_s", "query_block_s"),
+    "experts_base_s",
+    "launch_s",
+    "launches_per_expert",
+    "host_s",
+    "suspend_s",
+    "resume_s",
+    "query_block_s",
     "wake_s",
 )
 

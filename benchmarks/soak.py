@@ -67,9 +67,16 @@ def memory_mb() -> float:
 
 
 def soak(
-    seconds: float, seed: int = 0, policy: str = "qllm", evict: str = "offload", merge: bool = False, clients: int = 6
+    seconds: float,
+    seed: int = 0,
+    policy: str = "qllm",
+    evict: str = "offload",
+    merge: bool = False,
+    clients: int = 6,
+    at_least: int = 0,
 ) -> dict:
-    """Run it; returns counts of endings, "unanswered", "leaked_blocks", and resident memory early and late in MB."""
+    """Run it for so many seconds, and on until `at_least` requests have been sent; returns counts of endings, "sent",
+    "unanswered", "leaked_blocks", "passes", and resident memory early and late in MB."""
     rng = random.Random(seed)
     limits = Limits(max_seqs=6, max_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
     endings: Counter[str] = Counter()
@@ -83,7 +90,7 @@ def soak(
 
         def client(own: random.Random) -> None:
             nonlocal sent
-            while time.monotonic() < until:
+            while time.monotonic() < until or sent < at_least:
                 prompt = [own.randrange(3, 96) for _ in range(own.randrange(1, 60))]
                 with lock:
                     sent += 1

@@ -1,4 +1,4 @@
-"""benchmarks/soak.py, for a few seconds."""
+"""benchmarks/soak.py, for a few dozen requests."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_random_load_with_aborts_and_exceptions_leaves_nothing_behind(one_thread
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = module.soak(2.5, seed=1, policy=policy, evict=evict, merge=merge)
-    found["late_mb"] = found["early_mb"]  # seconds say nothing about growth
+    found = module.soak(0.0, seed=1, policy=policy, evict=evict, merge=merge, at_least=60)
+    found["late_mb"] = found["early_mb"]  # a few requests say nothing about growth
     assert module.flaws(found) == []
-    assert found["sent"] > 20
+    assert found["sent"] >= 60
     assert found["cancelled"] > 0

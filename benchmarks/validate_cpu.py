@@ -4,14 +4,16 @@
 
 FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, float32), made where it is missing. Rates
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
-best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates. The
-one that a run is simulated with is made in that run: its clock stands still while the engine's thread makes a visit, as
-often as two rounds of visits need, so that it sees the machine that the run sees and nothing of the run itself.
-Prints the errors (with the calibrated step times, which are those of the machine's average speed, and at the speed that
-it had from moment to moment by those visits), their spread over the repeats and the largest contributions; writes
-everything to --out. A finished run is kept there: after an interruption, or with more --repeats, the same command runs
-what is missing, and simulates everything. Needs a machine that does nothing else. One thread by default: two processors
-of a virtual machine may be one core at one time and two at another.
+best-effort prompts, short latency-sensitive ones. A first calibration cuts the engine's passes and gives the rates.
+Those that runs are simulated with are made in the runs: a run's clock stands still while the engine's thread makes a
+visit, as often as two rounds of visits need, so that they see the machine that the run sees and nothing of the run
+itself. Two rounds say how fast the machine was in a run, but little of a single kind of pass: what a step costs is the
+mean of the calibrations of all runs, and only the machine's speed is a run's own. Prints the errors (with step times
+of the machine's average speed in the run, and at the speed that it had from moment to moment, both by those visits),
+their spread over the repeats and the largest contributions; writes everything to --out. A finished run is kept there:
+after an interruption, or with more --repeats, the same command runs what is missing, and simulates everything. Needs a
+machine that does nothing else. One thread by default: two processors of a virtual machine may be one core at one time
+and two at another.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ from executor.calibrate import Extent, calibrate, calibration
 from executor.subject import Subject, load_subject
 from qllm.build import request_trace, scheduler_limits, step_model
 from qllm.config import Config, load_config
+from qllm.machine_speed import slowed_in
 from qllm.runs import Run, runs
 from qllm.validate import Compared, Replayed, replay_run, simulate_run
 from qllm.validation_results import report, save
 from scheduler import make_policy
 from sim import simulate
 from traces.timing import Timings
+from traces.timing_mean import mean_of
 
 CONFIG = {
     "name": "validate-cpu",
@@ -109,7 +113,7 @@ def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple
         both = calibrated(run, subject, kept.with_suffix(".csv"))
     kept.with_suffix(".part").write_bytes(pickle.dumps(both))
     kept.with_suffix(".part").rename(kept)
-    print(f"other cores {cores.used()[1]:.2f}", end="; ", flush=True)
+    print(f"{run}: other cores {cores.used()[1]:.2f}", flush=True)
     return both
 
 
@@ -121,6 +125,13 @@ def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timing
     for _ in visits:  # what was left of it
         pass
     return replayed, Timings.load(used)
+
+
+def simulated(replayed: list[tuple[Replayed, Timings]]) -> list[Compared]:
+    """The runs in both worlds, simulated with the mean of all their calibrations at the speed that each run had."""
+    timings, bound = mean_of([timings for _, timings in replayed]), EXTENT.max_batch
+    slowed = slowed_in([run.visits for run, _ in replayed], bound)
+    return [simulate_run(run, timings, seen) for (run, _), seen in zip(replayed, slowed, strict=True)]
 
 
 def told(one: Compared) -> str:
@@ -147,17 +158,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
-    todo, compared = runs(prepare(args, subject)), []
+    todo, replayed = runs(prepare(args, subject)), list[tuple[Replayed, Timings]]()
     if not all(kept_in(args.out, run).exists() for run in todo):
         fastest = max(todo, key=lambda run: run.config.rate or 0)
         # Not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms.
         replay_run(fastest, subject.model)
     for seed in range(args.repeats):
-        for run in todo:
-            if run.seed == seed:
-                compared.append(simulate_run(*replayed_once(run, subject, args)))
-                print(told(compared[-1]), flush=True)
+        replayed += [replayed_once(run, subject, args) for run in todo if run.seed == seed]
+        compared = simulated(replayed)
         save(compared, subject.model, args.out)
+    print(*map(told, compared), sep="\n")
     print(report(args.out))
     print(summary(args.out))
     print("\nmeans of single repeats, smallest and largest")

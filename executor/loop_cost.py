@@ -25,6 +25,7 @@ from traces.steps import Shape
 PROMPT, OUTPUT, BLOCK = 8, 24, 16
 PAUSES = 24
 PAUSE_S = 0.4
+WAKE_PROMPT = 32  # enough to reach most experts: what a pause costs is mostly weights that left the caches
 
 
 class LoopSeconds(NamedTuple):
@@ -80,12 +81,12 @@ def wake_seconds(model: PreTrainedModel) -> float:
     were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after PAUSE_S."""
     rng = np.random.default_rng(0)
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    limits = Limits(max_seqs=1, max_tokens=PROMPT, kv_blocks=2 * (PROMPT // BLOCK + 1), block_size=BLOCK)
+    limits = Limits(max_seqs=1, max_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK)
     found = []
     with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True)) as engine:
         for _ in range(PAUSES):
             time.sleep(PAUSE_S)
-            prompts = rng.integers(vocabulary, size=(2, PROMPT)).tolist()
+            prompts = rng.integers(vocabulary, size=(2, WAKE_PROMPT)).tolist()
             streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
             first, second = (stream.result().record for stream in streams)
             found.append((first.finish - first.arrival) - (second.finish - first.finish))

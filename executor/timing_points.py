@@ -17,6 +17,9 @@ from traces.layer_fit import LayerFit, fit_layers
 from traces.timing_format import Point
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
+#: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
+#: the router spreads does not, and is only there for sizes that the router sends to nobody
+HOT_WEIGHT = 0.2
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
@@ -182,13 +185,15 @@ def expert_fit(cells: Cells) -> LayerFit:
     seconds: list[float] = []
     counts: list[tuple[int, ...]] = []
     further: list[int] = []
-    for found in cells.values():
+    weights: list[float] = []
+    for cell, found in cells.items():
         seconds += found.each("experts").tolist()
         counts += found.routing
         further += found.further
+        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.routing)
     if not any(map(any, counts)):
         raise CalibrationError("no pass reached an expert")
-    return fit_layers(seconds, counts, further)
+    return fit_layers(seconds, counts, further, weights)
 
 
 def expert_points(fit: LayerFit, share: float) -> list[Point]:

@@ -1,4 +1,4 @@
-"""qllm timings: what a timing trace holds and where it comes from; import published measurements."""
+"""qllm timings: what a timing trace holds and where it comes from; the mean of several; published measurements."""
 
 from __future__ import annotations
 
@@ -88,6 +88,21 @@ def import_(
     typer.echo(
         f"{out}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}; {len(timings.points)} points"
     )
+
+
+@app.command()
+def mean(
+    files: Annotated[list[Path], typer.Argument(help="Timing traces of one model on one device", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)", show_default=False)],
+) -> None:
+    """Average several calibrations of one model on one device: what a machine that is never quiet needs."""
+    from traces.timing import Timings
+    from traces.timing_mean import mean_of
+
+    timings = mean_of([Timings.load(file) for file in files])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    timings.save(out)
+    typer.echo(f"{out}: {timings.name}; {len(timings.points)} points")
 
 
 def _shape(model: str) -> Any:

@@ -6,6 +6,7 @@ changes the one without the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from traces.steps import Shape, StepModel
 
 MOST_APART = 0.5  # of the speed of all passes
 PACE_S = 1.0  # between two speeds that a simulation follows
+APART_S = 1e6  # between runs, so that the visits of one say nothing about the speed in another
 
 
 class Call(NamedTuple):
@@ -56,6 +58,14 @@ class Visited(NamedTuple):
     seconds: float
 
 
+class Slowed(NamedTuple):
+    """How much longer passes took at `at` (seconds of a run) than on average: `small` ones, or larger."""
+
+    at: float
+    small: bool
+    slow: float
+
+
 def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
     """The speed at which the decoding passes take together what they took, and so do those with prompts. `bound`: most
     sequences that decode together. Where one kind is missing, both numbers stay close to what is known; where one would
@@ -80,21 +90,35 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
     return StepModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
 
 
-def pace_of(visits: list[Visited], steps: StepModel, bound: int) -> Pace:
-    """`steps` at the speed that the machine had when a pass begins, for itself for small steps and for large ones, by
-    the visits around that time (`traces.drift`) to passes of up to `bound` tokens and to larger ones. Nothing comes
-    from the run's own passes. `steps` are taken to be those of the average visit."""
+def slowed_in(runs: Sequence[Sequence[Visited]], bound: int) -> list[list[Slowed]]:
+    """How slow the machine was at each visit of each run, by the visits around it (`traces.drift`), against the average
+    visit of all runs to its kind of pass: for itself for passes of up to `bound` tokens and for larger ones."""
+    found: list[list[Slowed]] = [[] for _ in runs]
+    for small in (True, False):
+        chosen = [(run, v) for run, visits in enumerate(runs) for v in visits if (v.cell.tokens <= bound) == small]
+        if chosen:
+            at = np.array([run * APART_S + v.at for run, v in chosen])
+            slow = slowness(at, [v.cell for _, v in chosen], np.array([v.seconds for _, v in chosen]))
+            for (run, visit), value in zip(chosen, slow.tolist(), strict=True):
+                found[run].append(Slowed(visit.at, small, value))
+    return found
+
+
+def mean_speed(visits: list[Slowed], bound: int) -> Speed:
+    """The machine's average speed in a run."""
+    few, many = ([v.slow for v in visits if v.small == small] for small in (True, False))
+    return Speed(float(np.mean(few or 1.0)), float(np.mean(many or 1.0)), bound)
+
+
+def pace_of(visits: list[Slowed], steps: StepModel, bound: int) -> Pace:
+    """`steps`, which are those of the average visit, at the speed that the machine had when a pass begins, for itself
+    for small steps and for large ones, by the visits around that time. Nothing comes from the run's own passes."""
     at = np.array([visit.at for visit in visits])
     times = np.arange(at.min(), at.max() + PACE_S, PACE_S)
-    small = np.array([visit.cell.tokens <= bound for visit in visits])
     curves = []
-    for some in (small, ~small):
-        chosen = [visit for visit, mine in zip(visits, some, strict=True) if mine]
-        if not chosen:
-            curves.append(np.ones(len(times)))
-            continue
-        slow = slowness(at[some], [visit.cell for visit in chosen], np.array([visit.seconds for visit in chosen]))
-        curves.append(smooth(at[some], slow, times))
+    for small in (True, False):
+        mine = np.array([(v.at, v.slow) for v in visits if v.small == small]).reshape(-1, 2)
+        curves.append(smooth(mine[:, 0], mine[:, 1], times) if len(mine) else np.ones(len(times)))
     models = [at_speed(steps, Speed(float(few), float(many), bound)) for few, many in zip(*curves, strict=True)]
 
     def pace(now: float) -> StepModel:

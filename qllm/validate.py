@@ -19,7 +19,18 @@ from executor.engine import Engine, blocks_in
 from executor.replays import replay
 from qllm.build import load_timings, request_trace, scheduler_limits
 from qllm.config import Config
-from qllm.machine_speed import Call, PassSeconds, Speed, Visited, at_speed, pace_of, shape_of_call, speed_of
+from qllm.machine_speed import (
+    Call,
+    PassSeconds,
+    Slowed,
+    Speed,
+    Visited,
+    at_speed,
+    mean_speed,
+    pace_of,
+    shape_of_call,
+    speed_of,
+)
 from qllm.metrics import per_request
 from qllm.runs import Run
 from scheduler import Limits
@@ -74,9 +85,9 @@ class Compared:
 
     passes: what each real pass took and what is predicted for it. at_speed: simulated once more at the speed that the
     machine had: from moment to moment, as the visits of a calibration in the run saw it, or, where there are none, over
-    the whole run, as its own passes show it (`speed`). How the machine's speed changes is in the errors of `simulated`,
-    and not in those of `at_speed`, which are the simulator's own: how passes are made, queue, preempt and share their
-    time.
+    the whole run, as its own passes show it (`speed`, against `steps`). How the machine's speed changes is in the
+    errors of `simulated`, and not in those of `at_speed`, which are the simulator's own: how passes are made, queue,
+    preempt and share their time.
     """
 
     run: Run
@@ -178,12 +189,13 @@ def calibrated_in(
     return asides(engine, clock, stretches(), float(np.ptp(trace.arrival)) * AT_ONCE / max(AT_ONCE, left))
 
 
-def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
+def simulate_run(replayed: Replayed, timings: Timings, slowed: list[Slowed] | None = None) -> Compared:
     """Simulate a run that was replayed, with routing like that which was seen there, at the times of `timings` and at
     those of the speed that the machine had. `timings` may be others than those that cut the engine's passes, such as a
-    calibration at the time of the run: the simulator's are cut by them."""
-    run, trace, limits, real, _, visits = replayed
-    config = run.config
+    calibration at the time of the run: the simulator's are cut by them. slowed: how slow the machine was in the run
+    against them, of `slowed_in`; its mean is in `simulated` too, and how it changed in `at_speed`."""
+    run, trace, limits, real, *_ = replayed
+    config, bound = run.config, limits.max_seqs
 
     def simulation(steps: StepModel, pace: Pace | None = None) -> RunResult:
         return simulate(
@@ -198,14 +210,13 @@ def simulate_run(replayed: Replayed, timings: Timings) -> Compared:
             pace=pace,
         )
 
-    steps = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    average = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    steps = at_speed(average, mean_speed(slowed, bound)) if slowed else average
     calls = [call._replace(shape=shape_of_call(steps, call)) for call in replayed.calls]
     passes = pass_seconds(real, calls, steps)
-    speed = speed_of(passes, steps, limits.max_seqs)
-    if visits:
-        followed = simulation(steps, pace_of(visits, steps, limits.max_seqs))
-    else:
-        followed = simulation(at_speed(steps, speed))
+    speed = speed_of(passes, steps, bound)
+    pace = pace_of(slowed, average, bound) if slowed else None
+    followed = simulation(average if pace else at_speed(steps, speed), pace)
     return Compared(run, trace, real, simulation(steps), steps, calls, passes, speed, followed)
 
 

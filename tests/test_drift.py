@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from executor.grids import Cell
 from executor.measure import PassTimes
 from executor.measured import Kept
+from traces import drift
 from traces.drift import slowness, smooth
 
 LEVELS = np.array([0.01, 0.05, 0.3, 1.0])
@@ -45,6 +46,14 @@ def test_a_time_far_from_all_visits_is_like_the_closest():
     assert smooth(np.array([0.0, 1.0]), np.array([1.0, 2.0]), np.array([1e6])) == pytest.approx([2.0], rel=1e-6)
 
 
+def test_many_times_at_once_are_smoothed_in_parts(monkeypatch):
+    at, _, seconds, _ = visits(0, 0.05)
+    whole = smooth(at, seconds, at[:50])
+    monkeypatch.setattr(drift, "AT_ONCE", 3 * len(at))
+    assert smooth(at, seconds, at[:50]) == pytest.approx(whole, rel=1e-12)
+    assert smooth(at, seconds, at[:0]).shape == (0,)
+
+
 def test_a_calibration_is_that_of_the_average_speed(tmp_path):
     """Kinds that were visited while the machine was slow are not slower than the others."""
     kept = Kept(tmp_path / "out.measured", {})
@@ -55,9 +64,9 @@ def test_a_calibration_is_that_of_the_average_speed(tmp_path):
             if cell != other or second > 30:  # the other one only knows the fast half
                 seconds = cell.tokens * (slow if cell != large else 1.0)
                 kept.add(cell, PassTimes((("lead", seconds / 4), ("tail", seconds * 3 / 4)), (), ()), float(second))
-    found, drift = Kept(kept.path, {}).steady([small, other, large], 16)
+    found, varied = Kept(kept.path, {}).steady([small, other, large], 16)
     assert found[other].total() / found[small].total() == pytest.approx(2, rel=0.05)
     assert found[small].total("tail") == pytest.approx(0.75 * found[small].total())
     assert found[small].seconds.sum(axis=1).std() < 0.25  # 0.5 before
     assert found[large].total() == pytest.approx(64)  # larger passes have a speed of their own
-    assert drift > 0.2
+    assert varied > 0.2

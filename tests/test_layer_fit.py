@@ -39,6 +39,27 @@ def test_disturbed_layers_do_not_move_the_fit():
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=0.05)
 
 
+def test_noise_does_not_make_the_fit_faster_than_the_mean():
+    """Errors relative to noisy measurements would: by 2 % at 10 % of noise."""
+    rng = np.random.default_rng(3)
+    counts, further = layers(rng, 3000)
+    true = 30e-6 + 7e-6 * further + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
+    fit = fit_layers(true * rng.normal(1, 0.1, len(true)), counts, further)
+    assert fit.predicted(counts, further).sum() == pytest.approx(true.sum(), rel=0.005)
+
+
+def test_layers_of_little_weight_have_little_say():
+    rng = np.random.default_rng(4)
+    counts, further = layers(rng, 400)
+    true = 30e-6 + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
+    seconds, weights = true.copy(), np.ones(len(true))
+    seconds[::2] *= 0.85
+    weights[::2] = 0.1
+    alike, weighed = fit_layers(seconds, counts, further), fit_layers(seconds, counts, further, weights)
+    assert alike.predicted(counts, further).sum() < 0.95 * true.sum()
+    assert weighed.predicted(counts, further).sum() == pytest.approx(true.sum(), rel=0.01)
+
+
 def test_f_never_falls_and_nothing_is_negative_on_noise():
     rng = np.random.default_rng(2)
     counts, further = layers(rng, 40)

@@ -18,7 +18,7 @@ from executor.model import prepare_model
 from qllm.blame_steps import by_pass, by_step
 from qllm.cli import app
 from qllm.config import load_config
-from qllm.machine_speed import Visited, at_speed, pace_of, seconds_by
+from qllm.machine_speed import Visited, at_speed, mean_speed, pace_of, seconds_by, slowed_in
 from qllm.runs import runs
 from qllm.validate import AT_SPEED, REAL, SIMULATED, Compared, after_rest, compare, errors, replay_run, simulate_run
 from qllm.validation_results import report, save
@@ -139,15 +139,38 @@ def test_a_simulation_follows_the_speed_that_visits_saw(folder, model):
         for at in np.arange(0, 60, 0.25).tolist()
         for cell in cells
     ]
-    pace = pace_of(visits, StepModel(timings), 4)
+    (slowed,) = slowed_in([visits], 4)
+    pace = pace_of(slowed, StepModel(timings), 4)
     most = int(timings.range("dense_pre")[1])
     decoding, prefill = (lambda s: s.shape((), 1, 20, 1).pre), (lambda s: s.shape([(None, most, 0)], 0, 0, 1).pre)
     for now, expected in ((-5, 2 / 3), (10, 2 / 3), (50, 4 / 3), (1000, 4 / 3)):
         assert decoding(pace(now)) / decoding(StepModel(timings)) == pytest.approx(expected, rel=0.01)
         assert prefill(pace(now)) == pytest.approx(prefill(StepModel(timings)), rel=1e-4)
     replayed = replay_run(runs(load_config(folder / "config.yaml"))[0], model)
-    followed = simulate_run(replayed._replace(visits=visits), timings)
+    followed = simulate_run(replayed, timings, slowed)
     assert followed.at_speed.makespan < followed.simulated.makespan  # all of the run lies in the fast half
+
+
+def test_a_run_has_the_speed_that_it_had_against_all_runs(folder, model):
+    """Large passes took a third of the time in the second of two runs, and one kind was only visited there."""
+    cells, at = [Cell(1, 1, 0), Cell(1, 64, 0)], np.arange(0, 20, 0.5).tolist()
+    first = [Visited(now, cell, 1e-3 * cell.tokens) for now in at for cell in cells]
+    second = [Visited(now, cell, 1e-3 * (cell.tokens if cell.tokens == 1 else 64 / 3)) for now in at for cell in cells]
+    slowed = slowed_in([first, [*second, Visited(20.0, Cell(1, 32, 0), 5e-3)]], 4)
+    assert [len(seen) for seen in slowed] == [len(first), len(second) + 1]
+    slow, fast = (mean_speed(seen, 4) for seen in slowed)
+    assert (slow.few, fast.few) == pytest.approx((1, 1))
+    assert slow.many == pytest.approx(3 * fast.many, rel=0.02)
+    assert mean_speed([], 4) == (1, 1, 4)
+    replayed = replay_run(runs(load_config(folder / "config.yaml"))[0], model)
+    timings = Timings.load(folder / "timings.csv")
+    runs_ = [simulate_run(replayed, timings, seen) for seen in slowed]
+    prefills = [sum(p.predicted for p in one.passes if p.call.chunks) for one in runs_]
+    assert prefills[0] > 1.05 * prefills[1]
+    assert runs_[0].simulated.makespan > runs_[1].simulated.makespan
+    assert [one.at_speed.makespan for one in runs_] == pytest.approx(
+        [one.simulated.makespan for one in runs_], rel=0.05
+    )  # the speed did not change in a run
 
 
 def test_passes_add_up_to_the_time_the_engine_ran(compared):

@@ -11,7 +11,8 @@ import numpy as np
 from traces.interpolate import by_tokens
 from traces.timing_format import TimingError
 
-OUTLIER = 0.25  # a layer further than this from the first fit does not take part in the second
+FITS = 4  # one after another; the last two differ by less than a thousandth
+OUTLIER = 0.25  # a layer further than this from one fit does not take part in the next
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,21 @@ class LayerFit:
         return self.base + self.per_group * np.asarray(further) + each.sum(axis=1)
 
 
-def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], further: Sequence[int]) -> LayerFit:
+def fit_layers(
+    seconds: Sequence[float],
+    counts: Sequence[Sequence[int]],
+    further: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> LayerFit:
     """Fit base, the cost of a further group, and f by least squares on relative errors, none of them below zero.
 
-    seconds, counts (tokens of each expert) and further (groups of experts with tokens, the first group of all not
-    counted): one element a measured layer. f is piecewise linear between sizes that grow by half, as far as a size was
-    seen. TimingError without two layers.
+    seconds, counts (tokens of each expert), further (groups of experts with tokens, the first group of all not
+    counted) and weights (of the errors; 1 where there are none): one element a measured layer. f is piecewise linear
+    between sizes that grow by half, as far as a size was seen. TimingError without two layers.
+
+    Errors are relative to what the fit before predicts, not to what was measured: relative to that, a layer that was
+    measured too fast counts for more than one that was measured too slow, and the fit lies below the mean by twice
+    the variance.
     """
     times = np.asarray(seconds, dtype=float)
     rows = np.asarray(counts, dtype=np.int64)
@@ -49,15 +59,18 @@ def fit_layers(seconds: Sequence[float], counts: Sequence[Sequence[int]], furthe
     active = (rows > 0).sum(axis=1)
     ramps = [np.clip((rows - a) / (b - a), 0, 1).sum(axis=1) for a, b in itertools.pairwise(knots)]
     design = np.stack([np.ones(len(times)), np.asarray(further), active, *ramps], axis=1)
-    kept = np.ones(len(times), dtype=bool)
-    for _ in range(2):
-        scaled = design[kept] / times[kept, None]
-        x = nonnegative(scaled, np.ones(kept.sum()))
-        errors = design @ x / times - 1
-        inside = np.abs(errors) <= OUTLIER
+    kept, scale = np.ones(len(times), dtype=bool), times
+    shares = np.ones(len(times)) if weights is None else np.asarray(weights, dtype=float)
+    for _ in range(FITS):
+        factor = (shares / scale)[kept]
+        x = nonnegative(design[kept] * factor[:, None], times[kept] * factor)
+        predicted = design @ x
+        scale = np.maximum(predicted, 1e-3 * times)  # 0 where a layer without tokens took time
+        inside = np.abs(times / scale - 1) <= OUTLIER
         if inside.sum() < max(2, 0.5 * len(times)):
             break
         kept = inside
+    errors = predicted / times - 1
     return LayerFit(float(x[0]), float(x[1]), np.array(knots), np.cumsum(x[2:]), errors, kept)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from traces.interpolate import by_tokens
 from traces.timing_format import TimingError
 
-FITS = 4  # one after another; the last two differ by less than a thousandth
+FITS = 4  # one after another, each with errors relative to what the one before predicts
 OUTLIER = 0.25  # a layer further than this from one fit does not take part in the next
 
 

@@ -27,7 +27,7 @@ from traces.timing_format import (
 __all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "affine_timings", "bundled"]
 
 #: seconds that belong to no size
-_SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s", "wake_s")
+SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s", "wake_s")
 _FOLDER = Path(__file__).parent / "timings"
 
 
@@ -91,7 +91,7 @@ class Timings(TimingHeader):
             factor = few if p.tokens <= bound else many
             return p._replace(seconds=p.seconds * factor, spread_s=p.spread_s and p.spread_s * factor)
 
-        numbers = {key: getattr(self, key) * few for key in _SIZELESS}
+        numbers = {key: getattr(self, key) * few for key in SIZELESS}
         if self.query_block_s is not None:
             numbers["query_block_s"] = self.query_block_s * many
         return replace(self, points=tuple(map(slower, self.points)), **numbers)

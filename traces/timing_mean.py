@@ -8,20 +8,11 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
-from traces.timing import TimingError, Timings
+from traces.timing import SIZELESS, TimingError, Timings
 from traces.timing_format import Point, TimingHeader
 
 #: header keys that are measured; the others must agree, but for those that tell one calibration from another
-_MEASURED = (
-    "experts_base_s",
-    "launch_s",
-    "host_s",
-    "suspend_s",
-    "resume_s",
-    "host_bandwidth",
-    "query_block_s",
-    "wake_s",
-)
+_MEASURED = (*SIZELESS, "host_bandwidth", "query_block_s")
 _OF_ONE = ("name", "date", "provenance", "licence", "repeats", "conditions", "modelled", "memory_bytes")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from executor.errors import ExecutorError
 from executor.grids import Cell
 from executor.measure import PassTimes
-from traces.drift import STALLED, slowness
+from traces.drift import STALLED, slowness_by_size
 
 
 class CalibrationError(ExecutorError, ValueError):
@@ -124,16 +124,18 @@ class Kept:
     def steady(self, grid: Sequence[Cell], bound: int) -> tuple[dict[Cell, Measured], float]:
         """The measurements of `grid` as if the machine had had its average speed all the time, for itself for passes of
         up to `bound` tokens and for larger ones (`traces.drift`); and the speed's standard deviation, relative."""
-        found, slow = {}, list[np.ndarray]()
-        for some in ([c for c in grid if c.tokens <= bound], [c for c in grid if c.tokens > bound]):
-            rows = {cell.key: iter(self.cells[cell.key].seconds) for cell in some}
-            visits = [(key, at, next(rows[key]).sum()) for key, at in self.order if key in rows]
-            keys = np.array([key for key, _, _ in visits])
-            slow.append(slowness(np.array([at for _, at, _ in visits]), keys, np.array([s for _, _, s in visits])))
-            for cell in some:
-                one = self.cells[cell.key]
-                found[cell] = replace(one, seconds=one.seconds / slow[-1][keys == cell.key, None])
-        return found, float(np.concatenate(slow).std())
+        cells = {cell.key: cell for cell in grid}
+        rows = {key: iter(self.cells[key].seconds) for key in cells}
+        visits = [(key, at, next(rows[key]).sum()) for key, at in self.order if key in rows]
+        keys = np.array([key for key, _, _ in visits])
+        at, seconds = (np.array([visit[column] for visit in visits]) for column in (1, 2))
+        small = np.array([cells[key].tokens <= bound for key, _, _ in visits], dtype=bool)
+        slow = slowness_by_size(at, keys.tolist(), seconds, small)
+        found = {}
+        for key, cell in cells.items():
+            one = self.cells[key]
+            found[cell] = replace(one, seconds=one.seconds / slow[keys == key, None])
+        return found, float(slow.std())
 
     def number(self, name: str, value: float) -> None:
         """Keep a single result."""

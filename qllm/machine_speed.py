@@ -13,7 +13,7 @@ import numpy as np
 
 from executor.grids import Cell
 from sim import Pace
-from traces.drift import slowness, smooth
+from traces.drift import slowness_by_size, smooth
 from traces.steps import Shape, StepModel
 
 MOST_APART = 0.5  # of the speed of all passes
@@ -93,14 +93,14 @@ def at_speed(steps: StepModel, speed: Speed) -> StepModel:
 def slowed_in(runs: Sequence[Sequence[Visited]], bound: int) -> list[list[Slowed]]:
     """How slow the machine was at each visit of each run, by the visits around it (`traces.drift`), against the average
     visit of all runs to its kind of pass: for itself for passes of up to `bound` tokens and for larger ones."""
+    visits = [(run, visit) for run, mine in enumerate(runs) for visit in mine]
+    at = np.array([run * APART_S + visit.at for run, visit in visits])
+    small = np.array([visit.cell.tokens <= bound for _, visit in visits], dtype=bool)
+    seconds = np.array([visit.seconds for _, visit in visits])
+    slow = slowness_by_size(at, [visit.cell for _, visit in visits], seconds, small)
     found: list[list[Slowed]] = [[] for _ in runs]
-    for small in (True, False):
-        chosen = [(run, v) for run, visits in enumerate(runs) for v in visits if (v.cell.tokens <= bound) == small]
-        if chosen:
-            at = np.array([run * APART_S + v.at for run, v in chosen])
-            slow = slowness(at, [v.cell for _, v in chosen], np.array([v.seconds for _, v in chosen]))
-            for (run, visit), value in zip(chosen, slow.tolist(), strict=True):
-                found[run].append(Slowed(visit.at, small, value))
+    for (run, visit), one, value in zip(visits, small.tolist(), slow.tolist(), strict=True):
+        found[run].append(Slowed(visit.at, one, value))
     return found
 
 

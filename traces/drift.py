@@ -6,7 +6,7 @@ visited at many times, the two can be told apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,15 @@ def slowness(at: np.ndarray, kinds: Iterable[object], seconds: np.ndarray) -> np
         level = np.bincount(kind, times / slow) / np.bincount(kind)
         slow = smooth(at, times / level[kind], at)
         slow /= slow.mean()
+    return slow
+
+
+def slowness_by_size(at: np.ndarray, kinds: Sequence[object], seconds: np.ndarray, small: np.ndarray) -> np.ndarray:
+    """`slowness` of `small` passes (bool[visits]) and of the others, each for themselves."""
+    slow = np.ones(len(seconds))
+    for some in (small, ~small):
+        if some.any():
+            slow[some] = slowness(at[some], [kinds[i] for i in np.flatnonzero(some).tolist()], seconds[some])
     return slow
 
 

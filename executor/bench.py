@@ -10,10 +10,20 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from executor.batch import Batch, SequenceState
+from executor.batch import Batch
 from executor.cuts import Cut
 from executor.grids import Cell, mixed_lengths
-from executor.measure import PassTimes, Stopwatch, fill_cache, measure, random_entries, timed
+from executor.measure import (
+    Entries,
+    Entry,
+    PassTimes,
+    Stopwatch,
+    fill_cache,
+    measure,
+    random_entries,
+    runs_before,
+    timed,
+)
 from executor.measured import Kept
 from executor.runner import Runner, run_to_end
 
@@ -25,8 +35,6 @@ PRECISION = 0.02  # half the 95 % interval of the median; further rounds until i
 VISITS_S = 115.0  # ... or so much time went into visits
 SHORT = 5  # repeats of what is measured once
 GOLDEN = (5**0.5 - 1) / 2
-
-Entries = list[tuple[SequenceState, int]]
 
 
 class Visit(NamedTuple):
@@ -47,20 +55,20 @@ class Bench:
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
-        self.prompts: dict[Cell, tuple[Entries, Entries]] = {}  #: those of a kind, and others like them
+        self.prompts: dict[Cell, tuple[Entries, Entries]] = {}  #: those of a kind, and of what runs before
 
     def cutter(self, batch: Batch) -> Cut:
         """The cut that the next pass is to have."""
         return self.cut
 
-    def sequences(self, cell: Cell, salt: str = "") -> Entries:
-        """Random tokens, the same in each visit and for each cut; others with another `salt`. What is cached before
-        them is random KV, which takes as long to attend to as any. Sequences that decode together are of different
-        lengths, as they are in serving: from half of the cell's context to one and a half."""
+    def sequences(self, cell: Cell) -> Entries:
+        """Random tokens, the same in each visit and for each cut. What is cached before them is random KV, which takes
+        as long to attend to as any. Sequences that decode together are of different lengths, as they are in serving:
+        from half of the cell's context to one and a half."""
         positions = self.runner.max_positions
         most = None if positions is None else positions - cell.new
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
-        return random_entries(self.runner, sizes, (*cell[:3], salt))
+        return random_entries(self.runner, sizes, cell[:3])
 
     def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[Visit]:
         """Measure every kind of pass in rounds (at least, at most), one repeat at a visit, so that a disturbance does
@@ -92,15 +100,14 @@ class Bench:
                 yield Visit(done, max(rounds[0], number + 1) * len(order), cell, passed.seconds)
 
     def visit(self, cell: Cell, watch: Stopwatch) -> PassTimes:
-        """A repeat of a kind of pass, after a pass like it with other tokens, which go to other experts. Without that
-        one a small batch's repeats would find the weights of their experts in the processor's cache, as they never do
-        in serving, and a large one, after a pass of another size, memory that is not in use yet."""
+        """A repeat of a kind of pass, after one that may run before it in serving (`runs_before`)."""
         if cell not in self.prompts:
-            self.prompts[cell] = self.sequences(cell), self.sequences(cell, "other")
-        entries, other = self.prompts[cell]
+            entries = self.sequences(cell)
+            self.prompts[cell] = entries, runs_before(self.runner, entries)
+        entries, others = self.prompts[cell]
         self.cut = Cut(cell.group, cell.pieces)
+        measure(self.runner, watch, others)
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
-        measure(self.runner, watch, other)
         passed = measure(self.runner, watch, entries)
         watch.steer = None
         return passed
@@ -133,7 +140,7 @@ class Bench:
         both, one, two = (min(self._seconds(what) for _ in range(4 * SHORT)) for what in (interleaved, alone, other))
         return max(0.0, (both - one - stops * two) / stops)
 
-    def _once(self, entry: tuple[SequenceState, int]) -> None:
+    def _once(self, entry: Entry) -> None:
         before = entry[0].computed
         run_to_end(self.runner.begin([entry]))
         entry[0].computed = before

@@ -13,7 +13,7 @@ import torch
 
 from executor.cuts import Cut
 from executor.grids import mixed_lengths
-from executor.measure import fill_cache, random_entries, sample_greedily
+from executor.measure import Entries, fill_cache, random_entries, runs_before, sample_greedily
 from executor.runner import Runner, run_to_end
 from traces.steps import Shape, StepModel
 
@@ -51,8 +51,7 @@ def run_passes(
 ) -> Generator[None, None, list[RunPass]]:
     """Run each mix uninterrupted, cut as `steps` cuts it; yields after each pass and returns them all. Between two
     passes the model may be used for something else. Measured from the batch to the sampled tokens; nothing is read
-    inside the pass. Before each repeat runs one with other tokens, whose experts are others: else a small batch would
-    find its experts' weights in the processor's cache, as it never does in serving."""
+    inside the pass. Before each runs one that may run before it in serving (`executor.measure.runs_before`)."""
     times: list[list[float]] = [[] for _ in mixes]
     routing: list[np.ndarray] = [np.empty(0)] * len(mixes)
     shapes = [shape_of_mix(steps, mix) for mix in mixes]
@@ -61,8 +60,9 @@ def run_passes(
     for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
         for at, mix in enumerate(mixes):
             with torch.inference_mode():
-                _once(runner, shapes[at], mix, "other")
-                seconds, routing[at] = _once(runner, shapes[at], mix)
+                entries = random_entries(runner, mix, mix)
+                _once(runner, shapes[at], runs_before(runner, entries))
+                seconds, routing[at] = _once(runner, shapes[at], entries)
             if number:
                 times[at].append(seconds)
             yield
@@ -90,8 +90,7 @@ def shape_of_mix(steps: StepModel, mix: Mix, cut: Shape | None = None) -> Shape:
     return dataclasses.replace(shape, attention=attention, pieces=cut.pieces, group=cut.group, groups=cut.groups)
 
 
-def _once(runner: Runner, shape: Shape, mix: Mix, salt: str = "") -> tuple[float, np.ndarray]:
-    entries = random_entries(runner, mix, (mix, salt))
+def _once(runner: Runner, shape: Shape, entries: Entries) -> tuple[float, np.ndarray]:
     _wait(runner)
     start = time.perf_counter()
     running = runner.begin(entries, Cut(shape.group, shape.pieces))

@@ -77,8 +77,9 @@ def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
 
 
 def wake_seconds(model: PreTrainedModel) -> float:
-    """What a prompt takes longer after a pause than right behind another, in an engine that polls while idle: caches
-    were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after PAUSE_S."""
+    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls while
+    idle: caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after
+    PAUSE_S."""
     rng = np.random.default_rng(0)
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     limits = Limits(max_seqs=1, max_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK)
@@ -87,9 +88,9 @@ def wake_seconds(model: PreTrainedModel) -> float:
         for _ in range(PAUSES):
             time.sleep(PAUSE_S)
             prompts = rng.integers(vocabulary, size=(2, WAKE_PROMPT)).tolist()
-            streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
+            streams = [engine.submit(prompt, max_new_tokens=2) for prompt in prompts]
             first, second = (stream.result().record for stream in streams)
-            found.append((first.finish - first.arrival) - (second.finish - first.finish))
+            found.append((first.first_token - first.arrival) - (second.first_token - first.finish))
     return max(0.0, statistics.median(found))
 
 

@@ -35,6 +35,10 @@ from executor.sampling import Sampling, sample
 
 TIMED = "qllm_timed"
 AFTER = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
+DECODING = 4  # sequences that decode before a prompt
+#: a sequence of a pass, and how many of its tokens are new in it
+Entry = tuple[SequenceState, int]
+Entries = list[Entry]
 #: top-k indices `[T, k]` of a layer -> those to use instead
 Steer = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -129,7 +133,7 @@ def fill_cache(runner: Runner) -> None:
         store[: runner.cache.zero_slot].normal_()
 
 
-def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> list[tuple[SequenceState, int]]:
+def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
     """Entries of a pass over sequences of random tokens, each (new tokens, tokens cached before), in blocks one after
     another: what lies there is taken for their KV."""
     vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
@@ -142,6 +146,15 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
     return entries
 
 
+def runs_before(runner: Runner, entries: Entries) -> Entries:
+    """A pass that may run before one over `entries` in serving: as many sequences decode before decoding ones, and a
+    few before prompts. Its tokens are others and go to other experts. What is measured alone finds the weights of its
+    experts in the processor's cache, and after a pass of its own size its memory too, as it never does in serving."""
+    decoding = all(new == 1 for _, new in entries)
+    sizes = [(1, seq.computed) for seq, _ in entries] if decoding else [(1, 0)] * min(DECODING, runner.cache.n_blocks)
+    return random_entries(runner, sizes, ("before", sizes))
+
+
 def sample_greedily(running: RunningPass) -> None:
     """Sample the tokens of a pass that has ended, as the engine does for requests without a temperature."""
     rows = len(running.sampled)
@@ -149,7 +162,7 @@ def sample_greedily(running: RunningPass) -> None:
         sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
 
 
-def measure(runner: Runner, watch: Stopwatch, entries: list[tuple[SequenceState, int]]) -> PassTimes:
+def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
     """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
     before = [seq.computed for seq, _ in entries]
     watch.restart()

@@ -158,15 +158,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     subject = load_subject(str(make(args.folder)), dtype="float32")
-    todo, replayed = runs(prepare(args, subject)), list[tuple[Replayed, Timings]]()
+    todo = sorted(runs(prepare(args, subject)), key=lambda run: run.seed)  # whole repeats, one after another
     if not all(kept_in(args.out, run).exists() for run in todo):
         fastest = max(todo, key=lambda run: run.config.rate or 0)
         # Not counted: oneDNN makes a kernel at the first use of each size, in 0.2 ms.
         replay_run(fastest, subject.model)
-    for seed in range(args.repeats):
-        replayed += [replayed_once(run, subject, args) for run in todo if run.seed == seed]
-        compared = simulated(replayed)
-        save(compared, subject.model, args.out)
+    compared = simulated([replayed_once(run, subject, args) for run in todo])
+    save(compared, subject.model, args.out)
     print(*map(told, compared), sep="\n")
     print(report(args.out))
     print(summary(args.out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -55,20 +56,20 @@ class Bench:
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
-        self.prompts: dict[Cell, tuple[Entries, Entries]] = {}  #: those of a kind, and of what runs before
+        self.visited = Counter[Cell]()
 
     def cutter(self, batch: Batch) -> Cut:
         """The cut that the next pass is to have."""
         return self.cut
 
     def sequences(self, cell: Cell) -> Entries:
-        """Random tokens, the same in each visit and for each cut. What is cached before them is random KV, which takes
-        as long to attend to as any. Sequences that decode together are of different lengths, as they are in serving:
-        from half of the cell's context to one and a half."""
+        """Random tokens, others in each visit, since the code for the same ones again is there already; the same for
+        each cut. What is cached before them is random KV, which takes as long to attend to as any. Sequences that
+        decode together are of different lengths, as in serving: from half of the cell's context to one and a half."""
         positions = self.runner.max_positions
         most = None if positions is None else positions - cell.new
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
-        return random_entries(self.runner, sizes, cell[:3])
+        return random_entries(self.runner, sizes, (*cell[:3], self.visited[cell]))
 
     def visits(self, grid: list[Cell], kept: Kept, rounds: tuple[int, int]) -> Iterator[Visit]:
         """Measure every kind of pass in rounds (at least, at most), one repeat at a visit, so that a disturbance does
@@ -101,12 +102,10 @@ class Bench:
 
     def visit(self, cell: Cell, watch: Stopwatch) -> PassTimes:
         """A repeat of a kind of pass, after one that may run before it in serving (`runs_before`)."""
-        if cell not in self.prompts:
-            entries = self.sequences(cell)
-            self.prompts[cell] = entries, runs_before(self.runner, entries)
-        entries, others = self.prompts[cell]
+        entries = self.sequences(cell)
+        self.visited[cell] += 1
         self.cut = Cut(cell.group, cell.pieces)
-        measure(self.runner, watch, others)
+        measure(self.runner, watch, runs_before(self.runner, entries, cell.after))
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
         passed = measure(self.runner, watch, entries)
         watch.steer = None

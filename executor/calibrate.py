@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from executor.measured import CalibrationError, Kept, Measured
 from executor.runner import max_positions
 from executor.subject import Subject
 from executor.timing_points import (
+    after_prefill_points,
     attention_points,
     beyond_steps,
     dense_points,
@@ -26,6 +28,7 @@ from executor.timing_points import (
     expert_points,
     fit_quality,
     host_seconds,
+    launch_points,
     query_block_seconds,
     wide,
 )
@@ -148,7 +151,10 @@ def build(
     fit = expert_fit(measured)
     dense = dense_points(measured, layers, host_s)
     attention = attention_points(measured, layers, beyond_steps(measured, dense, fit, layers, host_s))
-    points = dense + attention + expert_points(fit, share)
+    launches = launch_points(measured, share)
+    points = dense + attention + expert_points(fit, share) + after_prefill_points(measured)
+    if len(launches) > 1:  # else `launch_s` says it
+        points += launches
     modelled = {
         "attention_prefill": "sizes between the measured ones",
         "attention_decode": "corners whose KV does not fit in memory: along the last slope over the context",
@@ -172,7 +178,7 @@ def build(
         top_k=facts["top_k"],
         expert_mode="fused",
         experts_base_s=fit.base * share,
-        launch_s=fit.per_group * share,
+        launch_s=statistics.median([point.seconds for point in launches] or [0.0]),
         launches_per_expert=1,
         query_block_s=query_block_seconds(measured, layers),
         host_s=host_s + numbers["loop_s"],

@@ -37,13 +37,13 @@ class Checked:
 
 @dataclass(frozen=True)
 class RunPass:
-    """One kind of pass that was run. seconds: mean; shape: how it was cut; routing: tokens per expert, int[layers,
-    experts]."""
+    """One kind of pass that was run. seconds: mean; shape: how it was cut; routing: tokens per expert of each time,
+    int[layers, experts]."""
 
     mix: Mix
     seconds: float
     shape: Shape
-    routing: np.ndarray
+    routing: list[np.ndarray]
 
 
 def run_passes(
@@ -53,18 +53,19 @@ def run_passes(
     passes the model may be used for something else. Measured from the batch to the sampled tokens; nothing is read
     inside the pass. Before each runs one that may run before it in serving (`executor.measure.runs_before`)."""
     times: list[list[float]] = [[] for _ in mixes]
-    routing: list[np.ndarray] = [np.empty(0)] * len(mixes)
+    routing: list[list[np.ndarray]] = [[] for _ in mixes]
     shapes = [shape_of_mix(steps, mix) for mix in mixes]
     with torch.inference_mode():
         fill_cache(runner)
     for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
         for at, mix in enumerate(mixes):
             with torch.inference_mode():
-                entries = random_entries(runner, mix, mix)
+                entries = random_entries(runner, mix, (mix, number))
                 _once(runner, shapes[at], runs_before(runner, entries))
-                seconds, routing[at] = _once(runner, shapes[at], entries)
+                seconds, counts = _once(runner, shapes[at], entries)
             if number:
                 times[at].append(seconds)
+                routing[at].append(counts)
             yield
     means = map(statistics.fmean, times)
     return [RunPass(*found) for found in zip(mixes, means, shapes, routing, strict=True)]
@@ -75,7 +76,7 @@ def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
     found = []
     for p in passes:
         shape = shape_of_mix(steps, p.mix, p.shape)
-        found.append(steps.total(shape, steps.experts_of_pass(shape, p.routing)))
+        found.append(statistics.fmean(steps.total(shape, steps.experts_of_pass(shape, one)) for one in p.routing))
     return found
 
 

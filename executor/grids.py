@@ -7,13 +7,17 @@ from typing import NamedTuple
 ALL = 1 << 30  # experts in a group: no point between experts
 PIECES = 8  # of an attention that is measured cut, where it has at least ...
 LEAST_CUT = 64  # ... so many tokens
+FINE_FROM = 256  # tokens of a pass from where groups of experts are small: the longer its steps, the finer it is cut
+AFTER_TOKENS = 256  # of a prompt before sequences that decode ...
+AFTER_CONTEXT = 512  # ... over a context of at most so many tokens
 
 
 class Cell(NamedTuple):
     """One kind of pass: `sequences` of `new` tokens each over `context` cached ones, experts in groups of `group`,
     attention in `pieces` groups of query blocks.
 
-    `hot`: all tokens go to so many experts; 0 leaves them to the model's router.
+    `hot`: all tokens go to so many experts; 0 leaves them to the model's router. `after`: tokens of the prompt that
+    runs before it; 0 where none does.
     """
 
     sequences: int
@@ -22,6 +26,7 @@ class Cell(NamedTuple):
     group: int = ALL
     hot: int = 0
     pieces: int = 1
+    after: int = 0
 
     @property
     def tokens(self) -> int:
@@ -80,9 +85,14 @@ def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, 
     found += [Cell(1, n, c) for c in contexts(max_context)[1:] for n in coarse(max_tokens)]
     found += [Cell(b, 1, c) for b in doubling(max_batch) for c in contexts(max_context)]
     # Between groups of experts: the same passes in other cuts.
-    for group in sorted({1, max(2, experts // 8)}):
-        found += [Cell(1, n, 0, group) for n in (16, 64, 256) if n <= max_tokens]
-        found += [Cell(b, 1, 0, group) for b in (1, 8) if b <= max_batch]
+    cut = [Cell(b, 1, 0) for b in sorted({1, max(1, max_batch // 4), max_batch})]
+    cut += [Cell(1, n, 0) for n in sorted({16, 64, FINE_FROM, max_tokens}) if n <= max_tokens]
+    for one in cut:
+        groups = {experts // 2, experts // 4} if one.tokens < FINE_FROM else {experts // 8, 1}
+        found += [one._replace(group=group) for group in sorted(groups) if group]
+    # Right after a prompt, which leaves nothing of theirs in the caches.
+    context = max(c for c in contexts(max_context) if c <= AFTER_CONTEXT)
+    found += [Cell(b, 1, context, after=min(AFTER_TOKENS, max_tokens)) for b in doubling(max_batch)]
     # Experts with more tokens than the router would send them.
     found += [Cell(1, n, 0, ALL, hot) for n in (64, 256, max_tokens) if n <= max_tokens for hot in (top_k, 2 * top_k)]
     # Between query blocks.

@@ -46,12 +46,10 @@ Steer = Callable[[torch.Tensor, int], torch.Tensor]
 @dataclass(frozen=True)
 class PassTimes:
     """One measured pass. `parts`: (name, seconds) in order, names as in the module's text; `routing`: rows of each
-    expert for each MoE layer; `further`: groups of experts that had rows, the first of all not counted, for each MoE
-    layer."""
+    expert for each MoE layer."""
 
     parts: tuple[tuple[str, float], ...]
     routing: tuple[tuple[int, ...], ...]
-    further: tuple[int, ...]
 
     @property
     def seconds(self) -> float:
@@ -146,12 +144,17 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
     return entries
 
 
-def runs_before(runner: Runner, entries: Entries) -> Entries:
-    """A pass that may run before one over `entries` in serving: as many sequences decode before decoding ones, and a
-    few before prompts. Its tokens are others and go to other experts. What is measured alone finds the weights of its
-    experts in the processor's cache, and after a pass of its own size its memory too, as it never does in serving."""
-    decoding = all(new == 1 for _, new in entries)
-    sizes = [(1, seq.computed) for seq, _ in entries] if decoding else [(1, 0)] * min(DECODING, runner.cache.n_blocks)
+def runs_before(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
+    """A pass that may run before one over `entries` in serving: a `prompt` of so many tokens (of as many as there are
+    KV slots, at most), or where it is 0, as many sequences that decode before decoding ones, and a few before prompts.
+    Its tokens are others and go to other experts. What is measured alone finds the weights of its experts in the
+    processor's cache, and after a pass of its own size its memory too, as it never does in serving."""
+    if prompt:
+        sizes = [(min(prompt, runner.cache.n_blocks * runner.cache.block_size), 0)]
+    elif all(new == 1 for _, new in entries):
+        sizes = [(1, seq.computed) for seq, _ in entries]
+    else:
+        sizes = [(1, 0)] * min(DECODING, runner.cache.n_blocks)
     return random_entries(runner, sizes, ("before", sizes))
 
 
@@ -168,10 +171,7 @@ def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
     watch.restart()
     watch.mark("start")
     running = runner.begin(entries)
-    further: dict[int, int] = {}
-    while (point := running.advance()) is not None:
-        if point.stage == "experts":
-            further[point.layer] = further.get(point.layer, 0) + (point.group > 0)
+    run_to_end(running)
     watch.mark("logits")
     sample_greedily(running)
     watch.mark("end")
@@ -182,5 +182,4 @@ def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
     for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
         part = {"logits": "tail", "end": "sample"}.get(following) or AFTER[name]
         parts.append((part, seconds))
-    routing = tuple(map(tuple, running.routing))
-    return PassTimes(tuple(parts), routing, tuple(further[layer] for layer in sorted(further)))
+    return PassTimes(tuple(parts), tuple(map(tuple, running.routing)))

@@ -24,17 +24,16 @@ class CalibrationError(ExecutorError, ValueError):
 @dataclass(frozen=True)
 class Measured:
     """Repeats of a kind of pass, made at different times. parts: names of the intervals (`executor.measure`); seconds:
-    float64[repeats, intervals]; routing, further: as in PassTimes."""
+    float64[repeats, intervals]; routing: rows of each expert, int64[repeats, MoE layers, experts]."""
 
     parts: tuple[str, ...]
     seconds: np.ndarray
-    routing: tuple[tuple[int, ...], ...]
-    further: tuple[int, ...]
+    routing: np.ndarray
 
     def and_also(self, other: Measured) -> Measured:
         """With the repeats of both."""
         seconds = np.concatenate([self.seconds, other.seconds])
-        return Measured(self.parts, seconds, self.routing, self.further)
+        return Measured(self.parts, seconds, np.concatenate([self.routing, other.routing]))
 
     @property
     def repeats(self) -> int:
@@ -112,7 +111,7 @@ class Kept:
         """Keep a repeat of `cell`, made at `at` (seconds since the epoch)."""
         seconds = [round(value, 10) for _, value in passed.parts]
         line: dict[str, Any] = {"cell": cell.key, "parts": [name for name, _ in passed.parts], "seconds": seconds}
-        line |= {"routing": passed.routing, "further": passed.further, "at": round(at, 3)}
+        line |= {"routing": passed.routing, "at": round(at, 3)}
         self._write(line)
         self._take(line)
 
@@ -147,8 +146,7 @@ class Kept:
             self.numbers[line["number"]] = line["value"]
             return
         key = line["cell"]
-        routing = tuple(map(tuple, line["routing"]))
-        visit = Measured(tuple(line["parts"]), np.atleast_2d(line["seconds"]), routing, tuple(line["further"]))
+        visit = Measured(tuple(line["parts"]), np.atleast_2d(line["seconds"]), np.array([line["routing"]]))
         self.cells[key] = self.cells[key].and_also(visit) if key in self.cells else visit
         self.order.append((key, line["at"]))
 

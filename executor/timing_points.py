@@ -20,19 +20,20 @@ PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them
 #: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
 #: the router spreads does not, and is only there for sizes that the router sends to nobody
 HOT_WEIGHT = 0.2
+ONE = Cell(1, 1, 0)
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
 
 
 def plain(cells: Cells) -> dict[Cell, Measured]:
-    """The passes that were routed by the model and not cut."""
-    return {cell: found for cell, found in cells.items() if cell.group == ALL and not cell.hot and cell.pieces == 1}
+    """The passes that were routed by the model, not cut, and not right after a prompt."""
+    return {cell: found for cell, found in cells.items() if cell._replace(sequences=1, new=1, context=0) == ONE}
 
 
 def host_seconds(cells: Cells) -> float:
     """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
-    one = cells[Cell(1, 1, 0)]
+    one = cells[ONE]
     following = one.each("pre")
     return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
 
@@ -101,7 +102,7 @@ def beyond_steps(
     for cell, found in plain(cells).items():
         if cell.new == 1:
             pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
-            experts = float(fit.predicted(found.routing, found.further).sum())
+            experts = float(fit.predicted(list(found.routing.swapaxes(0, 1))).sum())
             steps = host_s + layers * (pre + post) + head + experts
             beyond[cell.sequences, cell.context] = found.total() - found.total("attention") - steps
     return beyond
@@ -181,19 +182,21 @@ def _continued(known: list[tuple[int, float]], at: int) -> float:
 
 
 def expert_fit(cells: Cells) -> LayerFit:
-    """base, cost of a further group and f from every measured layer. CalibrationError where no expert was reached."""
+    """base and f from every measured layer whose experts ran as one group, but those right after a prompt.
+    CalibrationError where no expert was reached."""
     seconds: list[float] = []
-    counts: list[tuple[int, ...]] = []
-    further: list[int] = []
+    counts: list[np.ndarray] = []
     weights: list[float] = []
     for cell, found in cells.items():
+        if cell.after or cell.group != ALL:
+            continue
         seconds += found.each("experts").tolist()
-        counts += found.routing
-        further += found.further
-        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.routing)
-    if not any(map(any, counts)):
+        layers = list(found.routing.swapaxes(0, 1))
+        counts += layers
+        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(layers)
+    if not any(rows.any() for rows in counts):
         raise CalibrationError("no pass reached an expert")
-    return fit_layers(seconds, counts, further, weights)
+    return fit_layers(seconds, counts, weights)
 
 
 def expert_points(fit: LayerFit, share: float) -> list[Point]:
@@ -202,6 +205,35 @@ def expert_points(fit: LayerFit, share: float) -> list[Point]:
         Point("expert", int(tokens), None, float(seconds) * share)
         for tokens, seconds in zip(fit.tokens, fit.seconds, strict=True)
     ]
+
+
+def launch_points(cells: Cells, share: float) -> list[Point]:
+    """What a further group of experts with tokens costs, by tokens of the pass: the same passes cut and uncut.
+    `share`: as in `expert_points`."""
+    extra: dict[int, list[tuple[float, float, int]]] = {}
+    for cell, found in cells.items():
+        if cell.group == ALL:
+            continue
+        rows = np.add.reduceat(found.routing, np.arange(0, found.routing.shape[-1], cell.group), axis=-1)
+        further = np.count_nonzero(rows[..., 1:]) / found.repeats
+        if further:
+            more = found.total("experts") - cells[cell._replace(group=ALL)].total("experts")
+            extra.setdefault(cell.tokens, []).append((more, further, found.repeats))
+    points = []
+    for tokens, pairs in sorted(extra.items()):
+        each = max(0.0, sum(more for more, _, _ in pairs) / sum(further for _, further, _ in pairs))
+        points.append(Point("launch", tokens, None, each * share, repeats=sum(repeats for _, _, repeats in pairs)))
+    return points
+
+
+def after_prefill_points(cells: Cells) -> list[Point]:
+    """What decode passes take longer right after a prompt, by sequences; nothing where the memory held only one."""
+    pairs = [(found, cells[cell._replace(after=0)], cell) for cell, found in cells.items() if cell.after]
+    points = [
+        Point("after_prefill", cell.sequences, None, max(0.0, found.total() - other.total()), repeats=found.repeats)
+        for found, other, cell in pairs
+    ]
+    return points if len(points) > 1 else []
 
 
 def wide(cells: Cells) -> list[tuple[Cell, float]]:

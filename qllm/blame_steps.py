@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from executor.cuts import Cut
-from executor.grids import mixed_lengths
-from executor.measure import Stopwatch, fill_cache, measure, random_entries, timed
+from executor.grids import AFTER_TOKENS, mixed_lengths
+from executor.measure import Stopwatch, fill_cache, measure, random_entries, runs_before, timed
 from executor.runner import Runner
 from qllm.machine_speed import Call
 from qllm.validate import Compared, after_rest
@@ -82,7 +82,8 @@ def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, floa
     sizes = [*call.chunks, *((1, length) for length in decoding)]
     entries = random_entries(runner, sizes, 0)
     runner.cutter = lambda _: Cut(call.shape.group, call.shape.pieces)
-    passes = [measure(runner, watch, entries) for _ in range(REPEATS + 1)][1:]
+    before = runs_before(runner, entries, AFTER_TOKENS if call.after_prefill else 0)
+    passes = [(measure(runner, watch, before), measure(runner, watch, entries))[1] for _ in range(REPEATS + 1)][1:]
     names = [name for name, _ in passes[0].parts]
     medians = np.median([[seconds for _, seconds in p.parts] for p in passes], axis=0)
     found: dict[str, float] = defaultdict(float)

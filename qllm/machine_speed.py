@@ -23,13 +23,14 @@ APART_S = 1e6  # between runs, so that the visits of one say nothing about the s
 
 class Call(NamedTuple):
     """One real pass as the step model was asked for it: chunks (new tokens, cached before), decoding sequences, their
-    cached tokens in all, sequences that get a token; and what the model said."""
+    cached tokens in all, sequences that get a token; what the model said; whether what ran before had prompts."""
 
     chunks: tuple[tuple[int, int], ...]
     n_decode: int
     decode_context: int
     rows: int
     shape: Shape
+    after_prefill: bool = False
 
 
 class PassSeconds(NamedTuple):
@@ -135,4 +136,10 @@ def seconds_by(steps: StepModel, p: PassSeconds) -> float:
 
 def shape_of_call(steps: StepModel, call: Call) -> Shape:
     """How `steps` cuts that pass, and what it takes but for its experts."""
-    return steps.shape([(None, *chunk) for chunk in call.chunks], call.n_decode, call.decode_context, call.rows)
+    return steps.shape(
+        [(None, *chunk) for chunk in call.chunks],
+        call.n_decode,
+        call.decode_context,
+        call.rows,
+        after_prefill=call.after_prefill,
+    )

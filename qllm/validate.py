@@ -59,11 +59,12 @@ class Asked(StepModel):
         decode_context: int,
         rows: int,
         moved_tokens: int = 0,
+        after_prefill: bool = False,
     ) -> Shape:
         """As StepModel.shape."""
-        shape = super().shape(prefill, n_decode, decode_context, rows, moved_tokens)
+        shape = super().shape(prefill, n_decode, decode_context, rows, moved_tokens, after_prefill)
         chunks = tuple((new, cached) for _, new, cached in prefill)
-        self.calls.append(Call(chunks, n_decode, decode_context, rows, shape))
+        self.calls.append(Call(chunks, n_decode, decode_context, rows, shape, after_prefill))
         return shape
 
 

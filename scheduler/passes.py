@@ -22,12 +22,14 @@ class Pass:
     """Chunks of prefills, and a decode batch, in one forward pass.
 
     `level` is the most urgent level in it, `prefill_level` the most urgent among its prefills (inf: only decodes).
+    `after_prefill`: whether what ran before it was launched had prefills.
     `cursor` belongs to the device that runs the pass: where it stands. `restored` are requests whose KV comes back
     from host memory before the pass, `offloaded` those whose KV goes there.
     """
 
     __slots__ = (
         "aborted",
+        "after_prefill",
         "cancelled",
         "cursor",
         "decode",
@@ -47,8 +49,11 @@ class Pass:
         "tokens",
     )
 
-    def __init__(self, id: int, prefill: list[Chunk], decode: DecodeBatch | None, now: float):
+    def __init__(
+        self, id: int, prefill: list[Chunk], decode: DecodeBatch | None, now: float, after_prefill: bool = False
+    ):
         self.id = id
+        self.after_prefill = after_prefill
         self.prefill = prefill
         self.decode = decode
         self.prefill_level: float = min([c.request.level for c in prefill]) if prefill else NEVER

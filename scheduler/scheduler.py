@@ -49,6 +49,7 @@ class Scheduler:
         self.suspended_passes: list[Pass] = []
         self.running: Pass | None = None
         self.passes = 0  #: passes launched
+        self._ran_prefill = False  # what ran last had prefills
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Scheduler:
             r.state = State.IN_PASS
             if isnan(r.first_launch):
                 r.first_launch = now
-        p = Pass(self.passes, batch.chunks, decode, now)
+        p = Pass(self.passes, batch.chunks, decode, now, self._ran_prefill)
         self.passes += 1
         p.offloaded, p.restored = self.memory.moves()
         self.running = p
@@ -243,6 +244,7 @@ class Scheduler:
     def _stopped(self, p: Pass, now: float) -> None:
         """`p` ran until now: it and all who are in it have run for so long."""
         self.running = None
+        self._ran_prefill = bool(p.prefill)
         dt = now - p.launched
         p.running_s += dt
         if p.decode is not None:

@@ -40,7 +40,7 @@ class Run:
     def __init__(self, gpu: GpuModel, steps: StepModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
         self._gpu = gpu
         self.steps = steps
-        self._size = (p.tokens, p.n_decode, p.decode_context)
+        self._size = (p.tokens, p.n_decode, p.decode_context, p.after_prefill)
         self._draw = draw
         self._shape = shape
         self.total = total
@@ -55,8 +55,8 @@ class Run:
     def shape(self) -> Shape:
         """How the pass is cut; worked out when first asked for in passes that only decode."""
         if self._shape is None:
-            _, n, context = self._size
-            self._shape = self.steps.shape((), n, context, n)
+            _, n, context, after_prefill = self._size
+            self._shape = self.steps.shape((), n, context, n, after_prefill=after_prefill)
         return self._shape
 
     def counts(self) -> np.ndarray:
@@ -173,12 +173,12 @@ class GpuModel:
                 shape = steps.shape((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
                 variants = self._decodes[steps, n] = self._variants(steps, n, shape)
             draw, experts_s = variants[draw % _VARIANTS]
-            return Run(self, steps, p, draw, steps.decode_total(n, p.decode_context) + experts_s)
+            return Run(self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s)
         rows = p.n_decode
         for r, new, cached in p.prefill:
             rows += cached + new == r.prompt_tokens + r.generated
         moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
-        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved)
+        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved, p.after_prefill)
         experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
         return Run(self, steps, p, draw, steps.total(shape, experts_s), shape)
 

@@ -123,10 +123,10 @@ def test_a_pass_that_is_slow_after_a_pause_is_found_out(subject, monkeypatch):
 
 def test_times_are_those_of_the_mean_pass():
     """One repeat of eight is disturbed; and one stood still for a minute, which is no one's everyday."""
-    often = Measured(("lead",), np.array([[1.0]] * 7 + [[1.8]]), (), ())
-    once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), (), ())
-    few = Measured(("lead",), np.array([[1.0], [2.0]]), (), ())
-    parts = Measured(("lead", "tail"), np.array([[1.0, 3.0]] * 7 + [[1.8, 5.4]]), (), ())
+    often = Measured(("lead",), np.array([[1.0]] * 7 + [[1.8]]), ())
+    once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), ())
+    few = Measured(("lead",), np.array([[1.0], [2.0]]), ())
+    parts = Measured(("lead", "tail"), np.array([[1.0, 3.0]] * 7 + [[1.8, 5.4]]), ())
     assert (often.total(), once.total(), few.total()) == pytest.approx((1.1, 1.25, 1.5))
     assert parts.means == pytest.approx([1.1, 3.3])
 
@@ -140,7 +140,7 @@ def visits_that_take(monkeypatch, seconds: Callable[[Cell, int], float]) -> list
         visited.append(cell)
         each = seconds(cell, visited.count(cell))
         passed = visit(self, cell, watch)
-        return PassTimes(tuple((name, each) for name, _ in passed.parts), passed.routing, passed.further)
+        return PassTimes(tuple((name, each) for name, _ in passed.parts), passed.routing)
 
     monkeypatch.setattr(Bench, "visit", visit_in)
     return visited
@@ -180,7 +180,7 @@ def test_a_round_spreads_the_visits_to_a_kind(times):
 
 
 def test_repeats_make_a_mean_more_certain():
-    once = Measured(("lead",), 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 1)), (), ())
+    once = Measured(("lead",), 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 1)), ())
     assert once.and_also(once).uncertainty() == pytest.approx(once.uncertainty() / 2**0.5)
 
 
@@ -203,7 +203,7 @@ def test_between_two_visits_of_a_calibration_the_model_serves(subject, tmp_path)
 
 def test_parts_sum_to_the_median_pass_though_disturbances_hit_another_interval_each_time():
     seconds = np.ones((4, 4)) + 2 * np.eye(4)  # each pass takes 6, the median of each interval is 1
-    measured = Measured(("lead", "attention", "experts", "tail"), seconds, (), ())
+    measured = Measured(("lead", "attention", "experts", "tail"), seconds, ())
     assert measured.total() == pytest.approx(6)
     assert measured.total("attention") == pytest.approx(1.5)
 
@@ -257,16 +257,56 @@ def test_parts_cuts_and_steering_of_a_pass(subject):
         hot = bench.visit(Cell(1, 16, 0, ALL, 2), watch)
     layer = ["attention", "post", "experts", "pre"]
     assert [name for name, _ in whole.parts] == ["lead", *layer, *layer[:3], "tail", "sample"]
-    assert whole.further == (0, 0)
-    assert single.further == tuple(sum(count > 0 for count in rows[1:]) for rows in single.routing)
     assert single.routing == whole.routing
     assert hot.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
     assert subject.model.config._attn_implementation == "qllm"  # as before
 
 
+def test_each_visit_brings_other_tokens_and_each_cut_the_same(subject):
+    bench, cell = Bench(subject.model, 64, 3), Cell(1, 16, 0)
+    with torch.inference_mode(), timed(subject.model) as watch:
+        first, second = (bench.visit(cell, watch).routing for _ in range(2))
+        cut = [bench.visit(cell._replace(group=2), watch).routing for _ in range(2)]
+    assert first != second
+    assert cut == [first, second]
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_further_group_costs_what_cut_passes_take_longer(subject, tmp_path, monkeypatch):
+    """By the clock that counts readings they take as long; here a layer's experts take 1 ms more one by one."""
+    visit = Bench.visit
+
+    def visit_in(self, cell: Cell, watch) -> PassTimes:
+        passed = visit(self, cell, watch)
+        parts = [(name, s + 1e-3 * (name == "experts" and cell.group == 1)) for name, s in passed.parts]
+        return PassTimes(tuple(parts), passed.routing)
+
+    monkeypatch.setattr(Bench, "visit", visit_in)
+    monkeypatch.setattr("executor.calibrate.cells", lambda **_: [*few, *(c._replace(group=1) for c in few[:2])])
+    few = [Cell(1, 1, 0), Cell(1, 16, 0), Cell(2, 1, 0), Cell(1, 1, 8), Cell(1, 16, 8), Cell(2, 1, 8)]
+    timings = calibrate(subject, tmp_path / "tiny.csv", EXTENT)
+    assert 0.99e-3 / 2 <= timings.launch(1) <= 1.01e-3  # two experts, of which the first of all may be one
+    assert 0.99e-3 / 7 <= timings.launch(16) < 1e-3 / 4
+
+
+@pytest.mark.usefixtures("counting")
+def test_a_pass_that_is_slow_after_a_prompt_is_found_out(subject, tmp_path, monkeypatch):
+    visit = Bench.visit
+
+    def visit_in(self, cell: Cell, watch) -> PassTimes:
+        passed = visit(self, cell, watch)
+        extra = 1e-3 * cell.sequences * bool(cell.after)
+        return PassTimes((("lead", passed.parts[0][1] + extra), *passed.parts[1:]), passed.routing)
+
+    monkeypatch.setattr(Bench, "visit", visit_in)
+    timings = calibrate(subject, tmp_path / "tiny.csv", EXTENT)
+    assert [timings.after_prefill(n) for n in (1, 2, 3)] == pytest.approx([1e-3, 2e-3, 3e-3], rel=0.01)
+    assert timings.dense_pre(1) < 3e-3  # nothing of it
+
+
 def test_what_cutting_an_attention_costs_is_its_own_number(tmp_path):
     def attention(seconds: float) -> Measured:
-        return Measured(("attention",), np.full((3, 1), seconds), (), ())
+        return Measured(("attention",), np.full((3, 1), seconds), ())
 
     cells_ = {Cell(1, 64, 0): attention(0.8), Cell(1, 64, 0, pieces=8): attention(0.96), Cell(1, 8, 0): attention(0.1)}
     found = query_block_seconds(cells_, layers=2)
@@ -367,9 +407,10 @@ def test_checked_passes_are_cut_and_predicted_by_the_steps_that_they_are_compare
         next(passes)
     (found,) = end.value.value
     assert found.seconds > 0
-    assert found.routing.sum() == 2 * 2 * 13  # layers, top-k, tokens
+    (routing,) = found.routing
+    assert routing.sum() == 2 * 2 * 13  # layers, top-k, tokens
     assert found.shape.groups > 1
-    times = steps.times(found.shape, found.routing)
+    times = steps.times(found.shape, routing)
     assert predict(steps, [found]) == pytest.approx([times.sum()])
     slower = StepModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64, host_s=1.0))  # cuts nothing by itself
     assert predict(slower, [found])[0] == pytest.approx(1.0 + times.sum(), rel=1e-3)

@@ -105,6 +105,17 @@ def test_after_each_pause_both_wake_up(model, name):
     assert longer == pytest.approx(0.01 * len(pauses), rel=0.02)
 
 
+@pytest.mark.parametrize("name", ["fcfs", "qllm", "hybrid"])
+def test_after_prompts_decodes_take_longer_in_both(model, name):
+    trace, limits = workload(seed=8), Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
+    spent = []
+    for after_prefill in (None, (2e-4, 1e-5)):
+        real, simulated = both(model, trace, make_policy(name), limits, step_model(after_prefill=after_prefill))
+        assert_same(real, simulated)
+        spent.append(sum(s.end - s.start for s in real.slices or []))
+    assert spent[1] > spent[0] + 5 * 2e-4
+
+
 def test_every_policy_is_put_to_the_test():
     assert set(POLICIES) == {name for name, _ in SETTINGS}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from contextlib import suppress
+from itertools import pairwise
 from math import isnan
 from pathlib import Path
 
@@ -239,6 +240,22 @@ def suspended_be_prefill(resume: str) -> tuple[Scheduler, Pass]:
     assert not s.should_yield(ls, 0.4), "equals do not preempt each other"
     s.finished(ls, 0.5)
     return s, be
+
+
+def test_a_pass_knows_whether_prompts_ran_before_it():
+    s = Scheduler(make_policy("qllm"), Limits())
+    s.add(Request(0, 40, 3, 1, 0.0), 0.0)
+    found, now = [], 0.0
+    p = s.next(now)
+    while p is not None:
+        found.append((bool(p.prefill), p.after_prefill))
+        now += 1.0
+        if len(found) == 2:  # the first decode pass gives way to an urgent prompt, and to its first decode pass
+            s.add(Request(1, 10, 2, 0, now), now)
+        s.finished(p, now)
+        p = s.next(now)
+    assert found[:2] == [(True, False), (False, True)]
+    assert all(after == before for (before, _), (_, after) in pairwise(found))
 
 
 def test_resume_prefill_brings_the_suspended_pass_home_first():

@@ -23,19 +23,36 @@ def draw_counts(steps: StepModel, tokens: int, seed: int) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(step_models(), chunks, st.integers(0, 20), st.integers(0, 3000), st.integers(0, 5))
-def test_pieces_add_up_to_the_total_to_the_last_bit(steps, prefill, n_decode, context, seed):
+@given(step_models(), chunks, st.integers(0, 20), st.integers(0, 3000), st.booleans(), st.integers(0, 5))
+def test_pieces_add_up_to_the_total_to_the_last_bit(steps, prefill, n_decode, context, after, seed):
     if not prefill and not n_decode:
         return
-    shape = steps.shape(prefill, n_decode, context, n_decode + len(prefill))
+    shape = steps.shape(prefill, n_decode, context, n_decode + len(prefill), after_prefill=after)
     counts = draw_counts(steps, n_decode + sum(c[1] for c in prefill), seed)
     times = steps.times(shape, counts)
     assert len(times) == 2 + steps.layers * shape.steps_per_layer
     assert times.cumsum()[-1] == steps.total(shape, steps.experts_of_pass(shape, counts))
     np.testing.assert_array_equal(times, ticks(times))
     if not prefill:
-        bare = steps.decode_total(n_decode, context)
-        assert bare == steps.total(steps.shape((), n_decode, context, n_decode), 0.0)
+        bare = steps.decode_total(n_decode, context, after)
+        assert bare == steps.total(steps.shape((), n_decode, context, n_decode, after_prefill=after), 0.0)
+
+
+def test_only_a_pass_that_decodes_alone_takes_longer_after_a_prompt():
+    steps = StepModel(affine_timings(after_prefill=(1e-3, 1e-4)))
+
+    def longer(prefill: list, n_decode: int) -> float:
+        asked = prefill, n_decode, 10 * n_decode, 1
+        return steps.shape(*asked, after_prefill=True).lead - steps.shape(*asked).lead
+
+    assert longer([], 4) == pytest.approx(1.4e-3, rel=1e-5)
+    assert longer([(None, 8, 0)], 4) == longer([(None, 8, 0)], 0) == 0
+
+
+def test_what_a_further_group_costs_may_fall_with_the_tokens():
+    steps = StepModel(affine_timings(launch=(1e-4, -1e-6), launches_per_expert=1, tokens=64), max_step=1e-4)
+    found = [steps.shape([(None, n, 0)], 0, 0, 1).per_group for n in (1, 50, 64)]
+    assert found == pytest.approx([9.9e-5, 5e-5, 3.6e-5], rel=1e-4)
 
 
 @settings(deadline=None)

@@ -150,6 +150,21 @@ def test_below_the_smallest_measured_size_the_first_value_holds_and_warns():
         assert timings.head(3) == timings.head(8)
 
 
+def test_steps_that_a_trace_may_leave_out(tmp_path):
+    plain, whole = affine_timings(), affine_timings(launch=(1e-4, -1e-6), after_prefill=(1e-3, 1e-4), tokens=50)
+    assert (plain.launch(8), plain.after_prefill(8)) == (plain.launch_s, 0.0)
+    whole.save(tmp_path / "t.csv")
+    for timings in (whole, Timings.load(tmp_path / "t.csv")):
+        assert [timings.launch(n) for n in (1, 20, 50, 80)] == pytest.approx([9.9e-5, 8e-5, 5e-5, 5e-5])
+        assert timings.after_prefill(20) == pytest.approx(3e-3)
+        assert timings.steps == (*plain.steps, "launch", "after_prefill")
+        assert timings.describe()["steps"]["launch"]["cleaned_max"] == 0
+    with pytest.raises(TimingError, match=r"unknown step 'launch'; allowed: dense_pre, .*, head$"):
+        plain.range("launch")
+    with pytest.raises(TimingError, match="step 'launch' has 1 points; at least 2 are needed"):
+        replace(whole, points=tuple(point for point in whole.points if point[:2] != ("launch", 50)))
+
+
 def test_negative_sizes_are_refused():
     timings = affine_timings()
     for call in (lambda: timings.expert(np.array([1, -1])), lambda: timings.dense_pre(-1)):

@@ -90,6 +90,8 @@ def step_models(draw: st.DrawFn) -> StepModel:
         suspend_s=draw(st.sampled_from([0.0, 1e-5, 1e-3])),
         resume_s=draw(st.sampled_from([0.0, 7e-6, 3e-3])),
         wake_s=draw(st.sampled_from([0.0, 2e-3])),
+        launch=draw(st.sampled_from([None, (2e-5, -1e-10)])),
+        after_prefill=draw(st.sampled_from([None, (1e-3, 2e-4)])),
     )
     max_step = draw(st.sampled_from([1e-5, 1e-4, 3e-4, float("inf")]))
     return StepModel(timings, max_step=max_step, expert_mode=draw(st.sampled_from(["fused", "separate"])))

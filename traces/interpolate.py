@@ -64,12 +64,13 @@ def by_tokens(tokens: np.ndarray, seconds: np.ndarray, x: np.ndarray) -> np.ndar
 
 
 class Curve:
-    """Seconds by number of tokens (or rows): 0 at 0, non-decreasing; integers inside the range are table look-ups."""
+    """Seconds by number of tokens (or rows): 0 at 0, non-decreasing unless it need not rise; integers inside the range
+    are table look-ups."""
 
-    def __init__(self, step: str, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+    def __init__(self, step: str, tokens: Sequence[int], seconds: Sequence[float], rises: bool = True) -> None:
         self.step = step
         self.xs = np.asarray(tokens, dtype=float)
-        self.ys = isotonic(seconds)
+        self.ys = isotonic(seconds) if rises else np.asarray(seconds, dtype=float)
         self.lo, self.hi = int(tokens[0]), int(tokens[-1])
         self.array_table = self._evaluate(np.arange(min(self.hi, _MAX_TABLE) + 1, dtype=float))
         self._table: list[float] = self.array_table.tolist()

@@ -1,4 +1,4 @@
-"""The expert-layer model t = base + per_group further + sum_e f(m_e), fitted to measured layers of any routing."""
+"""The expert-layer model t = base + sum_e f(m_e), fitted to measured layers of any routing."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import numpy as np
 from traces.interpolate import by_tokens
 from traces.timing_format import TimingError
 
+#: tokens of each expert in a layer of one pass, int[experts], or of several, int[passes, experts]
+Counts = Sequence[int] | np.ndarray
 FITS = 4  # one after another, each with errors relative to what the one before predicts
 OUTLIER = 0.25  # a layer further than this from one fit does not take part in the next
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """base, per_group: seconds; tokens int64[n], seconds float64[n]: f, non-decreasing.
+    """base: seconds; tokens int64[n], seconds float64[n]: f, non-decreasing.
 
     errors: float64[layers], predicted / measured - 1 of every layer given; kept: bool[layers], those that were fitted.
     """
 
     base: float
-    per_group: float
     tokens: np.ndarray
     seconds: np.ndarray
     errors: np.ndarray
     kept: np.ndarray
 
-    def predicted(self, counts: Sequence[Sequence[int]], further: Sequence[int]) -> np.ndarray:
-        """Seconds of layers, float64[layers]; arguments as those of `fit_layers`."""
-        each = by_tokens(self.tokens, self.seconds, np.asarray(counts))
-        return self.base + self.per_group * np.asarray(further) + each.sum(axis=1)
+    def predicted(self, counts: Sequence[Counts]) -> np.ndarray:
+        """Seconds of layers, float64[layers], for `counts` as those of `fit_layers`."""
+        passes, starts = _stacked(counts)
+        return self.base + _means(by_tokens(self.tokens, self.seconds, passes).sum(axis=1), starts)
 
 
 def fit_layers(
     seconds: Sequence[float],
-    counts: Sequence[Sequence[int]],
-    further: Sequence[int],
+    counts: Sequence[Counts],
     weights: Sequence[float] | None = None,
 ) -> LayerFit:
-    """Fit base, the cost of a further group, and f by least squares on relative errors, none of them below zero.
+    """Fit base and f by least squares on relative errors, none of them below zero.
 
-    seconds, counts (tokens of each expert), further (groups of experts with tokens, the first group of all not
-    counted) and weights (of the errors; 1 where there are none): one element a measured layer. f is piecewise linear
+    seconds, counts (tokens of each expert; of several passes, where `seconds` is their mean) and weights (of the
+    errors; 1 where there are none): one element a measured layer, whose experts ran as one group. f is piecewise linear
     between sizes that grow by half, as far as a size was seen. TimingError without two layers.
 
     Errors are relative to what the fit before predicts, not to what was measured: relative to that, a layer that was
@@ -52,13 +52,13 @@ def fit_layers(
     the variance.
     """
     times = np.asarray(seconds, dtype=float)
-    rows = np.asarray(counts, dtype=np.int64)
+    rows, starts = _stacked(counts)
     if len(times) < 2 or rows.max(initial=0) < 1:
         raise TimingError(f"the times of experts need at least 2 measured layers with tokens, got {len(times)}")
     knots = _knots(int(rows.max()))
     active = (rows > 0).sum(axis=1)
     ramps = [np.clip((rows - a) / (b - a), 0, 1).sum(axis=1) for a, b in itertools.pairwise(knots)]
-    design = np.stack([np.ones(len(times)), np.asarray(further), active, *ramps], axis=1)
+    design = np.stack([np.ones(len(times)), *(_means(column, starts) for column in (active, *ramps))], axis=1)
     kept, scale = np.ones(len(times), dtype=bool), times
     shares = np.ones(len(times)) if weights is None else np.asarray(weights, dtype=float)
     for _ in range(FITS):
@@ -71,7 +71,18 @@ def fit_layers(
             break
         kept = inside
     errors = predicted / times - 1
-    return LayerFit(float(x[0]), float(x[1]), np.array(knots), np.cumsum(x[2:]), errors, kept)
+    return LayerFit(float(x[0]), np.array(knots), np.cumsum(x[1:]), errors, kept)
+
+
+def _stacked(counts: Sequence[Counts]) -> tuple[np.ndarray, np.ndarray]:
+    """The passes of all layers, int64[passes, experts], and where those of each layer begin, int64[layers]."""
+    passes = [np.atleast_2d(np.asarray(one, dtype=np.int64)) for one in counts]
+    return np.concatenate(passes or [np.empty((0, 0), np.int64)]), np.cumsum([0, *map(len, passes)])[:-1]
+
+
+def _means(of_passes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Each layer's mean over its passes, float64[layers]."""
+    return np.add.reduceat(of_passes, starts) / np.diff([*starts, len(of_passes)])
 
 
 def _knots(largest: int) -> list[int]:

@@ -39,7 +39,8 @@ def ticks(seconds: Any) -> Any:
 class Shape:
     """Times (seconds, whole ticks) of a pass but for its experts, and how each layer is cut.
 
-    lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass. pre: norm and
+    lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass, and
+    `after_prefill` where a decode pass follows prompts. pre: norm and
     QKV. attention: one query block of `pieces`. post: output projection, norm, router. base: shared cost of the
     experts, in front of the first group. per_group: extra of each further group with tokens. head: after the last
     layer. group: experts in a group; groups: groups in a layer.
@@ -103,17 +104,16 @@ class StepModel:
         self._table = self._expert_table(timings.range("expert")[1])
         self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
         self._base = ticks(timings.experts_base_s)
-        self._per_group = ticks(launches) if mode == "fused" else 0.0
         self._block = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
         self.wake_s: float = ticks(timings.wake_s)
         peak = 1.0 / timings.experts if popularity is None else float(popularity.max())
         self._peak_share = min(1.0, peak * timings.top_k)  # of a pass's tokens, at the most popular expert
-        self._cuts: dict[int, tuple[int, int]] = {}
+        self._cuts: dict[int, tuple[float, int, int]] = {}
         self._dense: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {}
-        self._decode_fixed: dict[int, float] = {}
+        self._decode_fixed: dict[tuple[int, bool], float] = {}
 
     def _expert_table(self, limit: int) -> np.ndarray:
         table = self.timings.expert_table(limit) + self._own_launch
@@ -145,10 +145,12 @@ class StepModel:
         decode_context: int,
         rows: int,
         moved_tokens: int = 0,
+        after_prefill: bool = False,
     ) -> Shape:
         """Times of a pass over prefill chunks (anything, new tokens, tokens cached before) and `n_decode` decoding
         sequences that hold `decode_context` tokens in all, of which `rows` sequences get a new token.
-        `moved_tokens`: tokens whose KV is moved to or from host memory first.
+        `moved_tokens`: tokens whose KV is moved to or from host memory first. `after_prefill`: the pass before it had
+        prompts, which counts where this one has none.
 
         The chunks' attention runs as one launch whose work adds up: the cost of the smallest is counted once.
         """
@@ -174,15 +176,18 @@ class StepModel:
         lead = t.host_s
         if moved_tokens:
             lead += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
-        return Shape(ticks(lead), dense[0], block, pieces, dense[1], self._base, self._per_group, head, *cuts)
+        if after_prefill and not prefill:
+            lead += t.after_prefill(n_decode)
+        per_group, group, groups = cuts
+        return Shape(ticks(lead), dense[0], block, pieces, dense[1], self._base, per_group, head, group, groups)
 
-    def decode_total(self, n_decode: int, decode_context: int) -> float:
+    def decode_total(self, n_decode: int, decode_context: int, after_prefill: bool = False) -> float:
         """`total` of a pass that only decodes, without its experts' times: the fast path of the simulator."""
-        fixed = self._decode_fixed.get(n_decode)
+        fixed = self._decode_fixed.get((n_decode, after_prefill))
         if fixed is None:
-            shape = self.shape((), n_decode, decode_context, n_decode)
+            shape = self.shape((), n_decode, decode_context, n_decode, after_prefill=after_prefill)
             attention = self.layers * shape.attention * shape.pieces
-            fixed = self._decode_fixed[n_decode] = self.total(shape, 0.0) - attention
+            fixed = self._decode_fixed[n_decode, after_prefill] = self.total(shape, 0.0) - attention
         block, pieces = self._query_blocks(self.timings.attention_decode(n_decode, decode_context / n_decode))
         return fixed + self.layers * block * pieces
 
@@ -193,15 +198,17 @@ class StepModel:
         pieces = math.ceil(attention / self.max_step)
         return round((attention / pieces + self._block) * TICKS_PER_S) * TICK, pieces
 
-    def _experts_cut(self, tokens: int) -> tuple[int, int]:
-        """(experts in a group, groups): as many as keep a group below `max_step` with the most popular expert's
-        tokens, three standard deviations up, at each."""
+    def _experts_cut(self, tokens: int) -> tuple[float, int, int]:
+        """(seconds of a further group, experts in a group, groups): as many as keep a group below `max_step` with the
+        most popular expert's tokens, three standard deviations up, at each."""
         mean = tokens * self._peak_share
         most = min(tokens, math.ceil(mean + 3 * math.sqrt(mean)))
-        room = self.max_step - self._base - self._per_group
+        t = self.timings
+        per_group = ticks(t.launches_per_expert * t.launch(tokens)) if self.mode == "fused" else 0.0
+        room = self.max_step - self._base - per_group
         each = max(float(self.experts(np.array(most))), TICK)
         group = int(min(max(room / each, 1), self.n_experts))
-        return group, -(-self.n_experts // group)
+        return per_group, group, -(-self.n_experts // group)
 
     def groups(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
         """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts]. A group

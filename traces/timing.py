@@ -14,6 +14,7 @@ import numpy as np
 
 from traces.interpolate import Curve, ExtrapolationWarning, Grid
 from traces.timing_format import (
+    OPTIONAL,
     STEPS,
     Point,
     TimingError,
@@ -120,6 +121,23 @@ class Timings(TimingHeader):
         """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
         return self._attention_decode(batch, context)
 
+    def launch(self, tokens: Any) -> Any:
+        """One launch more in a pass of `tokens` tokens: seconds; `launch_s` at all sizes where the trace has no curve.
+        It may fall, and beyond the curve it stays what it is at its end."""
+        if self._launch is None:
+            return self.launch_s
+        return self._launch(min(max(tokens, self._launch.lo), self._launch.hi))
+
+    def after_prefill(self, batch: Any) -> Any:
+        """What a pass of `batch` decoding sequences takes longer right after a pass with prompts: seconds a pass; none
+        where the trace does not say."""
+        return 0.0 if self._after_prefill is None else self._after_prefill(batch)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that it has points of."""
+        return (*STEPS, *(step for step in OPTIONAL if any(point.step == step for point in self.points)))
+
     def check_matches(self, **used: Any) -> None:
         """TimingError unless the header says what the trace is used with: any of device, model, dtype, layers, hidden,
         experts, top_k. The message names each key that differs."""
@@ -134,15 +152,15 @@ class Timings(TimingHeader):
 
     def range(self, step: str) -> tuple[Any, Any]:
         """(lowest, highest) size measured for a step: tokens, or (tokens, context) for attention. TimingError."""
-        if step not in STEPS:
-            raise TimingError(f"timings {self.name!r}: unknown step {step!r}; allowed: {', '.join(STEPS)}")
+        if step not in self.steps:
+            raise TimingError(f"timings {self.name!r}: unknown step {step!r}; allowed: {', '.join(self.steps)}")
         shape: Curve | Grid = getattr(self, f"_{step}")
         return shape.lo, shape.hi
 
     def describe(self) -> dict[str, Any]:
         """Header, and for each step its range, points by source, and the largest change by the monotone clean-up."""
         steps = {}
-        for step in STEPS:
+        for step in self.steps:
             mine = [point for point in self.points if point.step == step]
             low, high = self.range(step)
             sources = sorted({point.source for point in mine})
@@ -163,9 +181,9 @@ class Timings(TimingHeader):
             change = max(change, abs(value - point.seconds) / point.seconds if point.seconds else 0.0)
         return change
 
-    def _curve(self, step: str) -> Curve:
+    def _curve(self, step: str, rises: bool = True) -> Curve:
         mine = sorted((point.tokens, point.seconds) for point in self.points if point.step == step)
-        return Curve(step, [tokens for tokens, _ in mine], [seconds for _, seconds in mine])
+        return Curve(step, [tokens for tokens, _ in mine], [seconds for _, seconds in mine], rises)
 
     def _grid(self, step: str) -> Grid:
         mine = {(p.tokens, p.context): p.seconds for p in self.points if p.step == step and p.context is not None}
@@ -190,6 +208,14 @@ class Timings(TimingHeader):
         return self._curve("head")
 
     @cached_property
+    def _launch(self) -> Curve | None:
+        return self._curve("launch", rises=False) if "launch" in self.steps else None
+
+    @cached_property
+    def _after_prefill(self) -> Curve | None:
+        return self._curve("after_prefill") if "after_prefill" in self.steps else None
+
+    @cached_property
     def _attention_prefill(self) -> Grid:
         return self._grid("attention_prefill")
 
@@ -206,6 +232,8 @@ def affine_timings(
     head: tuple[float, float] = (50e-6, 1e-6),
     prefill: tuple[float, float, float] = (10e-6, 0.5e-6, 1e-10),
     decode: tuple[float, float, float] = (10e-6, 0.5e-6, 1e-9),
+    launch: tuple[float, float] | None = None,
+    after_prefill: tuple[float, float] | None = None,
     tokens: int = 65536,
     context: int = 131072,
     **header: Any,
@@ -216,13 +244,10 @@ def affine_timings(
     token). `header` overrides header keys, such as layers, experts, top_k, hidden, expert_mode, host_s.
     """
     points = []
-    for step, (base, slope) in {
-        "dense_pre": dense_pre,
-        "dense_post": dense_post,
-        "expert": expert,
-        "head": head,
-    }.items():
-        points += [Point(step, n, None, base + slope * n, source="modelled") for n in (1, tokens)]
+    curves = {"dense_pre": dense_pre, "dense_post": dense_post, "expert": expert, "head": head}
+    for step, line in {**curves, "launch": launch, "after_prefill": after_prefill}.items():
+        if line is not None:
+            points += [Point(step, n, None, line[0] + line[1] * n, source="modelled") for n in (1, tokens)]
     for step, (base, slope, cross) in {"attention_prefill": prefill, "attention_decode": decode}.items():
         for n in (1, tokens):
             points += [Point(step, n, c, base + slope * n + cross * n * c, source="modelled") for c in (0, context)]

@@ -63,7 +63,7 @@ def test_a_calibration_is_that_of_the_average_speed(tmp_path):
         for cell in (small, other, large) if second % 2 else (small, large):
             if cell != other or second > 30:  # the other one only knows the fast half
                 seconds = cell.tokens * (slow if cell != large else 1.0)
-                kept.add(cell, PassTimes((("lead", seconds / 4), ("tail", seconds * 3 / 4)), (), ()), float(second))
+                kept.add(cell, PassTimes((("lead", seconds / 4), ("tail", seconds * 3 / 4)), ()), float(second))
     found, varied = Kept(kept.path, {}).steady([small, other, large], 16)
     assert found[other].total() / found[small].total() == pytest.approx(2, rel=0.05)
     assert found[small].total("tail") == pytest.approx(0.75 * found[small].total())

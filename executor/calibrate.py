@@ -152,9 +152,10 @@ def build(
     dense = dense_points(measured, layers, host_s)
     attention = attention_points(measured, layers, beyond_steps(measured, dense, fit, layers, host_s))
     launches = launch_points(measured, share)
-    points = dense + attention + expert_points(fit, share) + after_prefill_points(measured)
-    if len(launches) > 1:  # else `launch_s` says it
-        points += launches
+    points = dense + attention + expert_points(fit, share)
+    for optional in (launches, after_prefill_points(measured)):
+        if len(optional) > 1:  # one size makes no curve: `launch_s` says it, and a pass after a prompt is like others
+            points += optional
     modelled = {
         "attention_prefill": "sizes between the measured ones",
         "attention_decode": "corners whose KV does not fit in memory: along the last slope over the context",

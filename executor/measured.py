@@ -36,6 +36,11 @@ class Measured:
         return Measured(self.parts, seconds, np.concatenate([self.routing, other.routing]))
 
     @property
+    def layers(self) -> list[np.ndarray]:
+        """The routing of each MoE layer, int64[repeats, experts]."""
+        return list(self.routing.swapaxes(0, 1))
+
+    @property
     def repeats(self) -> int:
         return len(self.seconds)
 

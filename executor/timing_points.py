@@ -102,7 +102,7 @@ def beyond_steps(
     for cell, found in plain(cells).items():
         if cell.new == 1:
             pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
-            experts = float(fit.predicted(list(found.routing.swapaxes(0, 1))).sum())
+            experts = float(fit.predicted(found.layers).sum())
             steps = host_s + layers * (pre + post) + head + experts
             beyond[cell.sequences, cell.context] = found.total() - found.total("attention") - steps
     return beyond
@@ -191,9 +191,8 @@ def expert_fit(cells: Cells) -> LayerFit:
         if cell.after or cell.group != ALL:
             continue
         seconds += found.each("experts").tolist()
-        layers = list(found.routing.swapaxes(0, 1))
-        counts += layers
-        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(layers)
+        counts += found.layers
+        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.layers)
     if not any(rows.any() for rows in counts):
         raise CalibrationError("no pass reached an expert")
     return fit_layers(seconds, counts, weights)
@@ -227,13 +226,12 @@ def launch_points(cells: Cells, share: float) -> list[Point]:
 
 
 def after_prefill_points(cells: Cells) -> list[Point]:
-    """What decode passes take longer right after a prompt, by sequences; nothing where the memory held only one."""
+    """What decode passes take longer right after a prompt, by sequences."""
     pairs = [(found, cells[cell._replace(after=0)], cell) for cell, found in cells.items() if cell.after]
-    points = [
+    return [
         Point("after_prefill", cell.sequences, None, max(0.0, found.total() - other.total()), repeats=found.repeats)
         for found, other, cell in pairs
     ]
-    return points if len(points) > 1 else []
 
 
 def wide(cells: Cells) -> list[tuple[Cell, float]]:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import yaml
 
 FORMAT = "qllm-timings 1"
-CURVES = ("dense_pre", "dense_post", "expert", "head")
 GRIDS = ("attention_prefill", "attention_decode")
 STEPS = ("dense_pre", "attention_prefill", "attention_decode", "dense_post", "expert", "head")
 OPTIONAL = ("launch", "after_prefill")  # steps that a trace may leave out
+ALL_STEPS = (*STEPS, *OPTIONAL)
 SOURCES = ("measured", "imported", "modelled")
 EXPERT_MODES = ("fused", "separate")
 COLUMNS = ("step", "tokens", "context", "seconds", "spread_s", "repeats", "source")
@@ -140,7 +140,7 @@ def check_points(points: list[Point], rows: list[str]) -> None:
         if key in seen:
             raise TimingError(f"{row}: {point.step} at tokens {point.tokens}, context {point.context} stands twice")
         seen[key] = row
-    for step in (*STEPS, *OPTIONAL):
+    for step in ALL_STEPS:
         mine = [point for point in points if point.step == step]
         if len(mine) < 2 and (mine or step in STEPS):
             raise TimingError(f"{where}: step {step!r} has {len(mine)} points; at least 2 are needed")
@@ -149,8 +149,8 @@ def check_points(points: list[Point], rows: list[str]) -> None:
 
 
 def _check_point(point: Point, row: str) -> None:
-    if point.step not in (*STEPS, *OPTIONAL):
-        raise TimingError(f"{row}: unknown step {point.step!r}; allowed: {', '.join((*STEPS, *OPTIONAL))}")
+    if point.step not in ALL_STEPS:
+        raise TimingError(f"{row}: unknown step {point.step!r}; allowed: {', '.join(ALL_STEPS)}")
     if point.tokens < 1:
         raise TimingError(f"{row}: tokens must be at least 1, got {point.tokens}")
     if (point.context is None) == (point.step in GRIDS):
@@ -263,7 +263,7 @@ def render(header: TimingHeader, points: list[Point]) -> str:
         out.write(f"# {line}\n")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for point in sorted(points, key=lambda p: ((*STEPS, *OPTIONAL).index(p.step), p.tokens, p.context or 0)):
+    for point in sorted(points, key=lambda p: (ALL_STEPS.index(p.step), p.tokens, p.context or 0)):
         cells = ("" if cell is None else cell for cell in point[:3])
         spread = "" if point.spread_s is None else f"{point.spread_s:.6g}"
         repeats = "" if point.repeats is None else point.repeats

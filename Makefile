@@ -38,10 +38,10 @@ clean:
 	touch $@
 
 # With torch and transformers, for the engine.
-.venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt executor/few_rows.cpp
+.venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt executor/strips.cpp
 	$(PIP) -c constraints.txt -e '.[executor]'
 	touch $@ .venv/.installed
 
-.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/few_rows.cpp
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/strips.cpp
 	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
 	touch $@ .venv/.installed .venv/.installed-executor

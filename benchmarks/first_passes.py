@@ -3,9 +3,9 @@
     python benchmarks/first_passes.py FOLDER [--threads 1] [--prompts 40] [--rounds 3]
 
 FOLDER: the checkpoint of benchmarks/make_moe.py, made where it is missing. oneDNN makes code for each number of rows,
-and keeps it for a limited number of them. Each prefill runs twice, and what the first takes over the second is printed,
-as the sum over all prompts: with the rows that the router counts for each expert, and filled up to a multiple
-(executor.linear.EVEN_ROWS), as the engine does. What that costs a prefill that comes again is printed too.
+and keeps it for a limited number of them; the engine's own kernel (executor/strips.cpp) knows no sizes. Each prefill
+runs twice, and what the first takes over the second is printed, as the sum over all prompts, with the products of
+oneDNN and with those of the kernel; and what a prefill that comes again takes with the kernel over oneDNN.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from make_moe import make
 
-import executor.linear
+import executor.strips
 from executor.batch import SequenceState
 from executor.measure import random_entries
 from executor.runner import Runner, run_to_end
@@ -47,6 +48,16 @@ def of_sizes(runner: Runner, sizes: list[int], seed: str) -> tuple[float, float]
     return first, again
 
 
+def runner_of(folder: Path, kernel: Callable[..., None] | None) -> Runner:
+    """The model in `folder`, its products computed by `kernel`, or by oneDNN without one."""
+    compiled = executor.strips.kernel
+    executor.strips.kernel = lambda: kernel  # type: ignore[assignment]
+    try:
+        return Runner(load_subject(str(folder), dtype="float32").model, LARGEST // BLOCK, BLOCK)
+    finally:
+        executor.strips.kernel = compiled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -55,22 +66,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load_subject(str(make(args.folder)), dtype="float32").model
-    chosen = executor.linear.EVEN_ROWS
-    runner, rng = Runner(model, LARGEST // BLOCK, BLOCK), random.Random(0)
-    even: dict[int, list[tuple[float, float]]] = {1: [], chosen: []}
+    kernel = executor.strips.kernel()
+    if kernel is None:
+        parser.error("no compiled kernel here: it needs Linux on x86-64, and a C++ compiler at installation")
+    folder, rng = make(args.folder), random.Random(0)
+    runners = {"oneDNN": runner_of(folder, None), "the kernel": runner_of(folder, kernel)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     with torch.inference_mode():
-        of_sizes(runner, [rng.randint(SMALLEST, LARGEST) for _ in range(args.prompts)], "warm")
+        for runner in runners.values():
+            of_sizes(runner, [rng.randint(SMALLEST, LARGEST) for _ in range(args.prompts)], "warm")
         for number in range(args.rounds):  # in turn, so that the machine's drift meets all alike
             sizes = [rng.randint(SMALLEST, LARGEST) for _ in range(args.prompts)]
-            for rows, found in even.items():
-                executor.linear.EVEN_ROWS = rows
-                found.append(of_sizes(runner, sizes, str(number)))
+            for name, runner in runners.items():
+                found[name].append(of_sizes(runner, sizes, str(number)))
     print(f"prefills of {SMALLEST} to {LARGEST} tokens, first over again (median of {args.rounds} rounds)")
-    for rows, found in even.items():
-        print(f"  experts get multiples of {rows} rows: {statistics.median(a / b for a, b in found):.3f}")
-    cost = statistics.median(b / a for (_, a), (_, b) in zip(even[1], even[chosen], strict=True))
-    print(f"  again, multiples of {chosen} over multiples of 1: {cost:.3f}")
+    for name, rounds in found.items():
+        print(f"  products by {name}: {statistics.median(a / b for a, b in rounds):.3f}")
+    cost = statistics.median(b / a for (_, a), (_, b) in zip(found["oneDNN"], found["the kernel"], strict=True))
+    print(f"  again, the kernel over oneDNN: {cost:.3f}")
 
 
 if __name__ == "__main__":

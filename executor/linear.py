@@ -3,24 +3,23 @@
 PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and reads
 a weight matrix slower than memory delivers it when there are few rows. oneDNN's fused linear and its packed weight
 format are registered with PyTorch as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; they compute in
-float32. Products of few rows go to a kernel of our own where it can read that format (`executor.few_rows`). Elsewhere,
-and where oneDNN's operators are missing, all is `F.linear` on plain weights.
+float32. A kernel of our own does the products where it can read that format (`executor.strips`), else oneDNN. Where
+oneDNN's operators are missing, all is `F.linear` on plain weights.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, compress
 
 import torch
 import torch.nn.functional as F
 
-from executor.few_rows import MOST_ROWS, strips_of
+from executor.strips import strips_of
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 #: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
-#: experts, so that it was made anew (benchmarks/first_passes.py). So experts get multiples of so many rows.
+#: experts, so that it was made anew (benchmarks/first_passes.py). So it gets multiples of so many rows.
 EVEN_ROWS = 4
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
 
@@ -61,32 +60,18 @@ class PackedWeights:
     def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
         """`[S, N]`: of `x` `[S, K]`, `sizes[i]` rows times weight `which[i]`, one after another.
 
-        How a row is computed depends on the number of rows that come with it to its weight, and on nothing else.
+        How a row is computed depends on the number of rows that come with it to its weight at most, and by the kernel
+        of `executor.strips` on nothing.
         """
-        strips = self._strips if x.dtype is torch.float32 else None  # else oneDNN says what is wrong
-        if len(which) == 1 and (strips is None or sizes[0] > MOST_ROWS):
-            packed = self._packed[which[0]]
-            # a layer without experts sees one size a pass
-            return linear(x, packed) if len(self) == 1 else linear_of_even_size(x, 0, sizes[0], packed)
-        ends = [0, *accumulate(sizes)]
-        few = [strips is not None and size <= MOST_ROWS for size in sizes]
-        out = x.new_empty(x.shape[0], self._n)
-        for weight, first, last, small in zip(which, ends, ends[1:], few, strict=False):
-            if not small:
-                out[first:last] = linear_of_even_size(x, first, last, self._packed[weight])
-        if strips is not None and any(few):
-            strips.products(x.contiguous(), out, *(list(compress(of, few)) for of in (which, ends, ends[1:])))
-        return out
+        if self._strips is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
+            return self._strips.products(x, which, sizes)
+        parts = zip(x.split(list(sizes)), which, strict=True)
+        return torch.cat([linear_of_even_size(part, self._packed[weight]) for part, weight in parts])
 
 
-def linear_of_even_size(x: torch.Tensor, first: int, last: int, weight: torch.Tensor) -> torch.Tensor:
-    """Rows `first` to `last` of `x` times `weight`, computed with those that follow, or zeros, up to a multiple of
-    EVEN_ROWS."""
-    more = -(last - first) % EVEN_ROWS
-    rows = x[first : last + more]
-    if last + more > x.shape[0]:
-        rows = F.pad(x[first:last], (0, 0, 0, more))
-    return linear(rows, weight)[: last - first]
+def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`linear`, with zeros for rows up to a multiple of EVEN_ROWS."""
+    return linear(F.pad(x, (0, 0, 0, -x.shape[0] % EVEN_ROWS)), weight)[: x.shape[0]]
 
 
 def pack_model(model: torch.nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The kernel for few rows computes what oneDNN does, is used where it can be, and steps aside where it cannot."""
+"""The kernel for packed weights computes what oneDNN does, is used where it can be, and steps aside where it cannot."""
 
 import platform
 import shutil
@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from executor import few_rows, linear  # noqa: E402
+from executor import linear, strips  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not linear.can_pack(), reason="this PyTorch has no packed linear")
-MOST = few_rows.MOST_ROWS
 
 
 def weights(n, k, count=3):
@@ -32,15 +31,15 @@ def test_it_is_compiled_where_there_is_a_compiler():
     avx512 = platform.machine() == "x86_64" and cpu.exists() and "avx512f" in cpu.read_text()
     if not avx512 or shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler, Linux, and AVX-512")
-    assert few_rows.kernel() is not None
+    assert strips.kernel() is not None
     assert linear.PackedWeights(weights(96, 64))._strips is not None
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    n=st.sampled_from([1, 17, 64, 100, 192]),
-    k=st.sampled_from([1, 16, 40, 128]),
-    sizes=st.lists(st.sampled_from([0, 1, 2, 5, 6, 7, 13, MOST, MOST + 1]), min_size=1, max_size=5),
+    n=st.sampled_from([1, 17, 32, 33, 64, 100, 192]),
+    k=st.sampled_from([1, 16, 40, 128, 513, 1100]),  # more than 512 are taken in pieces
+    sizes=st.lists(st.sampled_from([0, 1, 2, 5, 6, 7, 13, 48, 97, 385]), min_size=1, max_size=5),  # 384 in one piece
     data=st.data(),
 )
 def test_products_of_any_sizes(n, k, sizes, data):
@@ -55,26 +54,36 @@ def test_rows_that_do_not_lie_one_after_another_in_memory():
     assert torch.equal(packed.products(x, [1], [5]), packed.products(x.contiguous(), [1], [5]))
 
 
-def test_a_row_has_the_same_bits_whoever_is_computed_with_it():
-    packed = linear.PackedWeights(weights(100, 64))
+@pytest.mark.parametrize(("n", "k"), [(100, 64), (32, 64), (64, 1100)])
+def test_a_row_has_the_same_bits_whoever_is_computed_with_it(n, k):
+    packed = linear.PackedWeights(weights(n, k))
     if packed._strips is None:
         pytest.skip("no kernel here")
-    x = torch.randn(MOST, 64)
-    whole = packed.products(x, [1], [MOST])
+    x = torch.randn(500, k)
+    whole = packed.products(x, [1], [500])
     alone = torch.cat([packed.products(row[None], [1], [1]) for row in x])
-    others = packed.products(torch.cat([torch.randn(9, 64), x[:7]]), [0, 1], [9, 7])[9:]
+    others = packed.products(torch.cat([torch.randn(9, k), x[:7]]), [0, 1], [9, 7])[9:]
     assert torch.equal(whole, alone)
     assert torch.equal(whole[:7], others)
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((4, 40), [4, 1]), ((5, 41), [4, 1]), ((40,), [1])])
+def test_rows_of_another_number_or_length_are_refused(shape, sizes):
+    packed = linear.PackedWeights(weights(64, 40))
+    if packed._strips is None:
+        pytest.skip("no kernel here")
+    with pytest.raises(ValueError, match=r"5 rows of 40 numbers expected|1 rows of 40"):
+        packed.products(torch.zeros(shape), [0, 1][: len(sizes)], sizes)
 
 
 @pytest.mark.parametrize("what", ["no kernel", "another format"])
 def test_without_it_onednn_computes_everything(monkeypatch, what):
     if what == "no kernel":
-        monkeypatch.setattr(few_rows, "kernel", lambda: None)
-    elif few_rows.kernel() is not None:  # its products then differ from those of oneDNN
-        real = few_rows.kernel()
+        monkeypatch.setattr(strips, "kernel", lambda: None)
+    elif strips.kernel() is not None:  # its products then differ from those of oneDNN
+        real = strips.kernel()
         monkeypatch.setattr(
-            few_rows, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest)
+            strips, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest)
         )
     packed = linear.PackedWeights(weights(192, 40))
     assert packed._strips is None

@@ -1,9 +1,10 @@
-"""Products of few rows with many packed weights in one call (`few_rows.cpp`), on CPUs with AVX-512.
+"""Products with many packed weights in one call (`strips.cpp`), on CPUs with AVX-512.
 
-A product of oneDNN's costs about 13 microseconds besides reading the weights, and a decode step needs two for each
-expert that it hits. The kernel reads oneDNN's own packed weights, so that nothing is held twice, and shares PyTorch's
-OpenMP team. It is compiled when the package is installed, where there is a C++ compiler; without it, or where the
-packed format is another, oneDNN does all products.
+A product of oneDNN's costs about 13 microseconds besides its arithmetic, where a decode step needs two for each expert
+that it hits, and oneDNN makes code for each number of rows that it sees. The kernel has neither cost, computes a row
+with the same bits whatever comes with it, reads oneDNN's own packed weights, so that nothing is held twice, and shares
+PyTorch's OpenMP team. It is compiled when the package is installed, where there is a C++ compiler; without it, or where
+the packed format is another, oneDNN does all products.
 """
 
 from __future__ import annotations
@@ -18,18 +19,17 @@ import torch
 
 from executor.openmp import runtime
 
-MOST_ROWS = 48  # for one weight; with more, oneDNN's products are as fast
-STRIP = 64  # outputs in a strip of the packed format, as in few_rows.cpp
+STRIP = 64  # outputs in a strip of the packed format, as in strips.cpp
 
 
 @cache
 def kernel() -> Callable[..., None] | None:
     """The compiled kernel, with PyTorch's OpenMP runtime as its first argument; None where there is none."""
-    spec, openmp = importlib.util.find_spec("executor._few_rows"), runtime()
+    spec, openmp = importlib.util.find_spec("executor._strips"), runtime()
     if spec is None or spec.origin is None or openmp is None:
         return None
     try:
-        run, parallel = ctypes.CDLL(spec.origin).qllm_few_rows, openmp.GOMP_parallel
+        run, parallel = ctypes.CDLL(spec.origin).qllm_products, openmp.GOMP_parallel
     except (OSError, AttributeError):
         return None
     run.restype = None
@@ -48,16 +48,19 @@ class Strips:
         self._addresses = np.array([torch.ops.mkldnn.data_ptr(w) for w in packed], dtype=np.int64)
         self._stride = torch.ops.mkldnn._nbytes(packed[0]) // 4 // -(-n // STRIP)
 
-    def products(
-        self, x: torch.Tensor, out: torch.Tensor, weights: Sequence[int], first: Sequence[int], last: Sequence[int]
-    ) -> None:
-        """Into rows `first[i]` to `last[i]` of `out` `[S, n]`, those of `x` `[S, k]` times weight `weights[i]`."""
+    def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """`[S, n]`: of `x` `[S, k]` (float32), `sizes[i]` rows times weight `which[i]`, one after another.
+
+        Raises ValueError where `x` has another shape, RuntimeError without the kernel.
+        """
         run = kernel()
         if run is None:
             raise RuntimeError("no compiled kernel: strips_of() would have said so")
-        if x.shape[1] != self._k:
-            raise ValueError(f"rows of {x.shape[1]} numbers for weights of {self._k}")
-        addresses, starts, ends = self._addresses[list(weights)], np.array(first), np.array(last)
+        last = np.cumsum(sizes, dtype=np.int64)
+        if x.shape != (last[-1], self._k):
+            raise ValueError(f"{last[-1]} rows of {self._k} numbers expected, not {tuple(x.shape)}")
+        x, first, addresses = x.contiguous(), last - sizes, self._addresses[list(which)]
+        out = x.new_empty(x.shape[0], self._n)
         run(
             x.data_ptr(),
             out.data_ptr(),
@@ -66,9 +69,10 @@ class Strips:
             self._stride,
             len(addresses),
             addresses.ctypes.data,
-            starts.ctypes.data,
-            ends.ctypes.data,
+            first.ctypes.data,
+            last.ctypes.data,
         )
+        return out
 
 
 def strips_of(
@@ -85,10 +89,8 @@ def strips_of(
     sizes = {torch.ops.mkldnn._nbytes(w) for w in packed}
     if len(sizes) != 1 or min(sizes) % (4 * n_strips) or min(sizes) < 4 * n_strips * STRIP * k:
         return None
-    strips, x = Strips(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k).contiguous()
-    out = x.new_empty(len(packed), n)
-    rows = range(len(packed) + 1)
-    strips.products(x, out, rows[:-1], rows[:-1], rows[1:])
+    strips, x = Strips(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k)
+    out = strips.products(x, range(len(packed)), [1] * len(packed))
     expected = torch.cat([product(x[:1], w) for w in packed])
     tolerance = 1e-4 * float(expected.abs().nan_to_num(0, 0).max())
     return strips if torch.allclose(out, expected, rtol=1e-3, atol=tolerance, equal_nan=True) else None

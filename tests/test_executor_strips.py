@@ -82,9 +82,7 @@ def test_without_it_onednn_computes_everything(monkeypatch, what):
         monkeypatch.setattr(strips, "kernel", lambda: None)
     elif strips.kernel() is not None:  # its products then differ from those of oneDNN
         real = strips.kernel()
-        monkeypatch.setattr(
-            strips, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest)
-        )
+        monkeypatch.setattr(strips, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest))
     packed = linear.PackedWeights(weights(192, 40))
     assert packed._strips is None
     x = torch.randn(6, 40)

@@ -206,6 +206,4 @@ def _order(point: Point) -> tuple[int, int, int]:
 
 def shape_of(steps: StepModel, p: Pass) -> Shape:
     """How `p`, not launched yet, is cut, and its times but for the experts'."""
-    rows = p.n_decode + sum(cached + new == r.prompt_tokens + r.generated for r, new, cached in p.prefill)
-    moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
-    return steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved, p.after_prefill)
+    return steps.shape(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)

@@ -132,14 +132,15 @@ def fill_cache(runner: Runner) -> None:
 
 
 def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
-    """Entries of a pass over sequences of random tokens, each (new tokens, tokens cached before), in blocks one after
+    """Entries of a pass over sequences of random new tokens, each (new, tokens cached before), in blocks one after
     another: what lies there is taken for their KV."""
     vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
     entries = []
     for new, cached in sizes:
         blocks = range(first, first - (-(new + cached) // size))
-        entries.append((SequenceState(rng.choices(range(vocabulary), k=new + cached), [*blocks], cached), new))
+        tokens = [0] * cached + rng.choices(range(vocabulary), k=new)
+        entries.append((SequenceState(tokens, [*blocks], cached), new))
         first = blocks.stop
     return entries
 

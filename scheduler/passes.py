@@ -79,6 +79,17 @@ class Pass:
         self.offloaded: list[Request] | None = None
         self.cursor: object = None
 
+    @property
+    def rows(self) -> int:
+        """Sequences that get a new token: those that decode, and prefills that reach their last known token."""
+        ends = (cached + new == r.prompt_tokens + r.generated for r, new, cached in self.prefill)
+        return self.n_decode + sum(ends)
+
+    @property
+    def moved_tokens(self) -> int:
+        """Tokens whose KV comes back from host memory or goes there before the pass."""
+        return sum(r.computed for r in (*(self.restored or ()), *(self.offloaded or ())))
+
     def requests(self) -> list[Request]:
         """Every request in the pass: prefills, then decodes."""
         out = [c.request for c in self.prefill]

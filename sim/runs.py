@@ -174,11 +174,7 @@ class GpuModel:
                 variants = self._decodes[steps, n] = self._variants(steps, n, shape)
             draw, experts_s = variants[draw % _VARIANTS]
             return Run(self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s)
-        rows = p.n_decode
-        for r, new, cached in p.prefill:
-            rows += cached + new == r.prompt_tokens + r.generated
-        moved = sum(r.computed for r in (*(p.restored or ()), *(p.offloaded or ())))
-        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, rows, moved, p.after_prefill)
+        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
         experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
         return Run(self, steps, p, draw, steps.total(shape, experts_s), shape)
 

@@ -1,6 +1,7 @@
 """The simulator against the real engine on this CPU: calibrates and validates in one run.
 
     python benchmarks/validate_cpu.py FOLDER [--threads 1] [--requests 60] [--repeats 3] [--loads 0.3,0.6,0.85]
+        [--tries 1]
 
 FOLDER: the checkpoint of benchmarks/make_moe.py (165.6 M random parameters, float32), made where it is missing. Rates
 are those shares of the rate at which fcfs is simulated to be busy all the time. Policies fcfs, priority and qllm; long
@@ -10,7 +11,11 @@ visit, as often as two rounds of visits need, so that they see the machine that 
 itself. Two rounds say how fast the machine was in a run, but little of a single kind of pass: what a step costs is the
 mean of the calibrations of all runs, and only the machine's speed is a run's own. Prints the errors (with step times
 of the machine's average speed in the run, and at the speed that it had from moment to moment, both by those visits),
-their spread over the repeats and the largest contributions; writes everything to --out. A finished run is kept there:
+their spread over the repeats and the largest contributions; writes everything to --out.
+
+A machine that shares its host is slower for minutes at a time. So a run can have several --tries: one during which more
+than a tenth of the visits took over 1.1 times the median of their kind is made again, and the least disturbed is kept.
+That looks at the machine alone: what is simulated has no say in it. A finished run is kept in --out:
 after an interruption, or with more --repeats, the same command runs what is missing, and simulates everything. Needs a
 machine that does nothing else. One thread by default: two processors of a virtual machine may be one core at one time
 and two at another.
@@ -21,6 +26,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -32,10 +38,11 @@ from processes import Cores
 from validation_table import summary
 
 from executor.calibrate import Extent, calibrate, calibration
+from executor.grids import Cell
 from executor.subject import Subject, load_subject
 from qllm.build import request_trace, scheduler_limits, step_model
 from qllm.config import Config, load_config
-from qllm.machine_speed import slowed_in
+from qllm.machine_speed import Visited, slowed_in
 from qllm.runs import Run, runs
 from qllm.validate import Compared, Replayed, replay_run, simulate_run
 from qllm.validation_results import report, save
@@ -56,6 +63,8 @@ CONFIG = {
 }
 EXTENT = Extent(max_tokens=1024, max_context=1088, max_batch=16)  # the longest sequence has 1,072 tokens
 ROUNDS = (2, 2)  # of the calibration in a run
+SLOW = 1.1  # times the median of its kind: a visit that was disturbed
+DISTURBED = 0.1  # share of such visits from which a run is made again
 
 
 def capacity(config: Config) -> float:
@@ -109,12 +118,37 @@ def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple
     cores = Cores(os.getpid())
     if args.timings:
         both = replay_run(run, subject.model), Timings.load(args.timings)
+        shares = []
     else:
-        both = calibrated(run, subject, kept.with_suffix(".csv"))
+        both, shares = least_disturbed(run, subject, kept.with_suffix(".csv"), args.tries)
     kept.with_suffix(".part").write_bytes(pickle.dumps(both))
     kept.with_suffix(".part").rename(kept)
-    print(f"{run}: other cores {cores.used()[1]:.2f}", flush=True)
+    visits = ", ".join(f"{share:.2f}" for share in shares)
+    print(f"{run}: disturbed visits [{visits}], other cores {cores.used()[1]:.2f}", flush=True)
     return both
+
+
+def least_disturbed(run: Run, subject: Subject, used: Path, tries: int) -> tuple[tuple[Replayed, Timings], list[float]]:
+    """`calibrated`, until a run is hardly `disturbed` or there were so many `tries`: the least disturbed, and the share
+    of each."""
+    shares: list[float] = []
+    best: tuple[Replayed, Timings] | None = None
+    while best is None or (len(shares) < tries and min(shares) > DISTURBED):
+        both = calibrated(run, subject, used)
+        shares.append(disturbed(both[0].visits))
+        if best is None or shares[-1] < min(shares[:-1]):
+            best = both
+    best[1].save(used)
+    return best, shares
+
+
+def disturbed(visits: list[Visited]) -> float:
+    """Share of the visits that took more than SLOW times the median of their kind."""
+    kinds: dict[Cell, list[float]] = {}
+    for visit in visits:
+        kinds.setdefault(visit.cell, []).append(visit.seconds)
+    slow = [seconds > SLOW * statistics.median(each) for each in kinds.values() for seconds in each]
+    return sum(slow) / len(slow)
 
 
 def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timings]:
@@ -153,6 +187,7 @@ def main() -> None:
     parser.add_argument(
         "--timings", type=Path, help="a finished calibration; default: calibrate at first, and in each run"
     )
+    parser.add_argument("--tries", type=int, default=1, help="of a run that the machine disturbs (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("out/validate-cpu"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

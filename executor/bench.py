@@ -63,9 +63,9 @@ class Bench:
         return self.cut
 
     def sequences(self, cell: Cell) -> Entries:
-        """Random tokens, others in each visit, since the code for the same ones again is there already; the same for
-        each cut. What is cached before them is random KV, which takes as long to attend to as any. Sequences that
-        decode together are of different lengths, as in serving: from half of the cell's context to one and a half."""
+        """Random tokens, others in each visit, so that the mean is over many routings; the same for each cut. What is
+        cached before them is random KV, which takes as long to attend to as any. Sequences that decode together are of
+        different lengths, as in serving: from half of the cell's context to one and a half."""
         positions = self.runner.max_positions
         most = None if positions is None else positions - cell.new
         sizes = [(cell.new, context) for context in mixed_lengths(cell.context, cell.sequences, most)]
@@ -81,7 +81,7 @@ class Bench:
         """
         with torch.inference_mode(), timed(self.model) as watch:
             took = {cell: self.visit(cell, watch).seconds for cell in grid}  # kernels are made at their first use
-        often = {cell: max(1, min(OFTEN, int(ROUND_S / seconds))) for cell, seconds in took.items()}
+        often = {cell: max(1, min(OFTEN, int(ROUND_S / took.get(cell.plain, took[cell])))) for cell in grid}
         order = spread(often)
         done, spent = sum(kept.repeats(cell) for cell in grid), 0.0
         for number in range(rounds[1]):
@@ -175,10 +175,12 @@ class Bench:
 
 
 def spread(often: dict[Cell, int]) -> list[tuple[Cell, int]]:
-    """A round of visits: each kind so often, evenly spread, as (cell, which of its visits in this round)."""
+    """A round of visits: each kind so often, evenly spread, as (cell, which of its visits in this round). Kinds of one
+    `plain` kind follow each other: the machine's speed has little time to change, and what they differ by is small."""
+    places: dict[Cell, int] = {}
     at = [
-        ((turn + place * GOLDEN % 1) / times, place, cell, turn)
-        for place, (cell, times) in enumerate(often.items())
+        ((turn + places.setdefault(cell.plain, len(places)) * GOLDEN % 1) / times, places[cell.plain], cell, turn)
+        for cell, times in often.items()
         for turn in range(times)
     ]
     return [(cell, turn) for _, _, cell, turn in sorted(at)]

@@ -33,6 +33,11 @@ class Cell(NamedTuple):
         return self.sequences * self.new
 
     @property
+    def plain(self) -> Cell:
+        """The same pass uncut, and after others of its kind: what this one takes longer is a difference from it."""
+        return self._replace(group=ALL, pieces=1, after=0)
+
+    @property
     def kv_tokens(self) -> int:
         """KV slots that its sequences need."""
         return self.sequences * (self.new + self.context)
@@ -84,12 +89,11 @@ def cells(*, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, 
     found = [Cell(1, n, 0) for n in ladder(max_tokens)]
     found += [Cell(1, n, c) for c in contexts(max_context)[1:] for n in coarse(max_tokens)]
     found += [Cell(b, 1, c) for b in doubling(max_batch) for c in contexts(max_context)]
-    # Between groups of experts: the same passes in other cuts.
+    # Between groups of experts: the same passes cut. One cut each, into many: what it costs is a small difference.
     cut = [Cell(b, 1, 0) for b in sorted({1, max(1, max_batch // 4), max_batch})]
     cut += [Cell(1, n, 0) for n in sorted({16, 64, FINE_FROM, max_tokens}) if n <= max_tokens]
-    for one in cut:
-        groups = {experts // 2, experts // 4} if one.tokens < FINE_FROM else {experts // 8, 1}
-        found += [one._replace(group=group) for group in sorted(groups) if group]
+    parts = [4 if one.tokens < FINE_FROM else 16 for one in cut]
+    found += [one._replace(group=max(1, experts // n)) for one, n in zip(cut, parts, strict=True)]
     # Right after a prompt, which leaves nothing of theirs in the caches.
     context = max(c for c in contexts(max_context) if c <= AFTER_CONTEXT)
     found += [Cell(b, 1, context, after=min(AFTER_TOKENS, max_tokens)) for b in doubling(max_batch)]

@@ -216,7 +216,7 @@ def launch_points(cells: Cells, share: float) -> list[Point]:
         rows = np.add.reduceat(found.routing, np.arange(0, found.routing.shape[-1], cell.group), axis=-1)
         further = np.count_nonzero(rows[..., 1:]) / found.repeats
         if further:
-            more = found.total("experts") - cells[cell._replace(group=ALL)].total("experts")
+            more = found.total("experts") - cells[cell.plain].total("experts")
             extra.setdefault(cell.tokens, []).append((more, further, found.repeats))
     points = []
     for tokens, pairs in sorted(extra.items()):
@@ -227,7 +227,7 @@ def launch_points(cells: Cells, share: float) -> list[Point]:
 
 def after_prefill_points(cells: Cells) -> list[Point]:
     """What decode passes take longer right after a prompt, by sequences."""
-    pairs = [(found, cells[cell._replace(after=0)], cell) for cell, found in cells.items() if cell.after]
+    pairs = [(found, cells[cell.plain], cell) for cell, found in cells.items() if cell.after]
     return [
         Point("after_prefill", cell.sequences, None, max(0.0, found.total() - other.total()), repeats=found.repeats)
         for found, other, cell in pairs

@@ -179,6 +179,17 @@ def test_a_round_spreads_the_visits_to_a_kind(times):
         assert gaps.max() <= 2 * len(order) / many + len(times)
 
 
+def test_a_pass_and_what_is_compared_with_it_are_visited_one_after_another():
+    """What they differ by is small; the machine's speed must not change in between."""
+    grid = cells(max_tokens=1024, max_context=1024, max_batch=16, kv_tokens=10**9, experts=32, top_k=4)
+    order = spread({cell: 1 if cell.tokens > 100 else 3 for cell in grid})
+    at = {visit: place for place, visit in enumerate(order)}
+    compared = [(cell, turn) for cell, turn in order if cell != cell.plain and cell.plain in grid]
+    assert len(compared) > 10
+    family = Counter(cell.plain for cell in grid)
+    assert all(abs(at[cell, turn] - at[cell.plain, turn]) < family[cell.plain] for cell, turn in compared)
+
+
 def test_repeats_make_a_mean_more_certain():
     once = Measured(("lead",), 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 1)), ())
     assert once.and_also(once).uncertainty() == pytest.approx(once.uncertainty() / 2**0.5)

@@ -67,6 +67,18 @@ def test_a_row_has_the_same_bits_whoever_is_computed_with_it(n, k):
     assert torch.equal(whole[:7], others)
 
 
+def test_threads_share_the_work_and_change_no_bits():
+    packed, x = linear.PackedWeights(weights(192, 64)), torch.randn(1000, 64)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(packed.products(x, [2, 0, 1], [400, 1, 599]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("shape", "sizes"), [((4, 40), [4, 1]), ((5, 41), [4, 1]), ((40,), [1])])
 def test_rows_of_another_number_or_length_are_refused(shape, sizes):
     packed = linear.PackedWeights(weights(64, 40))

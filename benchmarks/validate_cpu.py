@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,6 @@ from processes import Cores
 from validation_table import summary
 
 from executor.calibrate import Extent, calibrate, calibration
-from executor.grids import Cell
 from executor.subject import Subject, load_subject
 from qllm.build import request_trace, scheduler_limits, step_model
 from qllm.config import Config, load_config
@@ -144,11 +142,9 @@ def least_disturbed(run: Run, subject: Subject, used: Path, tries: int) -> tuple
 
 def disturbed(visits: list[Visited]) -> float:
     """Share of the visits that took more than SLOW times the median of their kind."""
-    kinds: dict[Cell, list[float]] = {}
-    for visit in visits:
-        kinds.setdefault(visit.cell, []).append(visit.seconds)
-    slow = [seconds > SLOW * statistics.median(each) for each in kinds.values() for seconds in each]
-    return sum(slow) / len(slow)
+    seconds = pd.Series([visit.seconds for visit in visits])
+    medians = seconds.groupby([visit.cell.key for visit in visits]).transform("median")
+    return float((seconds > SLOW * medians).mean())
 
 
 def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timings]:

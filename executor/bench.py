@@ -177,9 +177,9 @@ class Bench:
 def spread(often: dict[Cell, int]) -> list[tuple[Cell, int]]:
     """A round of visits: each kind so often, evenly spread, as (cell, which of its visits in this round). Kinds of one
     `plain` kind follow each other: the machine's speed has little time to change, and what they differ by is small."""
-    places: dict[Cell, int] = {}
+    places = {plain: place for place, plain in enumerate(dict.fromkeys(cell.plain for cell in often))}
     at = [
-        ((turn + places.setdefault(cell.plain, len(places)) * GOLDEN % 1) / times, places[cell.plain], cell, turn)
+        ((turn + places[cell.plain] * GOLDEN % 1) / times, places[cell.plain], cell, turn)
         for cell, times in often.items()
         for turn in range(times)
     ]

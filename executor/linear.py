@@ -66,12 +66,14 @@ class PackedWeights:
         if self._strips is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
             return self._strips.products(x, which, sizes)
         parts = zip(x.split(list(sizes)), which, strict=True)
-        return torch.cat([linear_of_even_size(part, self._packed[weight]) for part, weight in parts])
+        outputs = [linear_of_even_size(part, self._packed[weight]) for part, weight in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`linear`, with zeros for rows up to a multiple of EVEN_ROWS."""
-    return linear(F.pad(x, (0, 0, 0, -x.shape[0] % EVEN_ROWS)), weight)[: x.shape[0]]
+    more = -x.shape[0] % EVEN_ROWS
+    return linear(F.pad(x, (0, 0, 0, more)), weight)[: x.shape[0]] if more else linear(x, weight)
 
 
 def pack_model(model: torch.nn.Module) -> int:

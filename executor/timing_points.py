@@ -20,7 +20,6 @@ PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them
 #: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
 #: the router spreads does not, and is only there for sizes that the router sends to nobody
 HOT_WEIGHT = 0.2
-ONE = Cell(1, 1, 0)
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Cells = Mapping[Cell, Measured]
@@ -28,12 +27,12 @@ Cells = Mapping[Cell, Measured]
 
 def plain(cells: Cells) -> dict[Cell, Measured]:
     """The passes that were routed by the model, not cut, and not right after a prompt."""
-    return {cell: found for cell, found in cells.items() if cell._replace(sequences=1, new=1, context=0) == ONE}
+    return {cell: found for cell, found in cells.items() if cell == cell.plain and not cell.hot}
 
 
 def host_seconds(cells: Cells) -> float:
     """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
-    one = cells[ONE]
+    one = cells[Cell(1, 1, 0)]
     following = one.each("pre")
     return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
 
@@ -112,7 +111,7 @@ def query_block_seconds(cells: Cells, layers: int) -> float | None:
     """What each group of query blocks of a cut attention costs beyond its share of the attention: the same passes cut
     and uncut, least squares of relative errors, since the difference of two long passes says little. None where none
     was measured."""
-    pairs = [(found, cells.get(cell._replace(pieces=1)), cell.pieces) for cell, found in cells.items()]
+    pairs = [(found, cells.get(cell.plain), cell.pieces) for cell, found in cells.items()]
     rows = [
         (pieces * layers / whole.total(), (cut.total("attention") - whole.total("attention")) / whole.total())
         for cut, whole, pieces in pairs

@@ -40,10 +40,10 @@ class Shape:
     """Times (seconds, whole ticks) of a pass but for its experts, and how each layer is cut.
 
     lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass, and
-    `after_prefill` where a decode pass follows prompts. pre: norm and
-    QKV. attention: one query block of `pieces`. post: output projection, norm, router. base: shared cost of the
-    experts, in front of the first group. per_group: extra of each further group with tokens. head: after the last
-    layer. group: experts in a group; groups: groups in a layer.
+    `after_prefill` where a decode pass follows prompts. pre: norm and QKV. attention: one query block of `pieces`.
+    post: output projection, norm, router. base: shared cost of the experts, in front of the first group. per_group:
+    extra of each further group with tokens. head: after the last layer. group: experts in a group; groups: groups in a
+    layer.
     """
 
     lead: float

@@ -104,33 +104,41 @@ class Compared:
     @property
     def rate(self) -> float:
         """Requests per second offered."""
-        return self.run.config.rate or self.trace.rate or float("nan")
+        return rate_of(self.run, self.trace)
 
     def requests(self) -> pd.DataFrame:
-        """A row per request and world: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
-        both = []
+        """`request_rows` of both worlds."""
         worlds = {REAL: self.real, SIMULATED: self.simulated, AT_SPEED: self.at_speed}
-        for world, result in worlds.items():
-            frame = pd.DataFrame(
-                {
-                    "policy": self.run.title,
-                    "rate": self.rate,
-                    "seed": self.run.seed,
-                    "world": world,
-                    "id": np.arange(len(self.trace)),
-                    "class": np.array(self.trace.classes)[self.trace.cls],
-                    "arrival_s": result.arrival,
-                    "prompt_tokens": self.trace.prompt_tokens,
-                    "output_tokens": self.trace.output_tokens,
-                    "first_launch_s": result.first_launch,
-                    "first_token_s": result.first_token,
-                    "finish_s": result.finish,
-                    "preemptions": result.preemptions,
-                    "isolated_ttft_s": np.nan,
-                }
-            )
-            both.append(per_request(frame))
-        return pd.concat(both, ignore_index=True).drop(columns=["isolated_ttft_s", "ttft_over_isolated"])
+        rows = [request_rows(self.run, self.trace, result, world) for world, result in worlds.items()]
+        return pd.concat(rows, ignore_index=True)
+
+
+def request_rows(run: Run, trace: RequestTrace, result: RunResult, world: str) -> pd.DataFrame:
+    """A row per request: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
+    frame = pd.DataFrame(
+        {
+            "policy": run.title,
+            "rate": rate_of(run, trace),
+            "seed": run.seed,
+            "world": world,
+            "id": np.arange(len(trace)),
+            "class": np.array(trace.classes)[trace.cls],
+            "arrival_s": result.arrival,
+            "prompt_tokens": trace.prompt_tokens,
+            "output_tokens": trace.output_tokens,
+            "first_launch_s": result.first_launch,
+            "first_token_s": result.first_token,
+            "finish_s": result.finish,
+            "preemptions": result.preemptions,
+            "isolated_ttft_s": np.nan,
+        }
+    )
+    return per_request(frame).drop(columns=["isolated_ttft_s", "ttft_over_isolated"])
+
+
+def rate_of(run: Run, trace: RequestTrace) -> float:
+    """Requests per second offered."""
+    return run.config.rate or trace.rate or float("nan")
 
 
 def compare(run: Run, model: PreTrainedModel) -> Compared:

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from transformers import PreTrainedModel
 
 from qllm.blame_steps import by_pass, by_step
@@ -86,6 +87,9 @@ def figure(requests: pd.DataFrame, source: str) -> Figure:
             ax.set(title=f"{policy}: {TITLES[metric]}", xlabel="seconds", ylabel="share of requests", ylim=(0, 1))
             if len(values) and values.min() > 0:
                 ax.set_xscale("log")
+                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0][0].legend(fontsize=7)
     drawn.suptitle(f"Real engine (solid) and simulation (dashed, {source} timings)", fontsize=10)
     return drawn

@@ -19,25 +19,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from validation_table import GOALS, STATISTICS
+from validation_table import GOALS, METRICS_HEAD, STATISTICS, markdown, row
 
 from executor.subject import load_subject
 from qllm.config import load_config
 from qllm.runs import runs
 from qllm.validate import METRICS, REAL, SIMULATED, replay_run, request_rows, statistic
 
-KEYS = ["policy", "rate", "metric", "statistic"]
-
 
 def statistics_of(rows: pd.DataFrame) -> pd.Series:
-    """Mean, p50 and p99 of each metric over all requests of `rows`, by KEYS."""
+    """Mean, p50 and p99 of each metric over all requests of `rows`, by (policy, rate, metric, statistic)."""
     found = {
         (policy, rate, metric, name): statistic(mine[metric].dropna().to_numpy(), name)
         for (policy, rate), mine in rows.groupby(["policy", "rate"])
         for metric in METRICS
         for name in STATISTICS
     }
-    return pd.Series(found).rename_axis(KEYS)
+    return pd.Series(found).rename_axis(["policy", "rate", "metric", "statistic"])
 
 
 def apart(worlds: list[pd.Series]) -> pd.DataFrame:
@@ -48,14 +46,9 @@ def apart(worlds: list[pd.Series]) -> pd.DataFrame:
 def table(differences: pd.DataFrame) -> str:
     """The mean over pairs in Markdown, a row per policy and rate."""
     mean = differences.mean(axis=1)
-    lines = [
-        "| policy | requests/s | " + " | ".join(f"{m[:-2]} mean, p50, p99" for m in METRICS) + " |",
-        "|---" * 5 + "|",
-    ]
-    for (policy, rate), mine in mean.groupby(level=["policy", "rate"]):
-        cells = [", ".join(f"{mine[policy, rate, m, name]:.1%}" for name in STATISTICS) for m in METRICS]
-        lines.append(f"| {policy} | {rate:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    points = mean.index.droplevel(["metric", "statistic"]).unique()
+    rows = [row(*point, lambda metric, name, point=point: f"{mean[(*point, metric, name)]:.1%}") for point in points]
+    return markdown(METRICS_HEAD, rows)
 
 
 def held(differences: pd.DataFrame) -> str:

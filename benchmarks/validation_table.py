@@ -10,6 +10,7 @@ the machine had. Under each how many of the errors lie within this project's goa
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -19,23 +20,30 @@ from qllm.validate import AT_SPEED, METRICS, REAL, SIMULATED
 STATISTICS = ("mean", "p50", "p99")  # without p95: no goal is set for it
 GOALS = {"mean": 0.05, "p50": 0.05, "p99": 0.10, "throughput": 0.02}
 COLUMNS = {"error": (SIMULATED, "calibrated step times"), "error_at_speed": (AT_SPEED, "at the machine's speed")}
-HEAD = (
-    "| policy | requests/s | TTFT mean, p50, p99 | TPOT mean, p50, p99 | turnaround mean, p50, p99 | throughput "
-    "| preemptions real, simulated |"
-)
+METRICS_HEAD = "| policy | requests/s | TTFT mean, p50, p99 | TPOT mean, p50, p99 | turnaround mean, p50, p99 |"
+HEAD = METRICS_HEAD + " throughput | preemptions real, simulated |"
+
+
+def row(policy: str, rate: float, shown: Callable[[str, str], str]) -> list[str]:
+    """Cells under METRICS_HEAD; `shown`: the text of a metric's statistic."""
+    return [policy, f"{rate:g}", *(", ".join(shown(metric, name) for name in STATISTICS) for metric in METRICS)]
+
+
+def markdown(head: str, rows: Iterable[list[str]]) -> str:
+    """A table of `rows` of cells."""
+    return "\n".join([head, "|---" * head.count(" |") + "|", *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
 def table(errors: pd.DataFrame, column: str) -> str:
     """`errors` (of `qllm.validate.errors`) in Markdown, of a column of COLUMNS."""
-    lines = [HEAD, "|---" * HEAD.count(" |") + "|"]
+    rows = []
     for (policy, rate), mine in errors[errors["class"] == "all"].groupby(["policy", "rate"]):
         at = mine.set_index(["metric", "statistic"])
-        cells = [policy, f"{rate:g}"]
-        cells += [", ".join(f"{at.loc[(m, s), column]:+.1%}" for s in STATISTICS) for m in METRICS]
+        cells = row(policy, rate, lambda metric, name, at=at: f"{at.loc[(metric, name), column]:+.1%}")
         cells.append(f"{at.loc[('throughput_rps', 'mean'), column]:+.1%}")
         cells.append(", ".join(f"{at.loc[('preemptions', 'sum'), world]:.0f}" for world in (REAL, COLUMNS[column][0])))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(HEAD, rows)
 
 
 def held(errors: pd.DataFrame, column: str) -> str:

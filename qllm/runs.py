@@ -82,12 +82,10 @@ def outcome(run: Run) -> pd.DataFrame:
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
     """A row per request of `trace`; `isolated_ttft`: seconds, float64[n]. Classes and statuses are numbers, which
     every table format gives back as they were."""
-    config, n = run.config, len(trace)
-    rate = config.rate if config.rate is not None else trace.rate
-    names = list(config.classes)
+    n, names = len(trace), list(run.config.classes)
     return pd.DataFrame(
         {
-            "rate": np.full(n, np.nan if rate is None else rate),
+            "rate": np.full(n, rate_of(run, trace)),
             "seed": np.full(n, run.seed, dtype=np.int64),
             "id": np.arange(n),
             "class": np.array([names.index(name) for name in trace.classes], dtype=np.int8)[trace.cls],
@@ -107,6 +105,12 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
             "reason": [result.reasons.get(i, "") for i in range(n)],
         }
     )
+
+
+def rate_of(run: Run, trace: RequestTrace) -> float:
+    """Requests per second offered; nan where nothing says so."""
+    rate = run.config.rate if run.config.rate is not None else trace.rate
+    return float("nan") if rate is None else rate
 
 
 def rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:

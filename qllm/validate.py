@@ -32,7 +32,7 @@ from qllm.machine_speed import (
     speed_of,
 )
 from qllm.metrics import per_request
-from qllm.runs import Run
+from qllm.runs import Run, rate_of, request_table
 from scheduler import Limits
 from sim import Pace, Resampled, simulate
 from traces.requests import RequestTrace
@@ -45,6 +45,11 @@ STATISTICS = ("mean", "p50", "p95", "p99")
 AT_ONCE = 6  # visits of a calibration in a run: about half a second of passes on a CPU
 WARM_UP = 8  # requests replayed first and not counted: kernels are chosen and compiled at their first sizes
 REAL, SIMULATED, AT_SPEED = "real", "simulated", "at_speed"
+#: of `request_rows`, and of requests.csv
+COLUMNS = (
+    *("policy", "rate", "seed", "world", "id", "class", "arrival_s", "prompt_tokens", "output_tokens"),
+    *("first_launch_s", "first_token_s", "finish_s", "preemptions", *METRICS, "blocking_s"),
+)
 
 
 class Asked(StepModel):
@@ -114,31 +119,10 @@ class Compared:
 
 
 def request_rows(run: Run, trace: RequestTrace, result: RunResult, world: str) -> pd.DataFrame:
-    """A row per request: class, arrival_s, ttft_s, tpot_s, turnaround_s, preemptions, finish_s, ..."""
-    frame = pd.DataFrame(
-        {
-            "policy": run.title,
-            "rate": rate_of(run, trace),
-            "seed": run.seed,
-            "world": world,
-            "id": np.arange(len(trace)),
-            "class": np.array(trace.classes)[trace.cls],
-            "arrival_s": result.arrival,
-            "prompt_tokens": trace.prompt_tokens,
-            "output_tokens": trace.output_tokens,
-            "first_launch_s": result.first_launch,
-            "first_token_s": result.first_token,
-            "finish_s": result.finish,
-            "preemptions": result.preemptions,
-            "isolated_ttft_s": np.nan,
-        }
-    )
-    return per_request(frame).drop(columns=["isolated_ttft_s", "ttft_over_isolated"])
-
-
-def rate_of(run: Run, trace: RequestTrace) -> float:
-    """Requests per second offered."""
-    return run.config.rate or trace.rate or float("nan")
+    """A row per request with COLUMNS."""
+    table = request_table(run, trace, result, np.full(len(trace), np.nan))
+    table["class"] = np.array(list(run.config.classes))[table["class"]]
+    return per_request(table.assign(policy=run.title, world=world))[list(COLUMNS)]
 
 
 def compare(run: Run, model: PreTrainedModel) -> Compared:

@@ -20,10 +20,13 @@ test: .venv/.installed-dev
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
+# mypy reads the packages as they are installed: all inside qllm.
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	rm -rf build/typed && mkdir -p build/typed/qllm
+	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
 clean:
 	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -38,10 +41,10 @@ clean:
 	touch $@
 
 # With torch and transformers, for the engine.
-.venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt executor/strips.cpp
+.venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
 	$(PIP) -c constraints.txt -e '.[executor]'
 	touch $@ .venv/.installed
 
-.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/strips.cpp
+.venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
 	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
 	touch $@ .venv/.installed .venv/.installed-executor

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from qllm import simulate
-from traces.requests import TraceError
+from qllm.traces.requests.trace import TraceError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ("paper", "long_prefill", "azure")

@@ -15,8 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from qllm import load_config, simulate
-from traces.steps import StepModel
-from traces.timing import Timings
+from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.timings import Timings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RATES = {"paper": 2, "long_prefill": 0.4}

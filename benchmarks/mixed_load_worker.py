@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from processes import ANSWER
 
-from executor.engine import Engine
-from executor.model import load_model
-from executor.streams import Stream
-from scheduler import Limits, make_policy
+from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.requests import Stream
+from qllm.executor.model.loading import load_model
+from qllm.scheduler import Limits, make_policy
 
 # 131,072 tokens of KV, 2 GiB, as vLLM has; passes of at most 1,024 tokens, since what lies between two layers' experts
 # and attention is not cut (vLLM: 2,048 tokens a step)

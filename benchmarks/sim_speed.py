@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 
-from scheduler import Limits, make_policy
-from sim import simulate
-from traces.generate import generate
-from traces.steps import StepModel
-from traces.timing import Timings
+from qllm.scheduler import Limits, make_policy
+from qllm.sim import simulate
+from qllm.traces.requests.generate import generate
+from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.timings import Timings
 
 PEERS = """Peers (seen on such a machine, two cores): Vidur 3,000-6,000 iterations/s without experts, 8-11 s for 512
 requests; NVIDIA Dynamo's replay (Rust) 0.2-0.4 million iterations/s; neither resolves experts."""
@@ -118,8 +118,8 @@ def main() -> None:
         print(f"  {n:8,} requests  {r['inside']:7.2f} s  {each:6.1f} us each  peak {peak:6.0f} MB")
     slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
     print(f"  growth: time ~ requests^{slope:.2f}")
-    print(f"\nimport sim: {start_up(sys.executable, '-c', 'import sim'):.3f} s; ", end="")
-    print(f"qllm --help: {start_up(sys.executable, '-m', 'qllm.cli', '--help'):.3f} s (above an empty Python)")
+    print(f"\nimport qllm.sim: {start_up(sys.executable, '-c', 'import qllm.sim'):.3f} s; ", end="")
+    print(f"qllm --help: {start_up(sys.executable, '-m', 'qllm', '--help'):.3f} s (above an empty Python)")
     if args.plot:
         plot(sizes, seconds, args.plot)
 

@@ -19,14 +19,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from executor.clock import Course, RealClock, RealCourse
-from executor.engine import Engine
-from executor.errors import RequestFailed
-from executor.families import tiny_model
-from executor.model import prepare_model
-from executor.passes import RunningPass
-from scheduler import Limits, Pass, make_policy
-from traces.steps import Shape
+from qllm.executor.engine.clock import Course, RealClock, RealCourse
+from qllm.executor.engine.engine import Engine
+from qllm.executor.errors import RequestFailed
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.passes import RunningPass
+from qllm.executor.testing import tiny_model
+from qllm.scheduler import Limits, Pass, make_policy
+from qllm.traces.step_times.cost_model import Shape
 
 BLOCKS = 40
 GROWTH_MB = 64  # allowed between a fifth of the way and the end: allocators and thread pools fill up late

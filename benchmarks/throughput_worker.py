@@ -25,11 +25,11 @@ def ours(model: str, threads: int, max_step: float, points: bool = True) -> Run:
     a process: each has a team of OpenMP threads, and with more threads than cores all of them wait by sleeping."""
     import torch
 
-    from executor.cuts import whole
-    from executor.engine import Engine
-    from executor.model import load_model
-    from executor.passes import RunningPass
-    from scheduler import Limits
+    from qllm.executor.engine.engine import Engine
+    from qllm.executor.model.loading import load_model
+    from qllm.executor.model.passes import RunningPass
+    from qllm.executor.model.split import whole
+    from qllm.scheduler import Limits
 
     torch.set_num_threads(threads)
     loaded = load_model(model, dtype="float32")

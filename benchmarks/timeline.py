@@ -19,13 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qllm.timeline_figure import plot_timeline, timeline_key
-from scheduler import Limits, make_policy
-from sim import simulate
-from traces.requests import RequestTrace
-from traces.results import RunResult
-from traces.steps import StepModel
-from traces.timing import Timings
+from qllm.plots.schedule import plot_timeline, timeline_key
+from qllm.scheduler import Limits, make_policy
+from qllm.sim import simulate
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.results import RunResult
+from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.timings import Timings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +75,7 @@ def run(policy: str, settings: dict, steps: StepModel) -> RunResult:
 
 def run_engine(policy: str, settings: dict, model: PreTrainedModel) -> RunResult:
     """The same on the real engine."""
-    from executor import Engine, replay
+    from qllm.executor import Engine, replay
 
     limits = Limits(max_seqs=32, max_tokens=LONG // ENGINE_SHORTER, kv_blocks=1024, block_size=16)
     with Engine(model, policy=make_policy(policy, **settings), limits=limits) as engine:
@@ -121,8 +121,8 @@ def measured(out: Path, folder: Path, threads: int) -> None:
     import torch
     from make_moe import make
 
-    from executor.facts import device_name, model_facts
-    from executor.model import load_model
+    from qllm.executor.model.info import device_name, model_facts
+    from qllm.executor.model.loading import load_model
 
     torch.set_num_threads(threads)
     model = load_model(make(folder), dtype="float32")

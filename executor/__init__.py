@@ -21,28 +21,31 @@ subject    the model that is calibrated                       facts     device, 
 loop_cost  the engine's own time between passes               routing_record  experts that real prompts use
 calibration_check  whole passes against the sum of their steps
 
-from executor import Engine
+from qllm.executor import Engine
 
 with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", dtype="bfloat16") as engine:
     for token in engine.submit("Hello", max_new_tokens=32, priority=0):
         print(token.text, end="")
 """
 
+if __name__ != "qllm.executor":
+    raise ImportError("this package is called qllm.executor: from qllm.executor import ...")
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from executor.clock import RealClock as RealClock
-    from executor.clock import VirtualClock as VirtualClock
-    from executor.engine import Engine as Engine
-    from executor.replays import replay as replay
+    from qllm.executor.engine.clock import RealClock as RealClock
+    from qllm.executor.engine.clock import VirtualClock as VirtualClock
+    from qllm.executor.engine.engine import Engine as Engine
+    from qllm.executor.engine.replay import replay as replay
 
 # Loaded when first used: torch and transformers take seconds to import.
 _WHERE = {
-    "Engine": "executor.engine",
-    "RealClock": "executor.clock",
-    "VirtualClock": "executor.clock",
-    "replay": "executor.replays",
+    "Engine": "qllm.executor.engine.engine",
+    "RealClock": "qllm.executor.engine.clock",
+    "VirtualClock": "qllm.executor.engine.clock",
+    "replay": "qllm.executor.engine.replay",
 }
 
 __all__ = [*_WHERE]

@@ -11,37 +11,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qllm.breakdowns import plot_ablation as plot_ablation
-    from qllm.breakdowns import plot_cdf as plot_cdf
-    from qllm.breakdowns import plot_time_spent as plot_time_spent
-    from qllm.config import load_config as load_config
-    from qllm.figures import add_caption as add_caption
-    from qllm.figures import plot_slo as plot_slo
-    from qllm.figures import plot_ttft as plot_ttft
-    from qllm.metrics import summarise as summarise
-    from qllm.results import Results as Results
-    from qllm.results import load_results as load_results
-    from qllm.sweep import simulate as simulate
-    from qllm.timing_figures import plot_expert_times as plot_expert_times
-    from qllm.timing_figures import plot_popularity as plot_popularity
-    from qllm.yamlfile import ConfigError as ConfigError
+    from qllm.config.config import load_config as load_config
+    from qllm.config.yaml_lines import ConfigError as ConfigError
+    from qllm.experiment.metrics import summarise as summarise
+    from qllm.experiment.results import Results as Results
+    from qllm.experiment.results import load_results as load_results
+    from qllm.experiment.sweep import simulate as simulate
+    from qllm.plots.curves import add_caption as add_caption
+    from qllm.plots.curves import plot_slo as plot_slo
+    from qllm.plots.curves import plot_ttft as plot_ttft
+    from qllm.plots.point import plot_ablation as plot_ablation
+    from qllm.plots.point import plot_cdf as plot_cdf
+    from qllm.plots.point import plot_time_spent as plot_time_spent
+    from qllm.plots.step_times import plot_expert_times as plot_expert_times
+    from qllm.plots.step_times import plot_popularity as plot_popularity
 
 # Loaded when first used: pandas and matplotlib take longer to import than `qllm --help` may take.
 _WHERE = {
-    "ConfigError": "qllm.yamlfile",
-    "Results": "qllm.results",
-    "add_caption": "qllm.figures",
-    "load_config": "qllm.config",
-    "load_results": "qllm.results",
-    "plot_ablation": "qllm.breakdowns",
-    "plot_cdf": "qllm.breakdowns",
-    "plot_expert_times": "qllm.timing_figures",
-    "plot_popularity": "qllm.timing_figures",
-    "plot_slo": "qllm.figures",
-    "plot_time_spent": "qllm.breakdowns",
-    "plot_ttft": "qllm.figures",
-    "simulate": "qllm.sweep",
-    "summarise": "qllm.metrics",
+    "ConfigError": "qllm.config.yaml_lines",
+    "Results": "qllm.experiment.results",
+    "add_caption": "qllm.plots.curves",
+    "load_config": "qllm.config.config",
+    "load_results": "qllm.experiment.results",
+    "plot_ablation": "qllm.plots.point",
+    "plot_cdf": "qllm.plots.point",
+    "plot_expert_times": "qllm.plots.step_times",
+    "plot_popularity": "qllm.plots.step_times",
+    "plot_slo": "qllm.plots.curves",
+    "plot_time_spent": "qllm.plots.point",
+    "plot_ttft": "qllm.plots.curves",
+    "simulate": "qllm.experiment.sweep",
+    "summarise": "qllm.experiment.metrics",
 }
 
 __all__ = [*_WHERE]

@@ -1,11 +1,11 @@
 """The typed errors for what comes from outside: one line each, exit code 2."""
 
-from executor.errors import ExecutorError
-from qllm.yamlfile import ConfigError
-from scheduler import SchedulerError
-from traces.popularity import PopularityError
-from traces.requests import TraceError
-from traces.timing import TimingError
+from qllm.config.yaml_lines import ConfigError
+from qllm.executor.errors import ExecutorError
+from qllm.scheduler import SchedulerError
+from qllm.traces.requests.trace import TraceError
+from qllm.traces.step_times.popularity import PopularityError
+from qllm.traces.step_times.timings import TimingError
 
 
 class SweepError(RuntimeError):

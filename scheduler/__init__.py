@@ -1,11 +1,14 @@
 """The scheduler: one sans-IO object that decides in the simulator and in the real engine alike."""
 
-from .batch import Batch
-from .memory import Limits
-from .passes import NEVER, Chunk, Pass
-from .policies import POLICIES, Chunked, Fcfs, Layer, Policy, Priority, Qllm, build_policy, make_policy
-from .request import Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
-from .scheduler import Scheduler
+if __name__ != "qllm.scheduler":
+    raise ImportError("this package is called qllm.scheduler: from qllm.scheduler import ...")
+
+from qllm.scheduler.memory import Limits
+from qllm.scheduler.pass_builder import Batch
+from qllm.scheduler.passes import NEVER, Chunk, Pass
+from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Layer, Policy, Priority, Qllm, build_policy, make_policy
+from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
+from qllm.scheduler.scheduler import Scheduler
 
 __all__ = [
     "NEVER",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush, nlargest
 
-from .request import Request, State
+from qllm.scheduler.request import Request, State
 
 
 class DecodeBatch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .request import SchedulerError
+from qllm.scheduler.request import SchedulerError
 
 
 class KVBudget:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .decode import DecodePool, rank
-from .kv import KVBudget
-from .passes import NEVER
-from .request import Request, SchedulerError, State
-from .waiting import WaitingQueues
+from qllm.scheduler.decode import DecodePool, rank
+from qllm.scheduler.kv import KVBudget
+from qllm.scheduler.passes import NEVER
+from qllm.scheduler.request import Request, SchedulerError, State
+from qllm.scheduler.waiting import WaitingQueues
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .decode import DecodeBatch
-from .request import Request
+from qllm.scheduler.decode import DecodeBatch
+from qllm.scheduler.request import Request
 
 NEVER = float("inf")
 

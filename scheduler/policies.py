@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from .passes import NEVER, Pass
-from .request import Request, UnknownPolicy
+from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
-    from .batch import Batch
-    from .scheduler import Scheduler
+    from qllm.scheduler.pass_builder import Batch
+    from qllm.scheduler.scheduler import Scheduler
 
 Granularity = Literal["iteration", "layer", "expert"]
 

@@ -7,8 +7,8 @@ from math import nan
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .decode import DecodeBatch
-    from .passes import Pass
+    from qllm.scheduler.decode import DecodeBatch
+    from qllm.scheduler.passes import Pass
 
 
 class State(IntEnum):

@@ -26,13 +26,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import isnan
 
-from .batch import Batch
-from .decode import DecodePool
-from .memory import Limits, Memory
-from .passes import NEVER, Pass
-from .policies import Policy
-from .request import Request, RequestTooLarge, SchedulerError, State
-from .waiting import WaitingQueues
+from qllm.scheduler.decode import DecodePool
+from qllm.scheduler.memory import Limits, Memory
+from qllm.scheduler.pass_builder import Batch
+from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.policies import Policy
+from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
+from qllm.scheduler.waiting import WaitingQueues
 
 
 class Scheduler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import heappop, heappush
 
-from .request import Request, State
+from qllm.scheduler.request import Request, State
 
 
 class WaitingQueues:

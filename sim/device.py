@@ -15,10 +15,9 @@ from typing import Any
 
 import simpy
 
-from scheduler import Pass, Policy, Scheduler
-
-from .merging import Merging, run_group, suspended_runs
-from .runs import GpuModel, Run
+from qllm.scheduler import Pass, Policy, Scheduler
+from qllm.sim.merging import Merging, run_group, suspended_runs
+from qllm.sim.passes import GpuModel, Run
 
 FINISH, ARRIVAL, DECISION = 0, 1, 2  # SimPy priorities of events at one instant: NORMAL (arrivals) is 1
 

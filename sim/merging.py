@@ -12,9 +12,8 @@ from typing import cast
 
 import numpy as np
 
-from scheduler import Scheduler
-
-from .runs import Run
+from qllm.scheduler import Scheduler
+from qllm.sim.passes import Run
 
 
 def suspended_runs(scheduler: Scheduler) -> list[Run]:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import simpy
 
-from scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
-from traces.requests import RequestTrace
-from traces.results import RunResult as SimResult
-from traces.results import Slice, Status
-from traces.steps import StepModel, ticks
-
-from .device import Device, Observer, Process, fast_device, step_device
-from .routing import Recorded, Resampled, Routing
-from .runs import GpuModel, Pace, Run
+from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
+from qllm.sim.device import Device, Observer, Process, fast_device, step_device
+from qllm.sim.passes import GpuModel, Pace, Run
+from qllm.sim.routing import Recorded, Resampled, Routing
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.results import RunResult as SimResult
+from qllm.traces.results import Slice, Status
+from qllm.traces.step_times.cost_model import StepModel, ticks
 
 
 def simulate(
@@ -36,11 +35,12 @@ def simulate(
     """Simulate `trace` on one GPU and return what became of each request.
 
     priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
-    (`traces.steps.StepModel`). popularity: share of tokens routed to each expert, float[layers, experts]; uniform by
-    default. seed: of the routing's draws. routing: recorded routing to use instead of draws. timeline: record a Slice
-    for each stretch that a pass runs. until: stop at that time (seconds) instead of when everybody is served.
-    step_by_step: use the slow reference device. pace: for a machine whose speed changes, the step times of passes that
-    begin at a time, of a model with as many layers and experts; those of `steps` at all times by default.
+    (`qllm.traces.step_times.cost_model.StepModel`). popularity: share of tokens routed to each expert, float[layers,
+    experts]; uniform by default. seed: of the routing's draws. routing: recorded routing to use instead of draws.
+    timeline: record a Slice for each stretch that a pass runs. until: stop at that time (seconds) instead of when
+    everybody is served. step_by_step: use the slow reference device. pace: for a machine whose speed changes, the step
+    times of passes that begin at a time, of a model with as many layers and experts; those of `steps` at all times by
+    default.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """

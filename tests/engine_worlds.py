@@ -7,18 +7,18 @@ from contextlib import suppress
 
 import numpy as np
 
-from executor.clock import Course, VirtualClock, VirtualCourse
-from executor.engine import Engine
-from executor.errors import RequestFailed
-from executor.families import tiny_model
-from executor.jobs import Job
-from executor.loop import Loop
-from executor.model import prepare_model
-from executor.passes import RunningPass
-from executor.sampling import Sampling
-from scheduler import Limits, Pass
-from traces.steps import Shape, StepModel
-from traces.timing import affine_timings
+from qllm.executor.engine.clock import Course, VirtualClock, VirtualCourse
+from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.jobs import Job
+from qllm.executor.engine.loop import Loop
+from qllm.executor.engine.sampling import Sampling
+from qllm.executor.errors import RequestFailed
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.passes import RunningPass
+from qllm.executor.testing import tiny_model
+from qllm.scheduler import Limits, Pass
+from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.traces.step_times.timings import affine_timings
 
 LAYERS, EXPERTS = 2, 8
 ROOMY = Limits(max_seqs=4, max_tokens=64, kv_blocks=100, block_size=4)

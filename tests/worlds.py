@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from scheduler import Limits, Policy, make_policy
-from sim import SimResult, simulate
-from traces.requests import RequestTrace
-from traces.steps import StepModel
-from traces.timing import affine_timings
+from qllm.scheduler import Limits, Policy, make_policy
+from qllm.sim import SimResult, simulate
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.timings import affine_timings
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
 

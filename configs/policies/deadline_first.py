@@ -1,6 +1,6 @@
 """Earliest deadline first: the class sets the deadline, and an LS prompt that waits stops the running pass."""
 
-from scheduler import Policy
+from qllm.scheduler import Policy
 
 
 class DeadlineFirst(Policy):

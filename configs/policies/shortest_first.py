@@ -1,6 +1,6 @@
 """Shortest prompt first within each class, nothing preempted."""
 
-from scheduler import Policy
+from qllm.scheduler import Policy
 
 
 class ShortestFirst(Policy):

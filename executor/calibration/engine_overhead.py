@@ -1,0 +1,112 @@
+"""What the engine takes for a pass, beyond the pass itself: the loop's decisions, the messages that it listens for at
+each preemption point, the end of one pass and the start of the next; and what a pass takes longer after a pause.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from qllm.executor.calibration.stopwatch import random_entries, sample_greedily
+from qllm.executor.engine.clock import Course, RealClock, RealCourse
+from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.replay import replay
+from qllm.executor.model.passes import RunningPass
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.scheduler import Limits, Pass
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.step_times.cost_model import Shape
+
+PROMPT, OUTPUT, BLOCK = 8, 24, 16
+PAUSES = 24
+PAUSE_S = 0.4
+WAKE_PROMPT = 32  # enough to reach most experts: what a pause costs is mostly weights that left the caches
+
+
+class LoopSeconds(NamedTuple):
+    """Seconds a pass: of the loop in all, and what of it lies between two passes."""
+
+    all: float
+    between: float
+
+
+class _Watching(RealClock):
+    """Keeps what each pass ran, without the loop around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.courses: list[_Watched] = []
+
+    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+        self.courses.append(_Watched(running, granularity))
+        return self.courses[-1]
+
+
+class _Watched(RealCourse):
+    ran = 0.0
+
+    def advance(self) -> bool:
+        start = time.perf_counter()
+        goes_on = super().advance()
+        self.ran += time.perf_counter() - start
+        return goes_on
+
+
+def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
+    """Medians over the passes of an engine that decodes `sequences` requests together: from one pass's start to the
+    next's, without what the pass ran, and without making its batch and sampling, which a pass alone takes too."""
+    zeros = np.zeros(sequences)
+    trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
+    blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
+    limits = Limits(max_seqs=sequences, max_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
+    clock = _Watching()
+    with Engine(model, limits=limits, clock=clock) as engine:
+        slices = replay(engine, trace, priorities={"all": 0}).slices or []
+    pairs = list(pairwise(slices))
+    around = statistics.median(
+        after.start - before.start - course.ran
+        for (before, after), course in zip(pairs, clock.courses[:-1], strict=True)
+    )
+    between = statistics.median(after.start - before.end for before, after in pairs)
+    return LoopSeconds(max(0.0, around - _batch_and_sampling(model, sequences)), max(0.0, between))
+
+
+def wake_seconds(model: PreTrainedModel) -> float:
+    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls while
+    idle: caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after
+    PAUSE_S."""
+    rng = np.random.default_rng(0)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    limits = Limits(max_seqs=1, max_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK)
+    found = []
+    with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True)) as engine:
+        for _ in range(PAUSES):
+            time.sleep(PAUSE_S)
+            prompts = rng.integers(vocabulary, size=(2, WAKE_PROMPT)).tolist()
+            streams = [engine.submit(prompt, max_new_tokens=2) for prompt in prompts]
+            first, second = (stream.result().record for stream in streams)
+            found.append((first.first_token - first.arrival) - (second.first_token - first.finish))
+    return max(0.0, statistics.median(found))
+
+
+def _batch_and_sampling(model: PreTrainedModel, sequences: int) -> float:
+    """Median seconds of what a decode pass does before its first and after its last step."""
+    runner = Runner(model, 1 + 2 * sequences, BLOCK)
+    found = []
+    with torch.inference_mode():
+        for number in range(OUTPUT):
+            entries = random_entries(runner, [(1, PROMPT + number)] * sequences, number)
+            start = time.perf_counter()
+            running = runner.begin(entries)
+            begun = time.perf_counter()
+            run_to_end(running)
+            ended = time.perf_counter()
+            sample_greedily(running)
+            found.append(begun - start + time.perf_counter() - ended)
+    return statistics.median(found)

@@ -1,0 +1,248 @@
+"""From measured passes to the points of a timing trace.
+
+What a pass takes outside its layers is shared out so that the sum of the steps is the whole pass: what grows with the
+tokens (embedding, final norm) goes to `dense_pre`, what grows with the sequences (the batch's tables) to `head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qllm.executor.calibration.grid import ALL, Cell
+from qllm.executor.calibration.store import CalibrationError, Measured
+from qllm.traces.step_times.file_format import Point
+from qllm.traces.step_times.layer_fit import LayerFit, fit_layers
+
+PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
+#: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
+#: the router spreads does not, and is only there for sizes that the router sends to nobody
+HOT_WEIGHT = 0.2
+WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
+
+Cells = Mapping[Cell, Measured]
+
+
+def plain(cells: Cells) -> dict[Cell, Measured]:
+    """The passes that were routed by the model, not cut, and not right after a prompt."""
+    return {cell: found for cell, found in cells.items() if cell == cell.plain and not cell.hot}
+
+
+def host_seconds(cells: Cells) -> float:
+    """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
+    one = cells[Cell(1, 1, 0)]
+    following = one.each("pre")
+    return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
+
+
+def dense_points(cells: Cells, layers: int, host_s: float) -> list[Point]:
+    """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context."""
+    mine = plain(cells)
+    alone = {cell.new: found for cell, found in mine.items() if cell.sequences == 1 and cell.context == 0}
+    lead = {tokens: found.total("lead") for tokens, found in alone.items()}
+    heads = _heads(mine, lead)
+    points = []
+    for tokens, found in sorted(alone.items()):
+        pooled = [other for cell, other in mine.items() if cell.tokens == tokens]
+        repeats = sum(other.repeats for other in pooled)
+        pre = float(np.median([other.total("pre") for other in pooled]))
+        post = float(np.median([other.total("post") for other in pooled]))
+        norm = max(0.0, found.total("tail", "sample") - heads[1].seconds)
+        pre = max(0.0, lead[tokens] - host_s + pre + norm) / layers
+        spread = found.spread("lead", "pre") / layers
+        points.append(Point("dense_pre", tokens, None, pre, spread, repeats))
+        points.append(Point("dense_post", tokens, None, post / layers, found.spread("post") / layers, repeats))
+    return points + list(heads.values())
+
+
+def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
+    """head by sequences, from passes of one token each; with it what their lead takes beyond one sequence's."""
+    heads = {}
+    for rows in sorted({cell.sequences for cell in cells if cell.new == 1}):
+        found = [measured for cell, measured in cells.items() if cell.new == 1 and cell.sequences == rows]
+        single = float(np.interp(rows, sorted(lead), [lead[tokens] for tokens in sorted(lead)]))
+        beyond = max(0.0, float(np.median([measured.total("lead") for measured in found])) - single)
+        seconds = beyond + float(np.median([measured.total("tail", "sample") for measured in found]))
+        spread = float(np.median([measured.spread("tail", "sample") for measured in found]))
+        heads[rows] = Point("head", rows, None, seconds, spread, sum(measured.repeats for measured in found))
+    return heads
+
+
+def attention_points(cells: Cells, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
+    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence, with what
+    these take `beyond` their steps (of `beyond_steps`).
+
+    Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
+    context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
+    """
+    mine = plain(cells)
+    one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
+    several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
+    prefill = _grid("attention_prefill", one, {}, layers, along_context=False)
+    return prefill + _grid("attention_decode", several, beyond, layers, along_context=True)
+
+
+def beyond_steps(
+    cells: Cells, dense: list[Point], fit: LayerFit, layers: int, host_s: float
+) -> dict[tuple[int, int], float]:
+    """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero, by
+    (sequences, context).
+
+    The others are the same for all contexts, and yet they take longer after an attention over much KV, which leaves
+    them less of the processor's cache.
+    """
+    curves = {
+        step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T
+        for step in ("dense_pre", "dense_post", "head")
+    }
+    beyond = {}
+    for cell, found in plain(cells).items():
+        if cell.new == 1:
+            pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
+            experts = float(fit.predicted(found.layers).sum())
+            steps = host_s + layers * (pre + post) + head + experts
+            beyond[cell.sequences, cell.context] = found.total() - found.total("attention") - steps
+    return beyond
+
+
+def query_block_seconds(cells: Cells, layers: int) -> float | None:
+    """What each group of query blocks of a cut attention costs beyond its share of the attention: the same passes cut
+    and uncut, least squares of relative errors, since the difference of two long passes says little. None where none
+    was measured."""
+    pairs = [(found, cells.get(cell.plain), cell.pieces) for cell, found in cells.items()]
+    rows = [
+        (pieces * layers / whole.total(), (cut.total("attention") - whole.total("attention")) / whole.total())
+        for cut, whole, pieces in pairs
+        if pieces > 1 and whole is not None
+    ]
+    if not rows:
+        return None
+    pieces, extra = np.array(rows).T
+    return max(0.0, float(pieces @ extra / (pieces @ pieces)))
+
+
+def _grid(
+    step: str,
+    measured: Mapping[tuple[int, int], Measured],
+    beyond: Mapping[tuple[int, int], float],
+    layers: int,
+    along_context: bool,
+) -> list[Point]:
+    times = {at: max(0.0, (found.total("attention") + beyond.get(at, 0.0)) / layers) for at, found in measured.items()}
+    sizes, held = sorted({x for x, _ in times}), sorted({y for _, y in times})
+    if not along_context:
+        sizes = _with_midpoints(times, sizes)
+    points = []
+    for x in sizes:
+        for y in held:
+            if (x, y) in measured:
+                found = measured[x, y]
+                spread = found.spread("attention") / layers
+                points.append(Point(step, x, y, times[x, y], spread, found.repeats))
+                continue
+            if (x, y) in times:
+                seconds = times[x, y]
+            elif along_context:
+                known = [(c, times[x, c]) for c in held if (x, c) in times]
+                seconds = _continued(known, y)
+            else:
+                known = [(n, times[n, y] - times[n, 0]) for n in sizes if (n, y) in times]
+                seconds = times[x, 0] + max(0.0, _continued(known, x))
+            points.append(Point(step, x, y, seconds, source="modelled"))
+    return points
+
+
+def _with_midpoints(times: dict[tuple[int, int], float], sizes: list[int]) -> list[int]:
+    """`sizes` and those midway between large ones. Attention grows with the square of a prompt, so a straight line
+    between two sizes is too slow by some percent: the midpoint at context 0 (put into `times`) lies on the parabola
+    through the two and the one before them."""
+    more = list(sizes)
+    for before, low, high in zip(sizes, sizes[1:], sizes[2:], strict=False):
+        middle = (low + high) // 2
+        if high - low < PARABOLA_FROM:
+            continue
+        xs = np.array([before, low, high], dtype=float)
+        ys = [times[int(x), 0] for x in xs]
+        on_curve = float(np.polyval(np.polyfit(xs, ys, 2), middle))
+        times[middle, 0] = min(max(on_curve, ys[1]), ys[2])
+        more.append(middle)
+    return sorted(more)
+
+
+def _continued(known: list[tuple[int, float]], at: int) -> float:
+    """The straight line between the neighbours of `at`, or on from the last two."""
+    xs, ys = [float(x) for x, _ in known], [y for _, y in known]
+    if at <= xs[-1] or len(xs) == 1:
+        return float(np.interp(at, xs, ys)) if len(xs) > 1 or at <= xs[-1] else ys[0] * at / max(xs[0], 1.0)
+    slope = max(0.0, (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    return ys[-1] + slope * (at - xs[-1])
+
+
+def expert_fit(cells: Cells) -> LayerFit:
+    """base and f from every measured layer whose experts ran as one group, but those right after a prompt.
+    CalibrationError where no expert was reached."""
+    seconds: list[float] = []
+    counts: list[np.ndarray] = []
+    weights: list[float] = []
+    for cell, found in cells.items():
+        if cell.after or cell.group != ALL:
+            continue
+        seconds += found.each("experts").tolist()
+        counts += found.layers
+        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.layers)
+    if not any(rows.any() for rows in counts):
+        raise CalibrationError("no pass reached an expert")
+    return fit_layers(seconds, counts, weights)
+
+
+def expert_points(fit: LayerFit, share: float) -> list[Point]:
+    """f as points; `share`: MoE layers among the layers, which a trace takes to be all alike."""
+    return [
+        Point("expert", int(tokens), None, float(seconds) * share)
+        for tokens, seconds in zip(fit.tokens, fit.seconds, strict=True)
+    ]
+
+
+def launch_points(cells: Cells, share: float) -> list[Point]:
+    """What a further group of experts with tokens costs, by tokens of the pass: the same passes cut and uncut.
+    `share`: as in `expert_points`."""
+    extra: dict[int, list[tuple[float, float, int]]] = {}
+    for cell, found in cells.items():
+        if cell.group == ALL:
+            continue
+        rows = np.add.reduceat(found.routing, np.arange(0, found.routing.shape[-1], cell.group), axis=-1)
+        further = np.count_nonzero(rows[..., 1:]) / found.repeats
+        if further:
+            more = found.total("experts") - cells[cell.plain].total("experts")
+            extra.setdefault(cell.tokens, []).append((more, further, found.repeats))
+    points = []
+    for tokens, pairs in sorted(extra.items()):
+        each = max(0.0, sum(more for more, _, _ in pairs) / sum(further for _, further, _ in pairs))
+        points.append(Point("launch", tokens, None, each * share, repeats=sum(repeats for _, _, repeats in pairs)))
+    return points
+
+
+def after_prefill_points(cells: Cells) -> list[Point]:
+    """What decode passes take longer right after a prompt, by sequences."""
+    pairs = [(found, cells[cell.plain], cell) for cell, found in cells.items() if cell.after]
+    return [
+        Point("after_prefill", cell.sequences, None, max(0.0, found.total() - other.total()), repeats=found.repeats)
+        for found, other, cell in pairs
+    ]
+
+
+def wide(cells: Cells) -> list[tuple[Cell, float]]:
+    """Passes whose interquartile range is above WIDE of their median, widest first, with that share."""
+    shares = [(cell, found.spread() / found.total()) for cell, found in cells.items()]
+    return sorted((pair for pair in shares if pair[1] > WIDE), key=lambda pair: -pair[1])
+
+
+def fit_quality(fit: LayerFit) -> dict[str, Any]:
+    """How well the expert model holds on the layers that it was fitted to."""
+    size = np.abs(fit.errors)
+    return {
+        "expert_fit_median_error": round(float(np.median(size)), 4),
+        "expert_fit_p90_error": round(float(np.quantile(size, 0.9)), 4),
+    }

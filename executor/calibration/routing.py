@@ -1,0 +1,81 @@
+"""Which experts real prompts use, as an expert popularity table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from qllm.executor.calibration.store import CalibrationError
+from qllm.executor.calibration.subject import Subject
+from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.runner import Runner
+from qllm.traces.step_times.popularity import COLUMNS
+
+BLOCK = 16
+
+
+def record_popularity(subject: Subject, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
+    """Run the prompts in the file `prompts` (one a line) through the model and write the share of each layer's
+    assignments per expert to `out`; returns the number of tokens. A prompt is cut at `max_tokens` tokens.
+
+    Raises CalibrationError without a tokenizer, prompts or trained weights.
+    """
+    if subject.weights != "checkpoint":
+        raise CalibrationError(f"--prompts: the routing of weights that are {subject.weights} says nothing")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"--prompts needs the model's tokenizer: {str(error).splitlines()[0]}") from None
+    lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise CalibrationError(f"--prompts {prompts}: holds no prompt; one a line is needed")
+    sequences = (tokenizer.encode(line)[:max_tokens] for line in lines)
+    counts, tokens = count_routing(subject, sequences, max_tokens)
+    header = {
+        "source": f"measured by qllm calibrate: {len(lines)} prompts, {tokens} tokens of {prompts.name}",
+        "model": subject.name,
+        "date": date.today().isoformat(),
+    }
+    write_popularity(out, counts, header)
+    return tokens
+
+
+def count_routing(
+    subject: Subject, sequences: Iterable[list[int]], max_tokens: int
+) -> tuple[dict[int, np.ndarray], int]:
+    """Rows of each expert by the layer's number, int64[experts], and the tokens of `sequences` (token ids)."""
+    runner = Runner(subject.model, -(-max_tokens // BLOCK), BLOCK)
+    counts: dict[int, np.ndarray] = {}
+    total = 0
+    with torch.inference_mode():
+        for tokens in sequences:
+            if not tokens:
+                continue
+            total += len(tokens)
+            running = runner.begin([(SequenceState(tokens, [*range(runner.cache.n_blocks)]), len(tokens))])
+            layers = []
+            while (point := running.advance()) is not None:
+                if point.stage == "experts" and point.layer not in layers:
+                    layers.append(point.layer)
+            for layer, rows in zip(layers, running.routing, strict=True):
+                counts[layer] = counts.get(layer, 0) + np.array(rows)
+    return counts, total
+
+
+def write_popularity(out: Path, counts: dict[int, np.ndarray], header: dict[str, str]) -> None:
+    """Write `counts` (by layer, int64[experts]) as a table that `qllm.traces.step_times.popularity` reads."""
+    with out.open("w", encoding="utf-8", newline="") as file:
+        for line in yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=110).splitlines():
+            file.write(f"# {line}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for layer, rows in sorted(counts.items()):
+            for expert, share in enumerate(rows / rows.sum()):
+                writer.writerow([layer, expert, f"{share:.8f}"])

@@ -1,0 +1,186 @@
+"""Times the parts of real passes: the functions that serve, with a clock read where the hooks begin and end.
+
+The attention and experts hooks are wrapped, not copied. Between two readings lies one part of a pass:
+
+    start - first attention     lead       (batch, embedding, and the first layer's norm and QKV)
+    experts' end - attention    pre        norm and QKV of the next layer
+    attention                   attention
+    attention's end - experts   post       output projection, norm, router; the whole MLP of a layer without experts
+    experts                     experts    all groups of one layer
+    last layer's end - logits   tail       final norm and LM head
+    logits - tokens             sample
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+
+from qllm.executor.engine.sampling import Sampling, sample
+from qllm.executor.model.attention import attention_forward
+from qllm.executor.model.experts import experts_forward
+from qllm.executor.model.hooks import NAME
+from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.passes import RunningPass, current_pass
+from qllm.executor.model.runner import Runner, run_to_end
+
+TIMED = "qllm_timed"
+AFTER = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
+DECODING = 4  # sequences that decode before a prompt
+#: a sequence of a pass, and how many of its tokens are new in it
+Entry = tuple[SequenceState, int]
+Entries = list[Entry]
+#: top-k indices `[T, k]` of a layer -> those to use instead
+Steer = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """One measured pass. `parts`: (name, seconds) in order, names as in the module's text; `routing`: rows of each
+    expert for each MoE layer."""
+
+    parts: tuple[tuple[str, float], ...]
+    routing: tuple[tuple[int, ...], ...]
+
+    @property
+    def seconds(self) -> float:
+        """The whole pass, from the batch to the sampled tokens."""
+        return sum(seconds for _, seconds in self.parts)
+
+
+class Stopwatch:
+    """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator.
+
+    Events are ordered with the kernels, so that the time between two of them holds whatever the device waited for,
+    the host included.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.marks: list[tuple[str, Any]] = []
+        self.steer: Steer | None = None
+
+    def restart(self) -> None:
+        self.marks = []
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cpu":
+            self.marks.append((name, time.perf_counter()))
+            return
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        self.marks.append((name, event))
+
+    def intervals(self) -> list[float]:
+        """Seconds between each mark and the next."""
+        stamps = [stamp for _, stamp in self.marks]
+        if self.device.type == "cpu":
+            return [after - before for before, after in itertools.pairwise(stamps)]
+        stamps[-1].synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(stamps)]
+
+    def attention(self, *args: Any, **kwargs: Any) -> Any:
+        """The attention hook between two readings."""
+        self.mark("attention")
+        out = attention_forward(*args, **kwargs)
+        self.mark("attended")
+        return out
+
+    def experts(
+        self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The experts hook between two readings; `steer` chooses the experts where it is set."""
+        if self.steer is not None and current_pass() is not None:
+            index = self.steer(index, module.num_experts)  # type: ignore[arg-type]
+        self.mark("experts")
+        out = experts_forward(module, hidden, index, weights)
+        self.mark("routed")
+        return out
+
+
+@contextmanager
+def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
+    """While this is open, passes over `model` are timed by the Stopwatch that it gives."""
+    watch = Stopwatch(model.device)
+    AttentionInterface.register(TIMED, watch.attention)
+    ExpertsInterface.register(TIMED, watch.experts)
+    try:
+        model.set_attn_implementation(TIMED)
+        model.set_experts_implementation(TIMED)
+        yield watch
+    finally:
+        model.set_attn_implementation(NAME)
+        model.set_experts_implementation(NAME)
+
+
+def fill_cache(runner: Runner) -> None:
+    """Give the KV cache random contents, as far as it reaches. Memory that was never written is one page of zeros,
+    which is read from the processor's cache, faster than KV ever is in serving."""
+    entry = SequenceState([0], [0])
+    run_to_end(runner.begin([(entry, 1)]))  # layers are made at their first write
+    for store in (*runner.cache.keys, *runner.cache.values):
+        store[: runner.cache.zero_slot].normal_()
+
+
+def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
+    """Entries of a pass over sequences of random new tokens, each (new, tokens cached before), in blocks one after
+    another: what lies there is taken for their KV."""
+    vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
+    entries = []
+    for new, cached in sizes:
+        blocks = range(first, first - (-(new + cached) // size))
+        tokens = [0] * cached + rng.choices(range(vocabulary), k=new)
+        entries.append((SequenceState(tokens, [*blocks], cached), new))
+        first = blocks.stop
+    return entries
+
+
+def runs_before(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
+    """A pass that may run before one over `entries` in serving: a `prompt` of so many tokens (of as many as there are
+    KV slots, at most), or where it is 0, as many sequences that decode before decoding ones, and a few before prompts.
+    Its tokens are others and go to other experts. What is measured alone finds the weights of its experts in the
+    processor's cache, and after a pass of its own size its memory too, as it never does in serving."""
+    if prompt:
+        sizes = [(min(prompt, runner.cache.n_blocks * runner.cache.block_size), 0)]
+    elif all(new == 1 for _, new in entries):
+        sizes = [(1, seq.computed) for seq, _ in entries]
+    else:
+        sizes = [(1, 0)] * min(DECODING, runner.cache.n_blocks)
+    return random_entries(runner, sizes, ("before", sizes))
+
+
+def sample_greedily(running: RunningPass) -> None:
+    """Sample the tokens of a pass that has ended, as the engine does for requests without a temperature."""
+    rows = len(running.sampled)
+    if rows:
+        sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+
+
+def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
+    """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
+    before = [seq.computed for seq, _ in entries]
+    watch.restart()
+    watch.mark("start")
+    running = runner.begin(entries)
+    run_to_end(running)
+    watch.mark("logits")
+    sample_greedily(running)
+    watch.mark("end")
+    for (seq, _), computed in zip(entries, before, strict=True):
+        seq.computed = computed
+    names = [name for name, _ in watch.marks]
+    parts = []
+    for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
+        part = {"logits": "tail", "end": "sample"}.get(following) or AFTER[name]
+        parts.append((part, seconds))
+    return PassTimes(tuple(parts), tuple(map(tuple, running.routing)))

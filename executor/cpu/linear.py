@@ -1,0 +1,123 @@
+"""Linear layers and experts, on CPUs in float32 with weights packed for oneDNN.
+
+PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and reads
+a weight matrix slower than memory delivers it when there are few rows. oneDNN's fused linear and its packed weight
+format are registered with PyTorch as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; they compute in
+float32. A kernel of our own does the products where it can read that format (`qllm.executor.cpu.packed_matmul`), else
+oneDNN. Where oneDNN's operators are missing, all is `F.linear` on plain weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qllm.executor.cpu.packed_matmul import strips_of
+
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+#: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
+#: experts, so that it was made anew (benchmarks/fidelity/first_passes.py). So it gets multiples of so many rows.
+EVEN_ROWS = 4
+PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (packed), `bias` `[N]`."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def can_pack() -> bool:
+    """Whether this PyTorch has oneDNN's packed linear, and it computes what `F.linear` does."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    x, weight = torch.linspace(-1, 1, 10).view(2, 5), torch.linspace(-2, 1, 15).view(3, 5)
+    try:
+        return torch.allclose(linear(x, pack(weight)), F.linear(x, weight), atol=1e-5)
+    except RuntimeError:
+        return False
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """A packed copy of `weight` `[N, K]` (float32, CPU) for `linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
+
+
+class PackedWeights:
+    """Packed copies of weights `[N, K]` of one shape (float32, CPU)."""
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        plain = list(weights)
+        self._packed = [pack(weight) for weight in plain]
+        self._n, k = plain[0].shape
+        self._strips = strips_of(self._packed, self._n, k, linear)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """`[S, N]`: of `x` `[S, K]`, `sizes[i]` rows times weight `which[i]`, one after another.
+
+        How a row is computed depends on the number of rows that come with it to its weight at most, and by the kernel
+        of `qllm.executor.cpu.packed_matmul` on nothing.
+        """
+        if self._strips is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
+            return self._strips.products(x, which, sizes)
+        parts = zip(x.split(list(sizes)), which, strict=True)
+        outputs = [linear_of_even_size(part, self._packed[weight]) for part, weight in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`linear`, with zeros for rows up to a multiple of EVEN_ROWS."""
+    more = -x.shape[0] % EVEN_ROWS
+    return linear(F.pad(x, (0, 0, 0, more)), weight)[: x.shape[0]] if more else linear(x, weight)
+
+
+def pack_model(model: torch.nn.Module) -> int:
+    """Pack the linear layers and experts of a float32 CPU model, and free the plain weights; returns how many.
+
+    The parameters keep their shapes but hold NaN without memory: the model computes through `linear` alone afterwards.
+    Only exact `torch.nn.Linear` modules are packed (a subclass, quantised say, has its own forward), and a weight that
+    several modules share stays as it is too.
+    """
+    if not can_pack():
+        return 0
+    users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    count = 0
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and packable(module.weight):
+            module.forward = forward_of(PackedWeights([module.weight]), module.bias)  # type: ignore[assignment, method-assign]
+            if users[id(module.weight)] == 1:
+                release(module.weight)
+            count += 1
+        elif hasattr(module, "is_transposed"):  # set by transformers' experts interface
+            for name in EXPERT_WEIGHTS:
+                weight = getattr(module, name, None)
+                if isinstance(weight, torch.nn.Parameter) and weight.dim() == 3 and packable(weight):
+                    setattr(
+                        module, f"_qllm_{name}", PackedWeights(w.t() if module.is_transposed else w for w in weight)
+                    )
+                    release(weight)
+                    count += len(weight)
+    return count
+
+
+def packable(weight: torch.Tensor) -> bool:
+    return weight.dtype is torch.float32 and weight.device.type == "cpu"
+
+
+def release(parameter: torch.Tensor) -> None:
+    """Free a parameter's memory, keep its shape; whoever still reads it gets NaN."""
+    parameter.data = torch.full((), float("nan"), dtype=parameter.dtype).expand(parameter.shape)
+
+
+def forward_of(packed: PackedWeights, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    def forward(input: torch.Tensor) -> torch.Tensor:  # the name that torch.nn.Linear.forward gives it
+        rows = input.reshape(-1, input.shape[-1])
+        out = packed.products(rows, [0], [rows.shape[0]])
+        return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], out.shape[-1])
+
+    return forward

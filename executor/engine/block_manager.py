@@ -1,0 +1,84 @@
+"""Which KV blocks are whose. The scheduler's budget says how many may be taken, this says which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from qllm.executor.engine.jobs import Job
+from qllm.executor.errors import ExecutorError
+from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.scheduler import State
+
+
+class KVMemory:
+    """The blocks of one cache: free ones, those in the jobs' block tables, and the way to host memory and back.
+
+    A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes
+    longer on a CPU, which fetches ahead what lies behind.
+    """
+
+    def __init__(self, cache: PagedKVCache):
+        self._cache = cache
+        self._free = np.ones(cache.n_blocks, dtype=bool)
+        self.held = 0  #: blocks in use
+
+    def grow(self, job: Job, tokens: int, others: Iterable[Job]) -> None:
+        """Blocks for `tokens` tokens of `job`; where too few are free, those of `others` that the scheduler has
+        dropped. Raises ExecutorError where the budget was overdrawn."""
+        need = -(-tokens // self._cache.block_size) - len(job.blocks)
+        if need > self._left:
+            for other in others:
+                if other.dropped:
+                    self.forget(other)
+        if need > self._left:
+            raise ExecutorError(f"{need} KV blocks needed, {self._left} free: more in use than the scheduler knows of")
+        while need > 0:
+            first = job.blocks[-1] + 1 if job.blocks else len(self._free)
+            if first == len(self._free) or not self._free[first]:
+                first = self._room(need)
+            run = self._free[first : first + need]
+            taken = len(run) if run.all() else int(run.argmin())
+            self._free[first : first + taken] = False
+            job.blocks.extend(range(first, first + taken))
+            self.held += taken
+            need -= taken
+
+    def release(self, job: Job) -> None:
+        """Take back all that `job` holds, here and in host memory."""
+        self._free[job.blocks] = True
+        self.held -= len(job.blocks)
+        job.blocks = []
+        job.host = None
+
+    def forget(self, job: Job) -> None:
+        """The scheduler dropped the KV of `job`: it will be computed again."""
+        self.release(job)
+        job.computed = 0
+
+    def offload(self, job: Job, others: Iterable[Job]) -> None:
+        """Move the KV of `job` to host memory, unless the scheduler has thought better of it."""
+        if job.host is None and job.request.state is State.OFFLOADED:
+            host = self._cache.offload(job.blocks, job.computed)
+            self.release(job)
+            job.host = host
+
+    def restore(self, job: Job, others: Iterable[Job]) -> None:
+        """Bring the KV of `job` back from host memory, unless the scheduler has thought better of it."""
+        if job.host is not None and job.request.state is not State.OFFLOADED:
+            self.grow(job, job.computed, others)
+            self._cache.restore(job.host, job.blocks)
+            job.host = None
+
+    @property
+    def _left(self) -> int:
+        return self._cache.n_blocks - self.held
+
+    def _room(self, need: int) -> int:
+        """Where to put `need` blocks: in the middle of the longest run of free ones, so that they and those before the
+        run can grow; at its start where it is not longer."""
+        edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
+        starts, ends = edges[::2], edges[1::2]
+        longest = int((ends - starts).argmax())
+        return int(starts[longest] + max(0, ends[longest] - starts[longest] - need) // 2)

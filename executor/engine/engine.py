@@ -1,0 +1,250 @@
+"""The engine: serves requests with one MoE model, preempted between two experts by the scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import secrets
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from qllm.executor.cpu.openmp import release_team
+from qllm.executor.engine.clock import Clock, RealClock
+from qllm.executor.engine.flights import held_bytes
+from qllm.executor.engine.jobs import Job
+from qllm.executor.engine.loop import Loop
+from qllm.executor.engine.requests import Stream, Tokenizer
+from qllm.executor.engine.sampling import Sampling
+from qllm.executor.errors import EngineClosed, RequestError
+from qllm.executor.model.info import memory_bytes, model_facts
+from qllm.executor.model.loading import load_model, prepare_model
+from qllm.executor.model.runner import Runner
+from qllm.executor.model.split import Cutter, StepCosts
+from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
+
+T = TypeVar("T")
+
+THREAD = "qllm-engine"  # the name of each engine's thread
+CPU_SHARE = 0.25  # of the memory that is free, for KV, where neither limits nor kv_memory say how much
+ACCELERATOR_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The engine at one moment. `suspended_bytes`: activations that suspended passes hold; `host_bytes`: KV in host
+    memory; blocks are KV blocks."""
+
+    requests: int
+    waiting: int
+    passes: int
+    suspended_passes: int
+    suspended_tokens: int
+    suspended_bytes: int
+    free_blocks: int
+    total_blocks: int
+    host_bytes: int
+
+
+class Engine:
+    """Serves one model. `submit` from any thread; `close()` it, or use it as a context manager.
+
+    model: a causal MoE model, prepared here where it is not yet (see executor.model). tokenizer: for prompts given as
+    text and for the text of tokens. policy: a name of scheduler.POLICIES, or a policy. limits: what the scheduler may
+    use; kv_memory: bytes for KV, in place of limits.kv_blocks; where neither is given, a share of the free memory.
+    clock: real time by default. cutter: how passes are cut (executor.cuts) unless the clock's step model does it;
+    by default so that no step should exceed `max_step` seconds. seed: of requests that bring none.
+
+    Raises UnsupportedModelError, SchedulerError, and ValueError for memory in which no KV block fits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        policy: str | Policy = "qllm",
+        limits: Limits | None = None,
+        kv_memory: int | None = None,
+        clock: Clock | None = None,
+        cutter: Cutter | None = None,
+        max_step: float = 0.01,
+        seed: int | None = None,
+    ):
+        model = model if model.config._attn_implementation == "qllm" else prepare_model(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.clock: Clock = clock or RealClock()
+        facts = model_facts(model)
+        given = limits or Limits()
+        if limits is None or kv_memory is not None:
+            blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
+            given = dataclasses.replace(given, kv_blocks=blocks)
+        self.limits = given
+        if cutter is None:
+            cutter = StepCosts(facts["experts"], facts["top_k"], max_step=max_step)
+        self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
+        self._runner = Runner(model, given.kv_blocks, given.block_size, cutter)
+        self._stop_ids = stop_ids(model)
+        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self._ids = itertools.count()
+        self._seed = secrets.randbits(63) if seed is None else seed
+        self._loop = Loop(self._runner, self.scheduler, self.clock)
+        if model.device.type == "cpu" and any(thread.name == THREAD for thread in threading.enumerate()):
+            warnings.warn(
+                "another engine of this process computes on the CPU: their OpenMP threads outnumber the cores, "
+                "which slows both down; run one engine a process",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        release_team()  # this thread has prepared the model and is not going to compute any more
+        self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> Engine:
+        """Load a Hugging Face checkpoint and, where it has one, its tokenizer. `settings`: those of Engine."""
+        model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer: Any
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):
+            tokenizer = None  # a checkpoint without one takes token ids
+        return cls(model, tokenizer, **settings)
+
+    def submit(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        max_new_tokens: int = 16,
+        priority: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        min_tokens: int = 0,
+        stop: Iterable[int] | None = None,
+    ) -> Stream:
+        """Queue a request and return the stream of its tokens.
+
+        priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship. temperature 0 is
+        greedy. stop: token ids that end the request, the last of its tokens; by default the model's own, with an empty
+        `stop` there are none. Raises RequestError, SamplingError, EngineClosed.
+        """
+        stops = self._stop_ids if stop is None else frozenset(stop)
+        if any(not 0 <= token < self.vocabulary for token in stops):
+            raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
+        sampling = Sampling(temperature, top_k, top_p, seed, min_tokens, stops)
+        job = self.job(prompt, max_new_tokens, priority, sampling, self.clock.now())
+        self._loop.send(lambda: self._loop.add(job))
+        return job.stream
+
+    def job(
+        self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: Sampling, arrival: float
+    ) -> Job:
+        """A request checked against the model, not queued yet. `arrival`: seconds on the engine's clock."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = list(prompt)
+        if not tokens or any(not 0 <= token < self.vocabulary for token in tokens):
+            raise RequestError(f"prompt: allowed: at least one token id, all from 0 to {self.vocabulary - 1}")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
+        most = self._runner.max_positions
+        if most is not None and len(tokens) + max_new_tokens > most:
+            raise RequestError(
+                f"{len(tokens)} prompt tokens and {max_new_tokens} new ones; allowed: {most} together, as the model's "
+                "positions"
+            )
+        request = Request(next(self._ids), len(tokens), max_new_tokens, priority, arrival)
+        seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
+        stream = Stream(request.id, tokens.copy(), lambda: self._cancel(job), self.tokenizer)
+        job = Job(tokens, request=request, stream=stream, sampling=sampling, seed=seed)
+        return job
+
+    def _cancel(self, job: Job) -> None:
+        with suppress(EngineClosed):  # which has ended it already
+            self._loop.send(lambda: self._loop.abort(job))
+
+    def call(self, function: Callable[[Loop], T]) -> T:
+        """`function(loop)`, run by the engine's thread at its next preemption point. Raises EngineClosed."""
+        answer: Future[T] = Future()
+
+        def message() -> None:
+            try:
+                answer.set_result(function(self._loop))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._loop.send(message)
+        return answer.result()
+
+    def stats(self) -> Stats:
+        """Where the engine stands, at its next preemption point. Raises EngineClosed."""
+        return self.call(_stats)
+
+    def close(self) -> None:
+        """End all requests (with EngineClosed) and the engine's thread. Idempotent."""
+        with suppress(EngineClosed):
+            self._loop.send(self._loop.stop)
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _stats(loop: Loop) -> Stats:
+    s = loop.scheduler
+    return Stats(
+        requests=len(s.requests),
+        waiting=len(s.waiting),
+        passes=s.passes,
+        suspended_passes=len(s.suspended_passes),
+        suspended_tokens=sum(p.tokens for p in s.suspended_passes),
+        suspended_bytes=sum(held_bytes(p) for p in s.suspended_passes),
+        free_blocks=s.kv.free,
+        total_blocks=s.kv.total,
+        host_bytes=sum(job.host.nbytes for job in loop.jobs.values() if job.host is not None),
+    )
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The token ids at which the model's own generation ends."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = getattr(config, "eos_token_id", None)
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None) -> int:
+    """How many KV blocks of `block_size` tokens fit `kv_memory` bytes, or a share of what is free on the device."""
+    if kv_memory is None:
+        share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
+        kv_memory = int(memory_bytes(model.device)[0] * share)
+    blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
+    if blocks < 1:
+        raise ValueError(
+            f"kv_memory is {kv_memory} bytes; allowed: at least {(block_size + 1) * token_bytes}, one block of "
+            f"{block_size} tokens"
+        )
+    return int(blocks)

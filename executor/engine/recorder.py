@@ -1,0 +1,54 @@
+"""What a run of the engine records of its passes, in the terms of the simulator's timeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qllm.scheduler import Pass
+from qllm.traces.results import Slice
+
+
+@dataclass
+class Tape:
+    """`origin`: seconds on the engine's clock, `passes`: passes launched, when the tape began."""
+
+    origin: float
+    passes: int
+    slices: list[Slice] = field(default_factory=list)
+    routing: dict[int, list[list[int]]] = field(default_factory=dict)  #: by pass id: [MoE layers][experts] tokens
+
+    def record(
+        self,
+        p: Pass,
+        start: float,
+        end: float,
+        first: tuple[int, int],
+        last: int,
+        place: tuple[int, str],
+        suspended: bool,
+    ) -> None:
+        """`p` ran from `start` to `end`, from `first` (pieces done, layer) to `last` pieces done, and stands at
+        `place` (layer, stage)."""
+        self.slices.append(
+            Slice(
+                start=start - self.origin,
+                end=end - self.origin,
+                pass_id=p.id - self.passes,
+                level=p.priority(),
+                prefills=len(p.prefill),
+                decodes=p.n_decode,
+                tokens=p.tokens,
+                first=first[0],
+                last=last,
+                first_layer=first[1],
+                layer=place[0],
+                stage=place[1],
+                suspended=suspended,
+            )
+        )
+
+    def counts(self) -> list[np.ndarray]:
+        """Tokens per expert of each finished pass, int64[MoE layers, experts], in the order of their launches."""
+        return [np.array(self.routing[id], dtype=np.int64) for id in sorted(self.routing)]

@@ -1,0 +1,183 @@
+"""The attention hook: packed sequences over a paged KV cache.
+
+Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with a
+preemption point between groups of blocks. Grouped heads, sliding windows, sinks, logit soft-capping and different
+widths of K and V (MLA) are handled here, once, for every model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from qllm.executor.errors import ExecutorError, UnsupportedModelError
+from qllm.executor.model.attention_cpu import attend, suits
+from qllm.executor.model.packed_batch import AttentionPlan, QueryBlock
+from qllm.executor.model.passes import RunningPass, current_pass
+
+# Keywords that carry tensors which this hook may ignore: the batch itself says where sequences begin and end.
+IGNORED = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position"})
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer: query `[1, heads, T, Dk]`, key `[1, kv_heads, T, Dk]`, value `[1, kv_heads, T, Dv]`.
+
+    Returns `[1, T, heads, Dv]`. `sliding_window` counts the tokens seen, the token itself included; `s_aux` (`[heads]`)
+    are attention sinks. Raises UnsupportedModelError for an attention that is not plainly causal over the sequence's
+    own KV.
+    """
+    running = current_pass()
+    if running is None:
+        raise ExecutorError("attention implementation 'qllm' called outside of a pass (use Runner.begin)")
+    refuse(module, attention_mask, is_causal, kwargs)
+    window = running.begin_layer(sliding_window)
+    running.reach("attention", 0)
+    layer, batch = running.layer, running.batch
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
+    batch.cache.write(layer, batch.slots, k, v)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    plan = batch.plan(window)
+    kernel = Kernel(scale, softcap, s_aux)
+    decode(running, layer, plan, q, out, kernel)
+    keys_of = Keys(running, layer, key[0], value[0])
+    for number, blocks in plan.groups:
+        if number:
+            running.reach("attention", number)
+        for block in blocks:
+            by_parts = kernel.plain and suits(block, key)
+            k_seen, v_seen = keys_of(block, by_parts)
+            rows = slice(block.first, block.last)
+            if by_parts:
+                attend(block, q[rows], k_seen, v_seen, out[rows], scale)
+            else:
+                prefill(block, q[rows], k_seen, v_seen, out[rows], kernel)
+    return out.unsqueeze(0), None
+
+
+def refuse(
+    module: torch.nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise UnsupportedModelError where the layer asks for something that this hook would ignore."""
+    name = type(module).__name__
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise UnsupportedModelError(f"{name}: attention is not causal")
+    if attention_mask is not None:
+        raise UnsupportedModelError(f"{name}: the model makes an attention mask of its own")
+    for key, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and key not in IGNORED:
+            raise UnsupportedModelError(f"{name}: attention keyword {key!r} (a tensor) is not supported")
+
+
+class Kernel:
+    """Scaled dot-product attention with this layer's scale, soft cap and sinks."""
+
+    def __init__(self, scale: float, softcap: float | None, sinks: torch.Tensor | None):
+        self.scale = scale
+        self.softcap = softcap
+        self.sinks = sinks
+        self.plain = softcap is None and sinks is None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False
+    ) -> torch.Tensor:
+        """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool `[rows, L]` or `[B, 1, 1, L]`.
+        `causal` (no mask, rows = L, plain only): row i sees keys 0 to i.
+
+        Returns `[B, kv_heads, group, rows, Dv]`.
+        """
+        batch, heads, group, rows, _ = q.shape
+        if self.plain:
+            if not causal and (
+                mask is None or mask.dim() == 4
+            ):  # one row a head, or all the same mask: a group's heads are rows too
+                return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask, scale=self.scale).view(
+                    batch, heads, group, rows, v.shape[-1]
+                )
+            kv_shape = (batch, heads, group, *k.shape[2:3])
+            out = F.scaled_dot_product_attention(
+                q.flatten(1, 2),
+                k.unsqueeze(2).expand(*kv_shape, k.shape[-1]).flatten(1, 2) if group > 1 else k,
+                v.unsqueeze(2).expand(*kv_shape, v.shape[-1]).flatten(1, 2) if group > 1 else v,
+                mask,
+                is_causal=causal,
+                scale=self.scale,
+            )
+            return out.view(batch, heads, group, rows, v.shape[-1])
+        scores = torch.matmul(q.flatten(2, 3), k.transpose(2, 3)).view(batch, heads, group, rows, -1) * self.scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            seen = mask if mask.dim() == 2 else mask.unsqueeze(1)
+            scores = scores.masked_fill(~seen, float("-inf"))
+        if self.sinks is not None:
+            sinks = self.sinks.view(1, heads, group, 1, 1).to(scores.dtype).expand(batch, -1, -1, rows, 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        if self.sinks is not None:
+            weights = weights[..., :-1]
+        return torch.matmul(weights.flatten(2, 3), v).view(batch, heads, group, rows, v.shape[-1])
+
+
+def decode(
+    running: RunningPass, layer: int, plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kernel
+) -> None:
+    """Rows of one token each, over their whole cached context."""
+    for bucket in plan.decode:
+        rows = bucket.last - bucket.first
+        k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in running.batch.cache.read(layer, bucket.slots))
+        queries = q[bucket.first : bucket.last].reshape(rows, k.shape[1], -1, 1, q.shape[-1])
+        result = kernel(queries, k, v, bucket.mask)
+        out[bucket.first : bucket.last] = result.reshape(rows, -1, v.shape[-1])
+
+
+class Keys:
+    """K and V that query blocks attend to, of the pass's own rows (key, value `[kv_heads, T, D]`) or of a chunk's
+    sequence. What lies in the cache is gathered once a chunk and kept from its first block to its last."""
+
+    holds_activations = True
+
+    def __init__(self, running: RunningPass, layer: int, key: torch.Tensor, value: torch.Tensor):
+        self._cache, self._layer = running.batch.cache, layer
+        self._own = (key, value)
+        self._slots: torch.Tensor | None = None
+        self._gathered = self._own
+
+    def __call__(self, block: QueryBlock, contiguous: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V, each `[kv_heads, high - low, D]`; contiguous within a head where asked for."""
+        if block.slots is None:
+            if contiguous:
+                self._own = tuple(t.contiguous() for t in self._own)  # type: ignore[assignment]
+            k, v = self._own
+        else:
+            if block.slots is not self._slots:
+                k, v = (t.transpose(0, 1).contiguous() for t in self._cache.read(self._layer, block.slots))
+                self._slots, self._gathered = block.slots, (k, v)
+            k, v = self._gathered
+        return k[:, block.seen], v[:, block.seen]
+
+
+def prefill(
+    block: QueryBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, kernel: Kernel
+) -> None:
+    """One query block: q `[rows, heads, Dk]` over k and v `[kv_heads, high - low, D]` into out `[rows, heads, Dv]`."""
+    queries = q.transpose(0, 1).unflatten(0, (1, k.shape[0], -1))
+    causal = kernel.plain and block.square
+    mask = None if causal else block.mask(q.device)
+    result = kernel(queries, k[None], v[None], mask, causal)
+    out.copy_(result.reshape(-1, q.shape[0], v.shape[-1]).transpose(0, 1))

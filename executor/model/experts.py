@@ -1,0 +1,121 @@
+"""The experts hook: one loop over the experts that were hit, in groups, with a preemption point before each group.
+
+Follows the attributes of transformers' experts interface (`transformers.integrations.moe`): gated or not, bias,
+transposed weights, the module's own `_apply_gate`, a norm after each expert. Each token's k outputs are summed in the
+order of its top-k indices, so the result depends neither on the grouping nor on who shares the batch's experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from qllm.executor.model.expert_queues import ExpertQueues
+from qllm.executor.model.passes import RunningPass, current_pass
+
+TILE_ROWS = 64
+
+
+def experts_forward(
+    module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Output of the MoE layer `module`, `[T, H]`, for `hidden` `[T, H]`, `top_k_index` and `top_k_weights` `[T, k]`.
+
+    Outside of a pass it computes the same without preemption points.
+    """
+    running = current_pass()
+    n_experts: int = module.num_experts  # type: ignore[assignment]
+    queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts)
+    if running is None:
+        for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
+            run_tile(module, tile, queues)
+    else:
+        queues.lent_rows = running.batch.cut.merge_rows
+        running.routing.append(queues.waiting.copy())
+        running.queues = queues
+        try:
+            run_groups(module, queues, running)
+        finally:
+            running.queues = None  # of a pass that broke or was closed, nobody runs anything along
+    return queues.result().to(hidden.dtype)
+
+
+def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPass) -> None:
+    """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
+    size = running.batch.cut.experts
+    for number, first in enumerate(range(0, len(queues.waiting), size)):
+        experts = range(first, min(first + size, len(queues.waiting)))
+        if any(queues.waiting[e] for e in experts):
+            running.reach("experts", number)
+            # while it stood there, some may have run along with another pass
+            group = [e for e in experts if queues.waiting[e]]
+            others = running.shared_queues()
+            for tile in tiles(group, queues.waiting):
+                run_tile(module, tile, queues, others)
+
+
+def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
+    """`experts` in runs of at least TILE_ROWS rows: small ones share their activation, large ones stay in the cache."""
+    tile: list[int] = []
+    rows = 0
+    for e in experts:
+        tile.append(e)
+        rows += counts[e]
+        if rows >= TILE_ROWS:
+            yield tile
+            tile, rows = [], 0
+    if tile:
+        yield tile
+
+
+def run_tile(
+    module: torch.nn.Module, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
+) -> None:
+    """Run what waits in `queues` at each expert of `tile`, and in the same launch what `others` have waiting there."""
+    shares = [[queues, *(q for q in others if q.lends(e))] for e in tile]
+    parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
+    sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
+    whole = slice(parts[0][1].start, parts[-1][1].stop)
+    if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nobody else's, one after another
+        queues.put(whole, run_experts(module, tile, sizes, queues.rows(whole)))
+    else:
+        out = run_experts(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
+        for (q, span), part in zip(parts, out.split([_length(span) for _, span in parts]), strict=True):
+            q.put(span, part)
+    for e, of in zip(tile, shares, strict=True):
+        for q in of:
+            q.waiting[e] = 0
+
+
+def _length(span: slice) -> int:
+    return span.stop - span.start
+
+
+def run_experts(
+    module: torch.nn.Module, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
+) -> torch.Tensor:
+    """Unweighted outputs `[S, H]` of `rows` `[S, H]`: `sizes[i]` rows for `experts[i]`, one after another."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden = project(module, name, experts, sizes, rows)
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+    out = project(module, "down_proj", experts, sizes, hidden)
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+
+
+def project(
+    module: torch.nn.Module, name: str, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
+) -> torch.Tensor:
+    """`rows` through the weight (and bias) `name` of each expert in turn."""
+    packed = getattr(module, f"_qllm_{name}", None)
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    if packed is not None:
+        out = packed.products(rows, experts, sizes)
+        return out if bias is None else out.add_(bias[experts].repeat_interleave(torch.tensor(sizes), dim=0))
+    weight = getattr(module, name)
+    outputs = [
+        F.linear(part, weight[e].t() if module.is_transposed else weight[e], None if bias is None else bias[e])
+        for e, part in zip(experts, rows.split(sizes), strict=True)
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

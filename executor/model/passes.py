@@ -1,0 +1,180 @@
+"""One forward pass in a greenlet: runs until the next preemption point, and is kept there for as long as need be.
+
+The suspended Python stack is the saved state: hidden states, residual, routing weights and partial expert outputs stay
+where the model's own code holds them, so suspending copies nothing and resuming recomputes nothing. A greenlet belongs
+to the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too; hold
+`torch.inference_mode()` around the loop that advances passes, never inside one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from qllm.executor.model.expert_queues import ExpertQueues
+    from qllm.executor.model.packed_batch import Batch, Entry
+
+
+class Point(NamedTuple):
+    """A preemption point: what the pass would run next.
+
+    `layer`: attention calls begun before this one (the decoder layer's number in all supported models). `stage`:
+    "attention" or "experts". `group`: the number of the group of query blocks or of experts that comes next; groups
+    without work are passed over. These are the numbers of `qllm.traces.step_times.cost_model.StepModel.where`.
+    """
+
+    layer: int
+    stage: str
+    group: int
+
+
+class PassGreenlet(greenlet):
+    """A greenlet that knows its pass; the hooks find the pass through it."""
+
+    running: RunningPass
+
+
+class RunningPass:
+    """A forward pass over `batch`, started, suspended or done.
+
+    After `advance()` returned None, `logits` is `[len(sampled), vocab]` and `sampled` the entries it belongs to (those
+    whose last known token was computed), and every entry's `computed` has moved on.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        forward: Callable[[Batch], torch.Tensor],
+        run_ahead: RunAhead,
+        declared_windows: Sequence[int | None] = (),
+    ):
+        self.batch = batch
+        self.point: Point | None = None  # where it stands; None before the start and at the end
+        self.logits = torch.empty(0)
+        self.layer = -1  # index of the last attention layer begun
+        self.windows: list[int | None] = []  # what each attention layer so far was told of its sliding window
+        self.declared_windows = declared_windows  # what the configuration says, layer by layer
+        self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
+        self.queues: ExpertQueues | None = None  # while it stands before or between the experts of a layer
+        self.companions: Iterable[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
+        self._run_ahead = run_ahead
+        self._greenlet = PassGreenlet(lambda: forward(batch))
+        self._greenlet.running = self
+
+    @property
+    def sampled(self) -> list[Entry]:
+        return self.batch.sampled
+
+    @property
+    def done(self) -> bool:
+        """True once the pass ended, by its end, by an exception or by `close()`."""
+        return bool(self._greenlet.dead)
+
+    def advance(self) -> Point | None:
+        """Run to the next preemption point and return it; None at the end of the pass.
+
+        An exception inside the pass is raised here; the pass is then done, and its sequences stand where they stood
+        before it. Other passes do not notice.
+        """
+        if self.done:
+            raise RuntimeError("advance() on a pass that is done")
+        answer = self._greenlet.switch()
+        if not self._greenlet.dead:
+            self.point = answer
+            return answer
+        self.point = None
+        self.logits = answer
+        for entry in self.batch.entries:
+            entry.seq.computed += entry.n
+        return None
+
+    def fail(self, error: BaseException) -> None:
+        """Raise `error` inside the pass, where it stands; like an exception of its own, it comes out here."""
+        self.point = None
+        self._greenlet.throw(error)
+
+    def close(self) -> None:
+        """Give the pass up where it stands: its stack is unwound and its memory freed. Idempotent."""
+        if not self.done:
+            self.fail(GreenletExit())
+
+    def held_bytes(self) -> int:
+        """Bytes of the activations that the pass, suspended, keeps: the tensors in its stack's variables, each storage
+        once; parameters and the KV cache are not its own. Only for the thread that runs it."""
+        held: dict[int, int] = {}
+        frame = self._greenlet.gr_frame
+        while frame is not None:
+            for value in chain.from_iterable(map(tensors, frame.f_locals.values())):
+                if not (value.is_mkldnn or isinstance(value, torch.nn.Parameter)):
+                    storage = value.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+            frame = frame.f_back
+        for tensor in (*self.batch.cache.keys, *self.batch.cache.values):
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(held.values())
+
+    def begin_layer(self, window: int | None) -> int | None:
+        """Called by the attention hook: a new layer begins. Returns its sliding window.
+
+        Some models leave a layer's window to the attention mask, which they do not make for this hook: then the
+        configuration tells it.
+        """
+        self.layer += 1
+        self.windows.append(window)
+        if window is None and self.layer < len(self.declared_windows):
+            return self.declared_windows[self.layer]
+        return window
+
+    def shared_queues(self) -> list[ExpertQueues]:
+        """Queues of the companions that wait at the same experts: those of the MoE layer where this pass stands."""
+        begun = len(self.routing)
+        return [p.queues for p in self.companions if p.queues is not None and len(p.routing) == begun]
+
+    def reach(self, stage: str, group: int) -> None:
+        """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
+        self._run_ahead.mark()
+        point = Point(self.layer, stage, group)
+        self._greenlet.parent.switch(point)
+
+
+def tensors(value: object) -> Iterator[torch.Tensor]:
+    """`value` where it is a tensor, those in it where it is a tuple or an object of the hooks that holds some."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        yield from chain.from_iterable(map(tensors, value))
+    elif getattr(type(value), "holds_activations", False):
+        yield from tensors(tuple(vars(value).values()))
+
+
+def current_pass() -> RunningPass | None:
+    """The pass whose code is running, None outside of any."""
+    current = getcurrent()
+    return current.running if isinstance(current, PassGreenlet) else None
+
+
+class RunAhead:
+    """Bounds how far the host's launches run ahead of the device: at most `depth` points.
+
+    On CUDA a hook orders launches, not kernels; without a bound "between two experts" would hold on the host alone. On
+    a CPU every operation is finished when its call returns, and this does nothing.
+    """
+
+    def __init__(self, device: torch.device, depth: int = 2):
+        self._depth = depth
+        self._events: list[torch.Event] | None = [] if device.type != "cpu" else None
+        self._device = device
+
+    def mark(self) -> None:
+        if self._events is None:
+            return
+        event = torch.Event(self._device)
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._depth:
+            self._events.pop(0).synchronize()

@@ -1,0 +1,91 @@
+"""The Runner: starts passes over one model and one KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.model.packed_batch import Batch, SequenceState
+from qllm.executor.model.passes import RunAhead, RunningPass
+from qllm.executor.model.split import Cut, Cutter, whole
+
+
+class Runner:
+    """Starts passes over one model and one KV cache. All of its passes belong to one thread.
+
+    `kv_blocks` blocks of `block_size` tokens; `cutter` says how each pass is cut into steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, cutter: Cutter = whole):
+        self.model = model
+        self.device = model.device
+        self.cache = PagedKVCache(kv_blocks, block_size, self.device)
+        self.cutter = cutter
+        self.windows = declared_windows(model.config)
+        self.max_positions = max_positions(model.config)
+        self._run_ahead = RunAhead(self.device)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def begin(self, entries: Iterable[tuple[SequenceState, int]], cut: Cut | None = None) -> RunningPass:
+        """A pass over the next n tokens of each sequence, cut by `cut` in place of the runner's cutter where given;
+        nothing runs before its first `advance()`.
+
+        Raises PassError where the tokens, their blocks or their positions do not exist.
+        """
+        cutter = self.cutter if cut is None else lambda _: cut
+        batch = Batch(entries, self.cache, cutter=cutter, max_positions=self.max_positions)
+        return RunningPass(batch, self._forward, self._run_ahead, self.windows)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""
+        keep = {"logits_to_keep": batch.sample_rows} if self._keeps_logits else {}
+        out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keep)
+        logits = out.logits[0]
+        return logits if keep else logits.index_select(0, batch.sample_rows)
+
+
+def run_to_end(running: RunningPass) -> torch.Tensor:
+    """Advance a pass through all its points; its logits `[len(sampled), vocab]`."""
+    while running.advance() is not None:
+        pass
+    return running.logits
+
+
+def run_batch(runner: Runner, sequences: Iterable[SequenceState], new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of all sequences together, `new_tokens` each: prefill in one pass, then decode."""
+    states = list(sequences)
+    outputs: list[list[int]] = [[] for _ in states]
+    for _ in range(new_tokens):
+        running = runner.begin((s, len(s.tokens) - s.computed) for s in states)
+        logits = run_to_end(running)
+        for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+            entry.seq.tokens.append(token)
+            outputs[states.index(entry.seq)].append(token)
+    return outputs
+
+
+def declared_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Sliding window of each layer by configuration (tokens, the token itself included); None for full attention."""
+    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Longest sequence (tokens) that can be served, None where the configuration does not say.
+
+    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence in the batch: beyond their
+    original length, a sequence's output would depend on its neighbours, so they are served up to that length.
+    """
+    text = config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(p for p in rope.values() if isinstance(p, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit

@@ -1,0 +1,133 @@
+"""The MoE model families of the installed transformers, and a tiny configuration of each.
+
+Enumerated, not listed: a family is a model package whose experts go through the experts interface. Tiny random models
+of them serve tests, demos and `tools/list_model_families.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.models
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qllm.executor.errors import UnsupportedModelError
+from qllm.executor.model.checks import check_config
+
+#: Values for whichever of these names a configuration class knows. Windows are short, so that tests look beyond them.
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "swa_head_dim": 16,
+    "swa_v_head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 96,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1,
+    "enable_moe_block": True,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "v_head_dim": 16,
+    "sliding_window": 8,
+    "initializer_range": 0.2,  # the usual 0.02 at this size gives the same token over and over
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+#: Names that switch a part of the model off while they are None.
+OPTIONAL = frozenset({"q_lora_rank", "sliding_window", "hidden_size_per_layer_input", "vocab_size_per_layer_input"})
+#: Where a family's own rules ask for more.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "zaya": {"num_experts_per_tok": 1},
+}
+MAX_PARAMETERS = 20_000_000  # a tiny configuration that builds more is not tiny: some size has a name unknown here
+
+
+def families() -> dict[str, str | None]:
+    """Model package -> model type of its causal language model, None where it has none; sorted by name."""
+    types: dict[str, list[str]] = {}
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            module = CONFIG_MAPPING[model_type].__module__
+        except KeyError:
+            continue
+        types.setdefault(module.split(".")[-2], []).append(model_type)
+    root = Path(next(iter(transformers.models.__path__)))
+    found = sorted(
+        path.parent.name
+        for path in root.glob("*/modeling_*.py")
+        if "@use_experts_implementation" in path.read_text(encoding="utf-8")
+    )
+    # A package may map both its composite and its text-only configuration: the text one is the language model.
+    return {name: max(types.get(name, ()), key=lambda t: (t.endswith("text"), t), default=None) for name in found}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """A configuration of `model_type` with a few thousand parameters a layer; `overrides` win."""
+    return _tiny(CONFIG_MAPPING[model_type], overrides)
+
+
+def _tiny(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
+    default = config_class()
+    default.allow_global_per_layer_attribute_access = True
+    values = {
+        name: value
+        for name, value in TINY.items()
+        if hasattr(default, name) and not (name in OPTIONAL and getattr(default, name) is None)
+    }
+    if hasattr(default, "kv_lora_rank"):
+        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has no groups
+        if "head_dim" in values and default.head_dim == default.qk_rope_head_dim:
+            values["head_dim"] = values["qk_rope_head_dim"]
+    values.update(SPECIAL.get(default.model_type, {}))
+    for name, sub_class in config_class.sub_configs.items():
+        if isinstance(getattr(default, name, None), PreTrainedConfig) and issubclass(sub_class, PreTrainedConfig):
+            values[name] = _tiny(type(getattr(default, name)), {}).to_dict()
+    return config_class(**{**values, **overrides})
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model on the CPU.
+
+    Raises UnsupportedModelError where the family cannot be served, or where no tiny configuration of it is known.
+    """
+    config = tiny_config(model_type, **overrides)
+    check_config(config)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > MAX_PARAMETERS:
+        raise UnsupportedModelError(f"{model_type}: its tiny configuration has {size / 1e6:.0f} M parameters")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -1,0 +1,5 @@
+"""`python -m qllm`: the command line."""
+
+from qllm.cli import main
+
+main()

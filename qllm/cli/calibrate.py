@@ -1,0 +1,56 @@
+"""qllm calibrate: measure a model on this machine and write a timing trace."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="Checkpoint (name or folder), or a folder with only a config.json")],
+    out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Prompt tokens of the largest pass")] = 2048,
+    max_context: Annotated[int, typer.Option(help="Tokens cached before them, at most")] = 4096,
+    max_batch: Annotated[int, typer.Option(help="Sequences of the largest decode batch")] = 32,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch chooses")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line: records which experts they use, next to --out")
+    ] = None,
+) -> None:
+    """Measure step times through the engine's own passes. Minutes; an interrupted calibration goes on where it was."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from qllm.executor.calibration.calibrate import Extent, calibrate
+    from qllm.executor.calibration.routing import record_popularity
+    from qllm.executor.calibration.store import CalibrationError
+    from qllm.executor.calibration.subject import load_subject
+
+    if prompts is not None and not prompts.is_file():
+        raise CalibrationError(f"--prompts {prompts}: no such file")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    extent = Extent(max_tokens, max_context, max_batch)
+    subject = load_subject(model, device=device, dtype=dtype)
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    try:
+        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("", total=None)
+            timings = calibrate(
+                subject, out, extent, lambda done, planned: bar.update(task, completed=done, total=planned)
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is measured is kept in {out}.measured: the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{out}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}")
+    if prompts is not None:
+        table = out.with_suffix(".popularity.csv")
+        tokens = record_popularity(subject, model, prompts, table, max_tokens)
+        typer.echo(f"{table}: routing of {tokens} tokens")

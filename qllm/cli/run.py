@@ -1,0 +1,72 @@
+"""qllm run: the sweep of a YAML file on the real engine, to the same table, figures and files as qllm simulate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qllm.cli.simulate import Format, print_table, records
+
+
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/demo_engine.yaml", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or a model hub's name; default: a small random MoE made on the spot"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: out/<name of the config>-engine")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
+    ] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Write timeline.json (for ui.perfetto.dev) and timeline.png too")
+    ] = False,
+    format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
+) -> None:
+    """Run a configuration on the real engine: the same requests and policies, measured on this machine."""
+    # A waiting OpenMP thread that spins takes the core from whoever shares it; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    from qllm.config.config import load_config
+    from qllm.config.yaml_lines import ConfigError
+    from qllm.experiment.results import make_folder
+    from qllm.plots.curves import save_figures
+    from qllm.plots.perfetto import write_timeline
+    from qllm.plots.schedule import save_timeline
+
+    loaded = load_config(config, set_ or [])
+    folder = make_folder(out or Path("out") / f"{loaded.name}-engine")
+    missing = [name for name in ("torch", "transformers", "greenlet") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not installed; the engine needs: pip install 'qllm-moe[executor]'")
+    from qllm.experiment import engine_run as real_run
+
+    target = real_run.load_target(model, device, dtype, trust_remote_code)
+    typer.echo(f"{target}", err=True)
+    results, shown = real_run.run(loaded, target, _tell if sys.stderr.isatty() else lambda _: None)
+    results.save(folder)
+    caption = real_run.caption(target)
+    save_figures(results, folder, caption)
+    if timeline:
+        write_timeline(shown, folder / "timeline.json", time="measured")
+        save_timeline(shown, folder / "timeline.png", caption, target.layers)
+    if format is Format.json:
+        typer.echo(json.dumps(records(results), indent=2))
+    else:
+        print_table(results, caption, folder)
+
+
+def _tell(what: str) -> None:
+    typer.echo(what, err=True)

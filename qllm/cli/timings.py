@@ -1,0 +1,135 @@
+"""qllm timings: what a timing trace holds and where it comes from; the mean of several; published measurements."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qllm.config.yaml_lines import ConfigError, suggestion
+
+app = typer.Typer(no_args_is_help=True, help="Timing traces: what they hold, where they come from.")
+
+
+@app.command()
+def describe(
+    file: Annotated[str | None, typer.Argument(help="Timing trace or bundled name; default: list the bundled")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Device, model, source (measured, imported or modelled), licence and measured ranges of a timing trace."""
+    from qllm.traces.step_times.timings import Timings, bundled
+
+    if file is None:
+        told = {name: Timings.load(name) for name in bundled()}
+        if as_json:
+            typer.echo(json.dumps(list(told)))
+        for name, timings in ({} if as_json else told).items():
+            typer.echo(f"{name:<32} {timings.source:<9} {timings.device}; {timings.dtype}")
+        return
+    described = Timings.load(file).describe()
+    if as_json:
+        typer.echo(json.dumps(described, indent=2, default=str))
+        return
+    steps = described.pop("steps")
+    for key, value in described.items():
+        if isinstance(value, dict):
+            typer.echo(f"{key}")
+            for name, text in value.items():
+                typer.echo(f"  {name}: {text}")
+        else:
+            typer.echo(f"{key:<20} {value if value is not None else 'not stated'}")
+    typer.echo(f"\n{'step':<18} {'from':>16} {'to':>20}  points")
+    for step, row in steps.items():
+        points = ", ".join(f"{count} {source}" for source, count in row["points"].items())
+        typer.echo(f"{step:<18} {_size(row['lowest']):>16} {_size(row['highest']):>20}  {points}")
+
+
+@app.command("import")
+def import_(
+    out: Annotated[Path, typer.Argument(help="Timing trace to write (.csv)", show_default=False)],
+    model: Annotated[str, typer.Option(help="Name of a known shape, or YAML '{name: ..., layers: ..., ...}'")],
+    source: Annotated[
+        str, typer.Option(help="aiconfigurator-core (the installed package) or a folder of its parquet files")
+    ] = "aiconfigurator-core",
+    gpu: Annotated[str, typer.Option(help="GPU as the tables spell it, e.g. a100_sxm, h100_sxm")] = "a100_sxm",
+    moe: Annotated[str, typer.Option(help="Whose MoE kernels: FRAMEWORK or FRAMEWORK:VERSION")] = "sglang",
+    moe_dtype: Annotated[str, typer.Option(help="As the tables spell it: bfloat16, int4_wo, ...")] = "bfloat16",
+    dense: Annotated[str, typer.Option(help="Whose GEMM kernels")] = "sglang",
+    gemm_dtype: Annotated[str, typer.Option(help="As the tables spell it")] = "bfloat16",
+    attention: Annotated[str, typer.Option(help="Whose attention kernels")] = "sglang",
+    expert_weights: Annotated[str, typer.Option(help="bf16, int8, int4, ...: the experts' size in memory")] = "bf16",
+    other_weights: Annotated[str, typer.Option(help="The same for all other weights")] = "bf16",
+    launch_s: Annotated[float, typer.Option(min=0, help="Seconds per kernel launch; not in the tables")] = 5e-6,
+    host_s: Annotated[float, typer.Option(min=0, help="Seconds of host time per pass; not in the tables")] = 1e-3,
+) -> None:
+    """Import measured GEMM, attention and MoE latencies of NVIDIA's aiconfigurator for one GPU and one MoE shape."""
+    from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
+
+    timings = import_aiconfigurator(
+        source,
+        shape=_shape(model),
+        gpu=gpu,
+        moe=moe,
+        moe_dtype=moe_dtype,
+        dense=dense,
+        gemm_dtype=gemm_dtype,
+        attention=attention,
+        expert_weights=expert_weights,
+        other_weights=other_weights,
+        name=out.stem,
+        launch_s=launch_s,
+        host_s=host_s,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    timings.save(out)
+    typer.echo(
+        f"{out}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}; {len(timings.points)} points"
+    )
+
+
+@app.command()
+def mean(
+    files: Annotated[list[Path], typer.Argument(help="Timing traces of one model on one device", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)", show_default=False)],
+) -> None:
+    """Average several calibrations of one model on one device: what a machine that is never quiet needs."""
+    from qllm.traces.step_times.timing_mean import mean_of
+    from qllm.traces.step_times.timings import Timings
+
+    timings = mean_of([Timings.load(file) for file in files])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    timings.save(out)
+    typer.echo(f"{out}: {timings.name}; {len(timings.points)} points")
+
+
+def _shape(model: str) -> Any:
+    """A known shape by name, or one given as YAML with the keys of traces.shapes.ModelShape."""
+    import yaml
+
+    from qllm.traces.step_times.model_shapes import SHAPES, ModelShape
+
+    if model in SHAPES:
+        return SHAPES[model]
+    keys = [field.name for field in fields(ModelShape)]
+    try:
+        given = yaml.safe_load(model)
+    except yaml.YAMLError:
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(
+            f"--model {model}: unknown; {suggestion(model, list(SHAPES))}, or YAML with {', '.join(keys)}"
+        )
+    for key in given:
+        if key not in keys:
+            raise ConfigError(f"--model: unknown key {key!r}; {suggestion(str(key), keys)}")
+    try:
+        return ModelShape(**given)
+    except TypeError as error:
+        raise ConfigError(f"--model: {str(error).replace('ModelShape.__init__() ', '')}") from None
+
+
+def _size(value: Any) -> str:
+    return " x ".join(f"{part:g}" for part in value) if isinstance(value, tuple | list) else f"{value:g}"

@@ -1,0 +1,164 @@
+"""qllm trace: what a request trace holds; generate one, or convert, cut, stretch and label a recorded one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qllm.config.yaml_lines import ConfigError
+
+if TYPE_CHECKING:
+    from qllm.traces.requests.trace import RequestTrace
+
+app = typer.Typer(no_args_is_help=True, help="Request traces: statistics, conversion, generation.")
+
+_FORMATS = "azure, burstgpt, mooncake, sharegpt, csv or jsonl; default: found from the content"
+_LENGTH = "Tokens: a number, a bundled quantile table, or YAML such as '{lognormal: {mean: 161, sigma: 1.3}}'"
+
+
+@app.command()
+def describe(
+    file: Annotated[Path, typer.Argument(help="Request trace", show_default=False)],
+    format: Annotated[str | None, typer.Option(help=_FORMATS)] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+) -> None:
+    """Requests, rate, burstiness and token lengths of a request trace, by class."""
+    told = _read(file, format, tokenizer, skip_invalid).describe()
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+        return
+    classes = told.pop("classes")
+    rows = {"all": {key: told.pop(key) for key in ("prompt_tokens", "output_tokens")}, **classes}
+    for key, value in told.items():
+        typer.echo(f"{key:<12} {_number(value)}")
+    for name, row in rows.items():
+        share = f"  {row['requests']} requests, {_number(row['share'])} of all" if "requests" in row else ""
+        typer.echo(f"\n{name}{share}")
+        for column in ("prompt_tokens", "output_tokens"):
+            numbers = "  ".join(f"{key} {_number(value)}" for key, value in (row[column] or {}).items())
+            typer.echo(f"  {column:<14} {numbers or 'none'}")
+
+
+@app.command()
+def make(
+    out: Annotated[Path, typer.Argument(help="File to write: .csv or .jsonl", show_default=False)],
+    source: Annotated[Path | None, typer.Option("--from", help="Recorded trace to convert; default: generate")] = None,
+    format: Annotated[str | None, typer.Option(help=f"Of --from: {_FORMATS}")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
+    skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
+    rate: Annotated[float | None, typer.Option(help="Mean requests per second; a recorded trace is stretched")] = None,
+    requests: Annotated[int | None, typer.Option(help="How many; of a recorded trace, the first ones")] = None,
+    arrival: Annotated[
+        str | None, typer.Option(help="poisson, or YAML: '{process: gamma, cv: 3}'; replaces recorded arrivals")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help=_LENGTH)] = None,
+    output: Annotated[str | None, typer.Option(help=_LENGTH)] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="YAML: share, and lengths that differ: '{ls: {share: 0.2}, be: {}}'")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn")] = 0,
+) -> None:
+    """Generate a request trace, or convert a recorded one (other format, rate, length, classes)."""
+    from qllm.traces.requests.writers import write_requests
+
+    process = _yaml("--arrival", arrival)
+    process = {"process": process} if isinstance(process, str) else process
+    labels = _yaml("--classes", classes)
+    if source is None:
+        given = {"--format": format, "--tokenizer": tokenizer, "--skip-invalid": skip_invalid or None}
+        _refuse(given, "belongs to --from FILE")
+        trace = _generate(
+            rate, requests, process, _length("--prompt", prompt), _length("--output", output), labels, seed
+        )
+    else:
+        _refuse({"--prompt": prompt, "--output": output}, "a recorded trace brings its own lengths")
+        trace = _convert(_read(source, format, tokenizer, skip_invalid), rate, requests, process, labels, seed)
+    write_requests(trace, out)
+    typer.echo(f"{out}: {len(trace)} requests, {_number(trace.rate)} requests/s, classes {', '.join(trace.classes)}")
+
+
+def _generate(
+    rate: float | None, requests: int | None, process: Any, prompt: Any, output: Any, classes: Any, seed: int
+) -> RequestTrace:
+    from qllm.traces.requests.generate import generate
+
+    if rate is None or requests is None:
+        raise ConfigError(f"{'--rate' if rate is None else '--requests'}: is missing; to generate a trace give both")
+    spec = {"arrival": process, "classes": classes, "prompt": prompt, "output": output}
+    return generate({k: v for k, v in spec.items() if v is not None}, rate=rate, requests=requests, seed=seed)
+
+
+def _convert(
+    trace: RequestTrace, rate: float | None, requests: int | None, process: Any, classes: Any, seed: int
+) -> RequestTrace:
+    from qllm.traces.requests.generate import assign_arrivals, assign_classes
+
+    if requests is not None:
+        trace = trace.head(requests)
+    if process is not None or (trace.rate is None and rate is not None):
+        if rate is None:
+            raise ConfigError("--rate: is missing; new arrivals need a mean rate")
+        trace = assign_arrivals(trace, process, rate=rate, seed=seed)
+    elif rate is not None:
+        trace = trace.at_rate(rate)
+    if classes is not None:
+        if not isinstance(classes, dict) or any(set(job or {}) - {"share"} for job in classes.values()):
+            raise ConfigError("--classes: with --from expected '{NAME: {share: 0.2}, OTHER: {}}', shares only")
+        shares = {name: (job or {}).get("share") for name, job in classes.items()}
+        trace = assign_classes(trace, shares, seed=seed)
+    return trace
+
+
+def _read(file: Path, format: str | None, tokenizer: Path | None, skip_invalid: bool) -> RequestTrace:
+    from qllm.traces.requests.readers import read_requests
+
+    return read_requests(file, format, skip_invalid=skip_invalid, tokenizer=_tokenizer(tokenizer))
+
+
+def _tokenizer(path: Path | None) -> Any:
+    """A function from text to tokens, by a Hugging Face tokenizer.json."""
+    if path is None:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ConfigError("--tokenizer: needs the package tokenizers (pip install tokenizers)") from None
+    if not path.is_file():
+        raise ConfigError(f"--tokenizer {path}: no such file; expected the tokenizer.json of a model")
+    try:
+        loaded = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise ConfigError(f"--tokenizer {path}: not a tokenizer.json: {error}") from None
+    return lambda text: loaded.encode(text).ids
+
+
+def _length(option: str, text: str | None) -> Any:
+    """A length's recipe; a bare number means fixed, a bare name a quantile table."""
+    value = _yaml(option, text)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"fixed": value}
+    return {"quantiles": value} if isinstance(value, str) else value
+
+
+def _yaml(option: str, text: str | None) -> Any:
+    import yaml
+
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{option} {text}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name}: {why}")
+
+
+def _number(value: Any) -> str:
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

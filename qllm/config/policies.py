@@ -1,0 +1,67 @@
+"""Policies by name or from a user's Python file; the scheduler itself does no I/O."""
+
+from __future__ import annotations
+
+import importlib.util
+import traceback
+from pathlib import Path
+from typing import Any
+
+from qllm.config.yaml_lines import ConfigError, suggestion
+from qllm.scheduler import POLICIES, Policy, SchedulerError, build_policy, make_policy
+
+
+def named_policy(name: str, settings: dict[str, Any]) -> Policy:
+    """A policy that ships, e.g. 'qllm' with {'fill_tokens': 0}. ConfigError for an unknown name or setting."""
+    if name not in POLICIES:
+        raise ConfigError(f"unknown policy {name!r}; {suggestion(name, list(POLICIES))}, or file: a Python file")
+    try:
+        return make_policy(name, **settings)
+    except SchedulerError as error:
+        raise ConfigError(str(error)) from None
+
+
+def file_policy(file: str | Path, class_name: str | None, settings: dict[str, Any]) -> Policy:
+    """The subclass of scheduler.Policy in a Python file, `class_name` if it defines several, with its settings.
+
+    The file is run as any Python module is. ConfigError (file and line) where it breaks or defines no such class.
+    """
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(f"qllm_policy_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: not a Python file; expected one that defines a subclass of scheduler.Policy")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(blame(error, path)) from None
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
+    }
+    if class_name is not None and class_name not in found:
+        raise ConfigError(f"{path}: no policy class {class_name!r}; {suggestion(class_name, list(found))}")
+    if class_name is None and len(found) != 1:
+        names = f"{len(found)} of them ({', '.join(found)}); name one with class:" if found else "none"
+        raise ConfigError(f"{path}: expected one subclass of scheduler.Policy, found {names}")
+    chosen = class_name or next(iter(found))
+    try:
+        return build_policy(found[chosen], chosen, settings)
+    except SchedulerError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except Exception as error:
+        raise ConfigError(blame(error, path)) from None
+
+
+def blame(error: BaseException, path: str | Path) -> str:
+    """One line for an exception raised by a user's file: file, line there, type and message."""
+    path = Path(path)
+    lines = []
+    cause: BaseException | None = error
+    while cause is not None:  # SimPy raises a copy whose cause is the exception that the file raised
+        lines += [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if Path(frame.filename) == path]
+        cause = cause.__cause__
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    message = error.msg if isinstance(error, SyntaxError) else (str(error).splitlines() or [""])[0]
+    return f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {message}"

@@ -1,0 +1,124 @@
+"""Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
+
+Each is a parquet file, named by a hash of everything that its content depends on: change anything and it is another
+simulation; add a rate, a seed or a policy and the others are still there. Labels and SLOs are not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qllm import config, experiment, scheduler, sim, traces
+from qllm.experiment.run import Run, outcome
+from qllm.traces.step_times.timings import ExtrapolationWarning
+
+_WARNINGS = b"warnings"  #: key of the parquet file's metadata
+_CATEGORIES: dict[str, type[Warning]] = {"ExtrapolationWarning": ExtrapolationWarning}
+
+
+@dataclass
+class Finished:
+    """A simulation's `outcome`, and what it warned of: message -> category."""
+
+    table: pd.DataFrame
+    warned: dict[str, type[Warning]] = field(default_factory=dict)
+
+
+def keys(todo: list[Run]) -> list[str]:
+    """A name for each run: a hash of its resolved configuration, its seed, the content of every file that the
+    configuration names (a policy's Python file, but not what that imports), and the versions of what computes it."""
+    contents: Callable[[str], str] = cache(_content)
+    base = {"sources": _sources(), "python": platform.python_version()}
+    base |= {name: version(name) for name in ("numpy", "simpy")}
+    return [hashlib.sha256(json.dumps([base, _depends_on(run, contents)]).encode()).hexdigest()[:32] for run in todo]
+
+
+def finish(run: Run, path: Path | None = None) -> Finished:
+    """Simulate `run`, and write what it gave to `path`. Raises what a simulation raises, and OSError."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = Finished(outcome(run))
+    done.warned = {str(warning.message): warning.category for warning in caught}
+    if path is not None and path.parent.is_dir():  # a machine that does not see the folder leaves it to the caller
+        write(done, path)
+    return done
+
+
+def write(done: Finished, path: Path) -> None:
+    """Write one finished simulation, all of it or nothing."""
+    told = {message: category.__name__ for message, category in done.warned.items()}
+    table = pa.Table.from_pandas(done.table, preserve_index=False).replace_schema_metadata(
+        {_WARNINGS: json.dumps(told).encode()}
+    )
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    try:
+        pq.write_table(table, part, compression="zstd")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Finished | None:
+    """What `write` wrote; None where there is no such file, or one that is damaged."""
+    try:
+        table = pq.read_table(path)
+        told = json.loads(table.schema.metadata[_WARNINGS])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    return Finished(table.to_pandas(), {message: _CATEGORIES.get(name, UserWarning) for message, name in told.items()})
+
+
+def forget(folder: Path) -> None:
+    """Remove every finished simulation from `folder`, and what an interrupted `write` left there."""
+    for path in (*folder.glob("*.parquet"), *folder.glob("*.part")):
+        path.unlink(missing_ok=True)
+
+
+def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
+    """The part of the resolved configuration that decides what `run` gives, files by content."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        return contents(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+    elsewhere = {"name", "policies", "seeds", "sweep", "provenance"}
+    resolved_config = run.config.model_dump(
+        mode="json", exclude={**dict.fromkeys(elsewhere, True), "classes": {"__all__": {"slo"}}}
+    )
+    policy = run.config.policies[run.policy].model_dump(mode="json", exclude={"label"})
+    return resolved({"config": resolved_config, "policy": policy, "seed": run.seed})
+
+
+def _content(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@cache
+def _sources() -> str:
+    """A hash of the code and the bundled data that simulations are made from, stricter than a version number."""
+    files: list[Path] = []
+    for package in (config, experiment, scheduler, sim, traces):
+        root = Path(next(iter(package.__path__)))
+        files += sorted(path for path in root.rglob("*") if path.suffix in (".py", ".csv"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""A configuration on the real engine: the same requests, limits, policies and tables as in its simulation.
+
+What the configuration says of timings, routing and the GPU's memory is not used: the device takes the time it takes.
+Only where its timing trace was measured on this very device and model does the trace cut the passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from qllm.config.config import Config
+from qllm.config.from_config import limits_with, load_timings, request_trace, step_model
+from qllm.config.policies import blame
+from qllm.config.yaml_lines import ConfigError
+from qllm.executor import Engine, RealClock, replay
+from qllm.executor.demo import DEMO, demo_model
+from qllm.executor.engine.engine import blocks_in
+from qllm.executor.engine.requests import Stream
+from qllm.executor.model.info import device_name, model_facts, versions
+from qllm.executor.model.loading import load_model, prepare_model
+from qllm.experiment.results import Results
+from qllm.experiment.run import Run, request_table, rows, runs
+from qllm.scheduler import Limits
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.results import RunResult
+
+SAME = ("source", "device", "layers", "hidden", "experts", "top_k", "dtype")  # of a timing trace and a target
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ISOLATED_LENGTHS = 6  # prompt lengths at which the TTFT of a lone request is measured
+ISOLATED_REPEATS = 3
+ISOLATED = (
+    f"isolated TTFT: lone requests at {ISOLATED_LENGTHS} prompt lengths, median of {ISOLATED_REPEATS}, linear between"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loaded model, what to call it, and the KV blocks that its device has room for, by block size."""
+
+    model: PreTrainedModel
+    name: str
+    _blocks: dict[int, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{device_name(self.model.device)}; {self.name}; {str(self.model.dtype).removeprefix('torch.')}"
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return int(model_facts(self.model)["layers"])
+
+    def clock(self, config: Config) -> RealClock:
+        """Real time; passes are cut by the configuration's timing trace where that was measured on this target. The
+        engine polls while idle, as in a calibration."""
+        timings = load_timings(config.timings)
+        here = model_facts(self.model) | {"source": "measured", "device": device_name(self.model.device)}
+        same = all(getattr(timings, key) == here[key] for key in SAME)
+        return RealClock(step_model(config) if same else None, polls=True)
+
+    def limits(self, config: Config) -> Limits:
+        """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
+        given = config.limits
+        blocks = given.kv_blocks
+        if blocks is None:
+            if given.block_size not in self._blocks:
+                token = model_facts(self.model)["kv_bytes_per_token"]
+                self._blocks[given.block_size] = blocks_in(self.model, token, given.block_size, None)
+            blocks = self._blocks[given.block_size]
+        return limits_with(config, blocks)
+
+
+def load_target(name: str | None, device: str, dtype: str, trust_remote_code: bool = False) -> Target:
+    """The checkpoint `name` (path or Hugging Face name) on `device`, or a small random model where it is None.
+
+    Raises ConfigError for what cannot be loaded, UnsupportedModelError for what cannot be served.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"--device {device}: not usable here: {first}; allowed: cpu, or a device of torch") from None
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: unknown; allowed: {', '.join(DTYPES)}")
+    if name is None:
+        chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return Target(prepare_model(demo_model(place, chosen)), DEMO)
+    try:
+        model = load_model(name, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--model {name}: cannot be loaded: {first}; allowed: a folder or a model hub's name"
+        ) from None
+    return Target(model, Path(name).name)
+
+
+def run(
+    config: Config, target: Target, tell: Callable[[str], None] = lambda _: None
+) -> tuple[Results, list[tuple[Run, RunResult]]]:
+    """Run every point of the sweep, policy and seed, one after another; `tell` hears of each before it starts.
+
+    Returns the results, and the runs at the last point with the first seed, for a timeline. Raises ConfigError,
+    TraceError, SchedulerError, ExecutorError.
+    """
+    todo = runs(config)
+    tables, shown = [], []
+    alone: dict[Limits, tuple[np.ndarray, np.ndarray]] = {}
+    last = config.points()[-1]
+    for number, this in enumerate(todo, start=1):
+        tell(f"{number}/{len(todo)}: {this}")
+        trace = request_trace(this.config, this.seed)
+        limits = target.limits(this.config)
+        key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)
+        lengths = _lengths(trace)
+        if key not in alone or not np.isin(lengths, alone[key][0]).all():
+            known = alone.get(key, (np.empty(0), np.empty(0)))
+            alone[key] = _merge(known, lengths, isolated_ttft(this.config, target, limits, lengths))
+        result = run_one(this, trace, target, limits)
+        tables.append(rows(this, request_table(this, trace, result, np.interp(trace.prompt_tokens, *alone[key]))))
+        if this.point == last and this.seed == config.seed_list[0]:
+            shown.append((this, result))
+    requests = pd.concat(tables, ignore_index=True)
+    return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
+
+
+def run_one(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> RunResult:
+    """One policy at one point. An exception of a user's policy comes out as a ConfigError with its file and line."""
+    policy = this.config.policies[this.policy]
+    priorities = this.config.priorities
+    try:
+        clock, max_step = target.clock(this.config), this.config.max_step
+        with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:
+            warm_up(engine, trace)
+            return replay(engine, trace, priorities=priorities, seed=this.seed)
+    except Exception as error:
+        if policy.file is None:
+            raise
+        raise ConfigError(f"{this}: {blame(error.__cause__ or error, policy.file)}") from None
+
+
+def warm_up(engine: Engine, trace: RequestTrace) -> None:
+    """The first passes of an engine make its KV cache and its thread's workers: not part of what is measured."""
+    for prompt in (int(trace.prompt_tokens.min()), int(trace.prompt_tokens.max())):
+        _lone(engine, prompt, 2).result()
+
+
+def isolated_ttft(config: Config, target: Target, limits: Limits, lengths: np.ndarray) -> np.ndarray:
+    """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64."""
+    clock = target.clock(config)
+    with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
+        for n in lengths[[0, -1]].tolist():
+            _lone(engine, n, 2).result()
+        found = []
+        for n in lengths.tolist():
+            records = [_lone(engine, n, 1).result().record for _ in range(ISOLATED_REPEATS)]
+            found.append(float(np.median([r.first_token - r.arrival for r in records])))
+    return np.array(found)
+
+
+def _lone(engine: Engine, prompt_tokens: int, new_tokens: int) -> Stream:
+    prompt = np.random.default_rng(prompt_tokens).integers(engine.vocabulary, size=prompt_tokens)
+    return engine.submit(prompt.tolist(), max_new_tokens=new_tokens, stop=())
+
+
+def _lengths(trace: RequestTrace) -> np.ndarray:
+    """Prompt lengths of the trace, spread over its range: increasing, at most ISOLATED_LENGTHS."""
+    spread = np.quantile(trace.prompt_tokens, np.linspace(0, 1, ISOLATED_LENGTHS), method="nearest")
+    return np.unique(spread)
+
+
+def _merge(known: tuple[np.ndarray, np.ndarray], at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    both = dict(zip(*(a.tolist() for a in known), strict=True)) | dict(zip(at.tolist(), values.tolist(), strict=True))
+    lengths = np.array(sorted(both))
+    return lengths, np.array([both[n] for n in lengths.tolist()])
+
+
+def provenance(target: Target) -> dict[str, str]:
+    """What the results depend on besides the configuration."""
+    return {
+        **versions(),
+        "timings": f"engine: real; {target}",
+        "isolated": ISOLATED,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def caption(target: Target) -> str:
+    """For figures and tables: nothing in them is simulated."""
+    return f"Measured on {target}; {ISOLATED}"

@@ -1,0 +1,108 @@
+"""The results of a simulation in memory and on disk: requests.parquet, summary.csv, failures.csv and config.yaml."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from qllm.config.config import Config, load_config
+from qllm.config.yaml_lines import ConfigError
+from qllm.experiment.metrics import summarise
+
+REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a simulation gave.
+
+    requests  DataFrame, a row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
+              prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s,
+              suspended_s, preemptions, evictions, isolated_ttft_s, status, reason
+    summary   DataFrame, a row per point and class (see qllm.metrics)
+    config    the resolved configuration, with provenance
+    failures  DataFrame, a row per simulation that failed: policy, swept keys, seed, error; the other tables lack them
+    """
+
+    requests: pd.DataFrame
+    summary: pd.DataFrame
+    config: Config
+    failures: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @classmethod
+    def of(cls, requests: pd.DataFrame, config: Config, failures: pd.DataFrame | None = None) -> Results:
+        """Results with the summary worked out from `requests`."""
+        slos = {name: job.slo for name, job in config.classes.items()}
+        summary = summarise(requests, slos, list(config.sweep))
+        return cls(requests, summary, config, pd.DataFrame() if failures is None else failures)
+
+    def save(self, out: str | Path) -> Path:
+        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv into the folder
+        `out`, made if need be.
+
+        Raises ConfigError where that cannot be done.
+        """
+        folder = make_folder(out)
+        try:
+            self._write(folder)
+        except OSError as error:
+            raise ConfigError(f"--out {folder}: cannot be written: {error.strerror or error}") from None
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        table = pa.Table.from_pandas(self.requests, preserve_index=False).replace_schema_metadata(None)
+        pq.write_table(table, folder / REQUESTS, compression="zstd")
+        self.summary.to_csv(folder / SUMMARY, index=False, float_format="%.9g", lineterminator="\n")
+        if self.failures.empty:
+            (folder / FAILURES).unlink(missing_ok=True)  # of an earlier run
+        else:
+            self.failures.to_csv(folder / FAILURES, index=False, lineterminator="\n")
+        text = yaml.safe_dump(_portable(self.config, folder), sort_keys=False, allow_unicode=True, width=120)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def make_folder(out: str | Path) -> Path:
+    """The folder `out`, made if need be. ConfigError where that cannot be done."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be made: {error.strerror or error}") from None
+    return folder
+
+
+def load_results(folder: str | Path) -> Results:
+    """The results that `qllm simulate --out FOLDER` wrote. ConfigError where the folder does not hold them."""
+    folder = Path(folder)
+    for name in (REQUESTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder / name}: no such file; expected a folder written by qllm simulate --out")
+    try:
+        requests = pq.read_table(folder / REQUESTS).to_pandas()
+    except pa.ArrowInvalid as error:
+        raise ConfigError(f"{folder / REQUESTS}: not a parquet file: {str(error).splitlines()[0]}") from None
+    failures = pd.read_csv(folder / FAILURES) if (folder / FAILURES).is_file() else None
+    return Results.of(requests, load_config(folder / CONFIG), failures)
+
+
+def _portable(config: Config, folder: Path) -> dict[str, Any]:
+    """`config` as plain data, its absolute paths relative to `folder`, so that both can move together."""
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: relative(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [relative(item) for item in value]
+        if isinstance(value, str) and os.path.isabs(value):
+            return os.path.relpath(value, folder)
+        return value
+
+    plain: dict[str, Any] = relative(config.model_dump(exclude_none=True, by_alias=True))
+    return plain

@@ -1,0 +1,141 @@
+"""One simulation of a sweep: from its configuration to a row per request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from qllm.config.config import RATE, Config
+from qllm.config.from_config import isolated, load_timings, popularity, request_trace, scheduler_limits, step_model
+from qllm.config.policies import blame
+from qllm.config.yaml_lines import ConfigError
+from qllm.sim import SimResult, Status
+from qllm.sim import simulate as run_simulation
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.results import RunResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulation: the configuration at a point of the sweep, the policy's index in it, and the seed."""
+
+    config: Config
+    point: dict[str, Any]
+    policy: int
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """The policy's name in tables."""
+        return self.config.policies[self.policy].title
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{key}={value}" for key, value in {**self.point, "seed": self.seed}.items())
+        return f"policy {self.title} at {where}"
+
+
+def runs(config: Config) -> list[Run]:
+    """Every simulation of the sweep in the order of the tables: points, then policies, then seeds."""
+    found = []
+    for point in config.points():
+        at_point = config.at(point)
+        found += [
+            Run(at_point, point, policy, seed)
+            for policy in range(len(at_point.policies))
+            for seed in at_point.seed_list
+        ]
+    return found
+
+
+def run_one(run: Run, timeline: bool = False) -> SimResult:
+    """Simulate `run`. An exception of a user's policy comes out as a ConfigError that names its file and line."""
+    config = run.config
+    policy = config.policies[run.policy]
+    trace = request_trace(config, run.seed)
+    limits = scheduler_limits(config, load_timings(config.timings))
+    try:
+        return run_simulation(
+            trace,
+            priorities=config.priorities,
+            policy=policy.build(),
+            limits=limits,
+            steps=step_model(config),
+            popularity=popularity(config),
+            seed=run.seed,
+            timeline=timeline,
+        )
+    except Exception as error:
+        if policy.file is None:
+            raise
+        raise ConfigError(f"{run}: {blame(error, policy.file)}") from None
+
+
+def outcome(run: Run) -> pd.DataFrame:
+    """Simulate `run`: a row per request, without what only this sweep calls it (see `rows`)."""
+    trace = request_trace(run.config, run.seed)
+    return request_table(run, trace, run_one(run), isolated(run.config, trace.prompt_tokens))
+
+
+def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
+    """A row per request of `trace`; `isolated_ttft`: seconds, float64[n]. Classes and statuses are numbers, which
+    every table format gives back as they were."""
+    n, names = len(trace), list(run.config.classes)
+    return pd.DataFrame(
+        {
+            "rate": np.full(n, rate_of(run, trace)),
+            "seed": np.full(n, run.seed, dtype=np.int64),
+            "id": np.arange(n),
+            "class": np.array([names.index(name) for name in trace.classes], dtype=np.int8)[trace.cls],
+            "arrival_s": result.arrival,
+            "prompt_tokens": trace.prompt_tokens,
+            "output_tokens": trace.output_tokens,
+            "first_launch_s": result.first_launch,
+            "first_token_s": result.first_token,
+            "finish_s": result.finish,
+            "queueing_s": result.queueing,
+            "running_s": result.running,
+            "suspended_s": result.suspended,
+            "preemptions": np.asarray(result.preemptions, dtype=np.int64),
+            "evictions": np.asarray(result.evictions, dtype=np.int64),
+            "isolated_ttft_s": isolated_ttft,
+            "status": np.asarray(result.status, dtype=np.int8),
+            "reason": [result.reasons.get(i, "") for i in range(n)],
+        }
+    )
+
+
+def rate_of(run: Run, trace: RequestTrace) -> float:
+    """Requests per second offered; nan where nothing says so."""
+    rate = run.config.rate if run.config.rate is not None else trace.rate
+    return float("nan") if rate is None else rate
+
+
+def rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
+    """The rows of requests.parquet for the `outcome` of `run`; text columns are categories, which keeps 100,000
+    requests small."""
+    config, n = run.config, len(found)
+
+    def text(codes: Any, names: list[str]) -> Any:
+        return pd.Categorical.from_codes(np.asarray(codes, dtype=np.int8), categories=pd.Index(names))
+
+    named = {
+        "class": text(found["class"], list(config.classes)),
+        "status": text(found["status"], [status.name.lower() for status in Status]),
+    }
+    columns = {name: named.get(name, found[name]) for name in found.columns}
+    return pd.DataFrame(
+        {
+            "policy": text(np.full(n, run.policy), [policy.title for policy in config.policies]),
+            RATE: columns.pop(RATE),
+            **{key: np.full(n, plain(value)) for key, value in run.point.items() if key != RATE},
+            **columns,
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """A swept value as a table's cell: numbers and text stay, the rest becomes text."""
+    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else str(value)

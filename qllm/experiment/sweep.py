@@ -1,0 +1,163 @@
+"""Sweeps: every point x seed x policy is one simulation of its own, run over as many processes as wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import joblib
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qllm.config.config import Config, load_config
+from qllm.config.from_config import load_timings
+from qllm.errors import EXPECTED
+from qllm.experiment.backends import parallel
+from qllm.experiment.cache import Finished, finish, keys, read, write
+from qllm.experiment.results import Results, make_folder
+from qllm.experiment.run import Run, plain, rows, runs
+
+Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
+
+
+@dataclass
+class Failure:
+    """A simulation that ended in an exception: a typed error, or whatever else with its traceback as text."""
+
+    message: str
+    error: Exception | None
+    traceback: str = ""
+
+
+def simulate(
+    config: str | Path | Config,
+    *,
+    set: list[str] | tuple[str, ...] = (),
+    jobs: int = 1,
+    backend: str = "local",
+    keep: str | Path | None = None,
+    progress: bool = False,
+) -> Results:
+    """Simulate a configuration (a YAML file, or one that was loaded): every point of its sweep, policy and seed.
+
+    `set` overrides keys of the file, e.g. ["sweep.rate=[1,2,4]"]. `jobs` processes work in parallel on the `backend`
+    (see qllm.backends), with the same results whatever their number and place. `keep`: a folder for finished
+    simulations; those that are there already are not run again.
+
+    A simulation that fails does not stop the others: it stands in the results' `failures`, and a warning says so.
+    Where nothing succeeds, the first error is raised. Raises ConfigError, TraceError, TimingError, SchedulerError or
+    SweepError (lost workers), each one line.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, set)
+    todo = _tasks(config, keep)
+    done: dict[int, Finished | Failure] = {}
+    for number, _, file in todo:
+        kept = read(file) if file else None
+        if kept:
+            done[number] = kept
+    with _bar(len(todo), len(done), progress) as advance:
+        for number, result in _simulated([task for task in todo if task[0] not in done], backend, jobs):
+            done[number] = result
+            advance()
+    return _results(config, [(run, done[number]) for number, run, _ in todo])
+
+
+def _tasks(config: Config, keep: str | Path | None) -> list[Task]:
+    todo = runs(config)
+    if keep is None:
+        return [(number, run, None) for number, run in enumerate(todo)]
+    folder = make_folder(keep)
+    names = keys(todo)
+    return [(number, run, folder / f"{names[number]}.parquet") for number, run in enumerate(todo)]
+
+
+def attempt(number: int, run: Run, file: Path | None) -> tuple[int, Finished | Failure]:
+    """What a worker does: simulate `run` and keep what it gives in `file`. An exception becomes a Failure."""
+    try:
+        return number, finish(run, file)
+    except Exception as error:
+        typed = isinstance(error, EXPECTED)
+        message = str(error).removeprefix(f"{run}: ") if typed else f"{type(error).__name__}: {error}"
+        text = "" if typed else traceback.format_exc()
+        return number, Failure(" ".join(message.split()), error if typed else None, text)
+
+
+def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int, Finished | Failure]]:
+    """Simulate `todo`, handing over each result when it is there, in any order."""
+    if not todo:
+        return
+    files = {number: file for number, _, file in todo}
+    with parallel(backend, min(jobs, len(todo))) as run_all:
+        for number, result in run_all(joblib.delayed(attempt)(*task) for task in todo):
+            file = files[number]
+            if file is not None and isinstance(result, Finished) and not file.exists():
+                write(result, file)  # the worker's machine does not see the folder
+            yield number, result
+
+
+def _results(config: Config, done: list[tuple[Run, Finished | Failure]]) -> Results:
+    """The tables, after warnings of what the simulations warned of and of what failed."""
+    tables = [rows(run, result.table) for run, result in done if isinstance(result, Finished)]
+    failed = [(run, result) for run, result in done if isinstance(result, Failure)]
+    if not tables:
+        first = failed[0][1]
+        raise first.error or RuntimeError(f"{failed[0][0]} failed:\n{first.traceback}")
+    told = {
+        message: kind for _, result in done if isinstance(result, Finished) for message, kind in result.warned.items()
+    }
+    for message, category in told.items():
+        warnings.warn(message, category, stacklevel=3)
+    if failed:
+        text = f"{len(failed)} of {len(done)} simulations failed; first {failed[0][0]}: {failed[0][1].message}"
+        warnings.warn(text, stacklevel=3)
+    failures = [
+        {"policy": run.title, **{key: plain(value) for key, value in run.point.items()}, "seed": run.seed}
+        | {"error": result.message}
+        for run, result in failed
+    ]
+    requests = pd.concat(tables, ignore_index=True)
+    return Results.of(requests, config.model_copy(update={"provenance": provenance(config)}), pd.DataFrame(failures))
+
+
+def provenance(config: Config) -> dict[str, str]:
+    """What the results depend on besides the configuration: versions, and the timing trace's source and content."""
+    timings = load_timings(config.timings)
+    digest = hashlib.sha256(repr(timings).encode() + repr(timings.points).encode()).hexdigest()[:16]
+    return {
+        "qllm": _version("qllm-moe"),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("numpy", "pandas", "pyarrow", "simpy")},
+        "timings": f"{timings.name}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}",
+        "timings_sha256": digest,
+    }
+
+
+def differences(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What is not as it was when a written configuration was run: ['numpy: 2.4.6 then, 2.5.0 now']."""
+    return [f"{key}: {was} then, {now[key]} now" for key, was in before.items() if key in now and now[key] != was]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+@contextmanager
+def _bar(total: int, completed: int, shown: bool) -> Iterator[Any]:
+    """A progress bar on stderr that goes away at the end; yields what to call after each simulation."""
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield lambda: bar.advance(task)

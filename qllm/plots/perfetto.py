@@ -1,0 +1,93 @@
+"""The schedule of simulated runs as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
+
+One process a run (each policy at one point of the sweep), in it one track a class (a pass belongs to the most urgent
+one in it). A slice is a stretch of time that a pass ran; where it was suspended a "preempted" marker names the layer
+and stage, and where it went on, a "resumed" marker the layer; an arrow joins the two. Format: "Trace Event Format",
+JSON object form; times in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from qllm.config.config import Config
+from qllm.errors import EXPECTED
+from qllm.experiment.run import Run, run_one, runs
+from qllm.sim import SimResult, Slice
+
+
+def timeline_runs(config: Config) -> list[Run]:
+    """What a timeline shows: every policy at the last point of the sweep, with the first seed."""
+    last = config.points()[-1]
+    return [run for run in runs(config) if run.point == last and run.seed == config.seed_list[0]]
+
+
+def record(shown: list[Run]) -> list[tuple[Run, SimResult]]:
+    """Simulate the runs again with their slices recorded, without those that fail (the sweep has said so)."""
+    recorded = []
+    for run in shown:
+        with suppress(*EXPECTED):
+            recorded.append((run, run_one(run, timeline=True)))
+    return recorded
+
+
+def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path, time: str = "simulated") -> int:
+    """Write what `record` gave to `path`; `time`: simulated or measured. Returns the number of events."""
+    events = []
+    for process, (run, result) in enumerate(recorded, start=1):
+        events += trace_events(result.slices or [], run.config, process, str(run))
+    data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": time}}
+    Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+    return len(events)
+
+
+def trace_events(slices: list[Slice], config: Config, process: int = 1, name: str = "GPU") -> list[dict[str, Any]]:
+    """The events of one run: metadata, then for each slice its own and the markers at its ends."""
+    tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
+    common = {"pid": process, "cat": "pass"}
+    events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
+    for level in sorted({piece.level for piece in slices}):
+        track = {"name": tracks.get(level, f"level {level}")}
+        events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": track})
+        events.append({**common, "ph": "M", "tid": level, "name": "thread_sort_index", "args": {"sort_index": level}})
+    suspended: set[int] = set()
+    for piece in slices:
+        on_track = {**common, "tid": piece.level}
+        start, end = piece.start * 1e6, piece.end * 1e6
+        events.append(
+            {
+                **on_track,
+                "ph": "X",
+                "name": _name(piece),
+                "ts": start,
+                "dur": end - start,
+                "args": {
+                    **{"pass": piece.pass_id, "tokens": piece.tokens},
+                    **{"prefills": piece.prefills, "decodes": piece.decodes},
+                    **{"from layer": piece.first_layer, "to layer": piece.layer},
+                },
+            }
+        )
+        if piece.pass_id in suspended:
+            suspended.discard(piece.pass_id)
+            resumed = {"pass": piece.pass_id, "layer": piece.first_layer}
+            name = f"resumed in layer {piece.first_layer}"
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start, "args": resumed})
+            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
+            events.append({**arrow, "ph": "f", "bp": "e", "ts": start})
+        if piece.suspended:
+            suspended.add(piece.pass_id)
+            stopped = {"pass": piece.pass_id, "layer": piece.layer, "stage": piece.stage}
+            name = f"preempted in layer {piece.layer}, {piece.stage}"
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end, "args": stopped})
+            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
+            events.append({**arrow, "ph": "s", "ts": end})
+    return events
+
+
+def _name(piece: Slice) -> str:
+    parts = [f"{piece.prefills} prefill"] * bool(piece.prefills) + [f"{piece.decodes} decode"] * bool(piece.decodes)
+    return " + ".join(parts)

@@ -1,0 +1,157 @@
+"""The report: one HTML file with the tables and figures of one or several results, which opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from qllm.config.yaml_lines import ConfigError
+from qllm.experiment.results import CONFIG, Results, load_results
+from qllm.plots.curves import save_figures
+
+#: What the source of a timing trace means for the numbers that follow from it.
+EXPLAINED = {
+    "measured": "Simulated on step times that were measured on this device.",
+    "imported": "Simulated on kernel times that others measured and published; nothing here was measured.",
+    "real": "Measured on the real engine; nothing here was simulated.",
+    "modelled": "Simulated on modelled step times; nothing here was measured.",
+}
+#: Columns of the side-by-side table.
+COMPARED = ("ttft_mean_s", "ttft_p99_s", "slo_attainment", "turnaround_mean_s", "throughput_rps")
+_FIGURES = ({"name": "ttft", "title": "TTFT"}, {"name": "slo", "title": "SLO attainment"})
+_MIME = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what is shown, and what it is sorted by (empty: undefined, always last)."""
+
+    shown: str
+    value: str
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the report on the results in `folders` (written by `qllm simulate`) to `out`. Returns its path.
+
+    The same results give the same bytes. Raises ConfigError where a folder holds no results, or `out` cannot be
+    written.
+    """
+    loaded = [load_results(folder) for folder in folders]
+    labels = _labels([Path(folder) for folder in folders])
+    runs = [_run(label, Path(folder), results) for label, folder, results in zip(labels, folders, loaded, strict=True)]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("qllm.plots", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    text = environment.get_template("report.html.j2").render(
+        title=f"QLLM: {', '.join(dict.fromkeys(run['name'] for run in runs))}",
+        runs=runs,
+        figure_kinds=[kind for kind in _FIGURES if any(run["figures"][kind["name"]] for run in runs)],
+        differences=differences(loaded),
+        compared=_table(compare(loaded, labels)),
+    )
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def differences(loaded: Sequence[Results]) -> list[tuple[str, list[str]]]:
+    """(dotted key, its value in each of the results) for every key of the configurations that is not the same in all;
+    '-' where it is absent."""
+    flat = [_flat(results.config.model_dump(exclude_none=True, by_alias=True)) for results in loaded]
+    keys = list(dict.fromkeys(chain.from_iterable(flat)))
+    rows = [(key, [values.get(key, "-") for values in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
+    """A row per policy, point and class that several results have, with `COMPARED` of each: columns 'ttft_p99_s: A'.
+    Other swept keys are compared where all results swept them."""
+    swept = [set(results.config.sweep) - {"rate"} for results in loaded]
+    at = ["policy", "rate", "class", *sorted(set.intersection(*swept))]
+    tables = []
+    for results, label in zip(loaded, labels, strict=True):
+        summary = results.summary[[*at, *COMPARED]].assign(policy=results.summary["policy"].astype(str))
+        # several rows where this one swept a key that others did not: none of them is the counterpart
+        tables.append(summary.drop_duplicates(at, keep=False).set_index(at).add_suffix(f": {label}"))
+    joined = pd.concat(tables, axis=1, sort=False)
+    several = sum(joined.index.isin(table.index).astype(int) for table in tables) > 1
+    columns = [f"{metric}: {label}" for metric in COMPARED for label in labels]
+    return joined[several][columns].reset_index()
+
+
+def _run(label: str, folder: Path, results: Results) -> dict[str, Any]:
+    """What the template shows of one folder."""
+    timings = results.config.provenance.get("timings", "unknown: unknown")
+    source = timings.partition(": ")[2].partition(";")[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        save_figures(results, scratch, f"Timings: {timings}")
+        figures = {kind["name"]: _data(Path(scratch) / f"{kind['name']}.svg") for kind in _FIGURES}
+    return {
+        "label": label,
+        "name": results.config.name,
+        "source": source,
+        "explained": EXPLAINED.get(source, "Where the step times come from is not known."),
+        "timings": timings,
+        "figures": figures,
+        "timeline": _data(folder / "timeline.png"),
+        "summary": _table(results.summary.drop(columns=["ttft_mean_lo_s", "ttft_mean_hi_s"])),
+        "failures": _table(results.failures),
+        "config": (folder / CONFIG).read_text(encoding="utf-8"),
+    }
+
+
+def _table(data: pd.DataFrame) -> dict[str, Any]:
+    """Columns and rows of a table for the template."""
+    text = [not pd.api.types.is_numeric_dtype(data[name]) for name in data.columns]
+    columns = [{"name": str(name), "text": is_text} for name, is_text in zip(data.columns, text, strict=True)]
+    return {"columns": columns, "rows": [[_cell(v) for v in row] for row in data.itertuples(index=False)]}
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, float):
+        return Cell("-", "") if value != value else Cell(f"{value:.4g}", repr(value))
+    return Cell(str(value), str(value))
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """A short name for each folder: the last part of its path, or as much of the path as tells them apart."""
+    absolute = [Path(os.path.abspath(folder)) for folder in folders]
+    for parts in range(1, max(len(path.parts) for path in absolute)):
+        labels = [str(Path(*path.parts[-parts:])) for path in absolute]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ConfigError(f"{folders[0]}: a folder is given twice; allowed: different ones")
+
+
+def _flat(value: Any, key: str = "") -> dict[str, str]:
+    """{'limits.max_seqs': '32', ...}; a list of plain values is one entry."""
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {key: str(value)}
+    flat: dict[str, str] = {}
+    for name, item in items:
+        flat |= _flat(item, f"{key}.{name}" if key else str(name))
+    return flat
+
+
+def _data(path: Path) -> str:
+    """The file as a data: address; empty where there is none."""
+    if not path.is_file():
+        return ""
+    return f"data:{_MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

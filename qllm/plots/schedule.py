@@ -1,0 +1,157 @@
+"""A picture of a schedule: each pass climbs from layer 0 to the last; a suspended one waits where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from qllm.config.from_config import step_model
+from qllm.experiment.run import Run
+from qllm.plots.curves import COLOURS, new_axes
+from qllm.traces.results import RunResult, Slice
+
+_PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
+_SHOWN = 24  #: slices in a panel of `save_timeline`
+_OTHER = "0.6"  #: colour of levels without a name
+_DOTTED: Any = (0, (1.5, 1.2))
+_STOP: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5, "mfc": "w", "mec": "k"}
+
+
+def plot_timeline(
+    slices: Iterable[Slice],
+    names: Mapping[int, str],
+    *,
+    layers: int,
+    requests: Iterable[tuple[int, float, float]] = (),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the schedule of one run: time in seconds on the x axis, layers done on the y axis. Returns the axes.
+
+    slices: stretches that passes ran, of a simulation or of an engine. names: level -> class; a pass has the colour of
+    the most urgent level in it, grey where that has no name. layers: of the model. requests: (level, arrival, first
+    token), seconds, drawn below as bars from one to the other. Within a slice the climb is drawn as a straight line.
+    """
+    ax = ax or new_axes()
+    colours = _colours(names)
+    passes: dict[int, list[Slice]] = {}
+    for piece in sorted(slices):
+        passes.setdefault(piece.pass_id, []).append(piece)
+    for level in sorted({p[0].level for p in passes.values()}, reverse=True):  # the most urgent on top
+        mine = [p for p in passes.values() if p[0].level == level]
+        _draw_passes(ax, mine, layers, colours.get(level, _OTHER))
+    floor = _draw_requests(ax, requests, layers, colours)
+    ends = [piece.end for pieces in passes.values() for piece in pieces]
+    ax.set_xlim(0, max(ends, default=1.0) * 1.01)
+    ax.set_ylim(floor, layers)
+    ax.axhline(0, color="0.3", linewidth=0.8)
+    ax.set_yticks([0, layers // 2, layers])
+    ax.set_ylabel("layer")
+    ax.set_xlabel("time (s)")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _draw_passes(ax: Axes, passes: list[list[Slice]], layers: int, colour: str) -> None:
+    """Passes of one colour, each a list of its slices: the area under the climb, and dots where it waits suspended."""
+    for prefills, opacity, width in ((True, _PREFILL, 1.0), (False, _DECODE, 0.4)):
+        shapes = [_climb(piece, layers) for p in passes for piece in p if bool(piece.prefills) == prefills]
+        ax.add_collection(PolyCollection(shapes, facecolors=colour, alpha=opacity, linewidths=0))
+        ax.add_collection(LineCollection([shape[1:3] for shape in shapes], colors=colour, linewidths=width))
+    waits = [[(one.end, one.layer), (other.start, other.first_layer)] for p in passes for one, other in pairwise(p)]
+    ax.add_collection(LineCollection(waits, colors="k", linestyles=_DOTTED, linewidths=1.4, zorder=4))
+    ax.plot([x for (x, _), _ in waits], [y for (_, y), _ in waits], **_STOP, zorder=5)
+
+
+def _draw_requests(
+    ax: Axes, requests: Iterable[tuple[int, float, float]], layers: int, colours: Mapping[int, str]
+) -> float:
+    """A bar from arrival to first token for each request, below layer 0, in as few lanes as do not overlap. Returns
+    where the lowest lane ends."""
+    lanes: list[float] = []  # when each is free again
+    height = 0.085 * layers
+    for level, arrival, token in sorted(requests, key=lambda request: (request[0], request[1])):
+        end = token if token == token else arrival  # nan: none came
+        lane = next((i for i, free in enumerate(lanes) if free < arrival), len(lanes))
+        lanes[lane:] = [end, *lanes[lane + 1 :]]
+        y = -height * (lane + 0.8)
+        ax.plot([arrival, end], [y, y], color=colours[level], linewidth=2.5, solid_capstyle="butt")
+        ax.plot([arrival], [y], "^", ms=6, color=colours[level], clip_on=False)
+        if token == token:
+            ax.plot([end], [y], "|", ms=8, mew=2, color=colours[level])
+            text = f"TTFT {1e3 * (end - arrival):,.0f} ms"
+            ax.annotate(text, (end, y), (6, 0), textcoords="offset points", fontsize=8, va="center", color="0.2")
+    return -height * (len(lanes) + 0.4) if lanes else 0.0
+
+
+def timeline_key(names: Mapping[int, str]) -> dict[str, Any]:
+    """Arguments of `legend` that explain the signs of `plot_timeline`."""
+    colours = _colours(names)
+    signs: dict[str, Any] = {}
+    for level, colour in colours.items():
+        signs[f"{names[level]} prefill"] = Patch(color=colour, alpha=_PREFILL)
+        signs[f"{names[level]} decode"] = Patch(facecolor=colour, alpha=_DECODE)
+    signs["suspended, state kept"] = Line2D([], [], color="k", **{**_STOP, "linestyle": _DOTTED})
+    signs["arrival to first token"] = Line2D([], [], color=next(iter(colours.values())), lw=2.5, marker="^", ms=6)
+    return {"handles": list(signs.values()), "labels": list(signs), "handlelength": 2.4}
+
+
+def _colours(names: Mapping[int, str]) -> dict[int, str]:
+    return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(sorted(names))}
+
+
+def _climb(piece: Slice, layers: int) -> list[tuple[float, float]]:
+    """The area below the line from the layer where the slice began to the one where it ended."""
+    top = min(piece.layer, layers)
+    return [(piece.start, 0), (piece.start, piece.first_layer), (piece.end, top), (piece.end, 0)]
+
+
+def save_timeline(
+    recorded: Sequence[tuple[Run, RunResult]], path: str | Path, caption: str, layers: int | None = None
+) -> bool:
+    """Write a picture with a panel for each recorded run (qllm.timeline.record), all of the same moments: those around
+    the first suspension of any of them, else the first. Returns False, and writes nothing, where nothing ran.
+
+    caption: says whether it is simulated or measured, and on what. layers: of the model that ran; by default of the
+    timing trace that the run's configuration names, as in a simulation.
+    """
+    shown = [(run, result.slices or []) for run, result in recorded]
+    if not any(slices for _, slices in shown):
+        return False
+    start, end = _window([slices for _, slices in shown])
+    classes = {job.priority: name for name, job in reversed(recorded[0][0].config.classes.items())}
+    figure = Figure(figsize=(9, 1.2 + 2.0 * len(shown)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (run, slices) in zip(panels, shown, strict=True):
+        inside = [piece for piece in slices if piece.end >= start and piece.start <= end]
+        plot_timeline(inside, classes, layers=layers or step_model(run.config).layers, ax=ax)
+        ax.set_title(str(run), fontsize=10, loc="left")
+        ax.set_xlabel("")
+    panels[-1].set_xlabel("time (s)")
+    panels[-1].set_xlim(start, end)
+    key = timeline_key(classes)
+    key = {**key, "handles": key["handles"][:-1], "labels": key["labels"][:-1]}
+    figure.legend(**key, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
+    figure.supxlabel(f"A pass has the colour of the most urgent class in it. {caption}", fontsize=7, color="0.35")
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return True
+
+
+def _window(schedules: list[list[Slice]]) -> tuple[float, float]:
+    """The seconds that `_SHOWN` slices take around the first suspension, or from the start where there is none."""
+    for slices in schedules:
+        at = next((i for i, piece in enumerate(slices) if piece.suspended), None)
+        if at is not None:
+            around = slices[max(0, at - _SHOWN // 4) :][:_SHOWN]
+            return around[0].start, around[-1].end
+    first = next(slices for slices in schedules if slices)[:_SHOWN]
+    return first[0].start, first[-1].end

@@ -1,0 +1,71 @@
+"""Figures of a timing trace: what one expert takes, and how unevenly tokens are spread over the experts."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from qllm.plots.curves import COLOURS, new_axes
+from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
+from qllm.traces.step_times.timings import Timings
+
+_MARKERS = {"measured": "o", "imported": "s", "modelled": "x"}
+
+
+def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
+    """f(m), microseconds that one expert with m tokens adds to its layer: the points of the trace by their source, with
+    their spread where it is known, and the curve that simulations use. Both axes are logarithmic. Returns the axes."""
+    ax = ax or new_axes()
+    points = sorted((p for p in timings.points if p.step == "expert"), key=lambda p: p.tokens)
+    m = np.unique(np.geomspace(1, points[-1].tokens, 400).astype(int))
+    ax.plot(m, 1e6 * timings.expert(m), color=COLOURS[0], linewidth=1.3, label="curve used by simulations")
+    for source, marker in _MARKERS.items():
+        mine = [p for p in points if p.source == source]
+        if not mine:
+            continue
+        spread = [1e6 * (p.spread_s or 0.0) for p in mine]
+        at = ([p.tokens for p in mine], [1e6 * p.seconds for p in mine])
+        ax.errorbar(*at, yerr=spread, fmt=marker, markersize=4, color=COLOURS[4], linewidth=1, label=f"{source} points")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("tokens of one expert")
+    ax.set_ylabel("time that it adds to its layer (us)")
+    _frame(ax)
+    return ax
+
+
+def roofline(tokens: np.ndarray, shape: ModelShape, weights: str, flops: float, bandwidth: float) -> np.ndarray:
+    """Seconds that one expert takes at least, float64[n], for int[n] tokens: the longer of its arithmetic
+    (2 operations a weight and token) and of reading its weights and moving its activations (Williams, Waterman and
+    Patterson, 2009). weights: a key of WEIGHT_BYTES. flops, bandwidth: of the device, per second and bytes per second.
+    """
+    arithmetic = 2.0 * shape.expert_weights * tokens / flops
+    activations = 2.0 * tokens * (2 * shape.hidden + 3 * shape.inter)  # 16 bits each; in, out, gate, up, product
+    return np.maximum(arithmetic, (shape.expert_weights * WEIGHT_BYTES[weights] + activations) / bandwidth)
+
+
+def plot_popularity(shares: np.ndarray, layers: list[int], ax: Axes | None = None) -> Axes:
+    """Shares of `layers` in float[layers, experts] `shares`, experts sorted by share, times the number of experts (1 is
+    an even share). Returns the axes."""
+    ax = ax or new_axes()
+    experts = shares.shape[1]
+    for position, layer in enumerate(layers):
+        ordered = np.sort(shares[layer])[::-1] * experts
+        ax.plot(np.arange(1, experts + 1), ordered, color=COLOURS[position], label=f"layer {layer}", linewidth=1.5)
+    ax.axhline(1.0, color="0.4", linestyle="--", linewidth=1, label="even")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("expert, most popular first")
+    ax.set_ylabel("share of tokens / even share")
+    _frame(ax)
+    return ax
+
+
+def _frame(ax: Axes) -> None:
+    ax.grid(True, which="major", color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)

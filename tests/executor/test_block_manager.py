@@ -1,0 +1,64 @@
+"""Which KV blocks a sequence gets."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("torch")
+
+from qllm.executor.engine.block_manager import KVMemory
+from qllm.executor.errors import ExecutorError
+
+BLOCK = 4
+
+
+def memory(blocks: int) -> KVMemory:
+    return KVMemory(SimpleNamespace(n_blocks=blocks, block_size=BLOCK))
+
+
+def job() -> SimpleNamespace:
+    return SimpleNamespace(blocks=[], host=None, dropped=False)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 60)), max_size=60))
+def test_no_block_is_anybody_elses_and_none_is_lost(steps):
+    """Six sequences grow to so many tokens, or (-1) end, in any order."""
+    kv, jobs = memory(40), [job() for _ in range(6)]
+    for number, tokens in steps:
+        mine, before = jobs[number], list(jobs[number].blocks)
+        if tokens < 0:
+            kv.release(mine)
+            before = []
+        else:
+            need = max(0, -(-tokens // BLOCK) - len(before))
+            if need > 40 - kv.held:
+                with pytest.raises(ExecutorError, match=f"{need} KV blocks needed, {40 - kv.held} free"):
+                    kv.grow(mine, tokens, ())
+                continue
+            kv.grow(mine, tokens, ())
+            assert len(mine.blocks) == max(len(before), -(-tokens // BLOCK))
+        assert mine.blocks[: len(before)] == before
+        held = [block for other in jobs for block in other.blocks]
+        assert len(held) == len(set(held)) == kv.held
+        assert all(0 <= block < 40 for block in held)
+
+
+def test_sequences_that_come_grow_and_go_lie_in_one_piece():
+    """Eight at a time in a memory four times as large, each a prompt of 32 tokens and then 16 more, one by one."""
+    kv, rng = memory(8 * 12 * 4), np.random.default_rng(0)
+    jobs = [job() for _ in range(8)]
+    tokens = [0] * 8
+    jumps = steps = 0
+    for number in rng.integers(0, 8, 5000).tolist():
+        if tokens[number] >= 48:
+            gaps = np.diff(jobs[number].blocks)
+            jumps, steps = jumps + int((gaps != 1).sum()), steps + len(gaps)
+            kv.release(jobs[number])
+            tokens[number] = 0
+        tokens[number] = tokens[number] + 1 if tokens[number] else 32
+        kv.grow(jobs[number], tokens[number], ())
+    assert steps > 1000
+    assert jumps < 0.02 * steps

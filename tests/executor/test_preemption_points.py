@@ -1,0 +1,178 @@
+"""What happens at each preemption point: preemption, abort, an exception. Nobody else notices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import qllm.executor.engine.loop  # noqa: E402
+from qllm.executor.errors import RequestFailed  # noqa: E402
+from qllm.executor.testing import tiny_model  # noqa: E402
+from qllm.scheduler import Limits, State  # noqa: E402
+from qllm.traces.step_times.cost_model import TICK  # noqa: E402
+from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve, step_model  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def model(one_thread):
+    return make_model()
+
+
+@pytest.fixture
+def logits(monkeypatch):
+    """The logits of every sampled token: (request, tokens before it) -> float32[vocab]."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    original = qllm.executor.engine.loop.Loop._sample
+
+    def spy(self, running):
+        for entry, row in zip(running.sampled, running.logits, strict=True):
+            seen[entry.seq.request.id, len(entry.seq.tokens)] = row.clone()
+        return original(self, running)
+
+    monkeypatch.setattr(qllm.executor.engine.loop.Loop, "_sample", spy)
+    return seen
+
+
+def test_be_gives_the_same_bits_when_ls_preempts_it_at_each_point(model, logits):
+    be, ls = prompts(2, seed=1, low=20, high=40)
+    steps = step_model(2e-5)
+    points = []
+    serve(
+        model,
+        [(be, 3, 1, 0.0)],
+        limits=ROOMY,
+        hook=lambda loop, p, course: points.append(loop.clock.now()),
+        max_step=2e-5,
+    )
+    alone = dict(logits)
+    prefill = [t for t in points if t <= points[steps_in_prefill(steps, len(be)) - 1]]
+    assert len(prefill) >= 20
+    for number, at in enumerate(prefill):
+        logits.clear()
+        jobs = serve(
+            model,
+            [(be, 3, 1, 0.0), (ls, 2, 0, at - TICK)],
+            limits=ROOMY,
+            max_step=2e-5,
+        )
+        assert jobs[0].request.preemptions == 1, number
+        for key, row in alone.items():
+            if key[1] == len(be):  # the preempted pass; later ones share their batch with LS
+                assert torch.equal(logits[key], row), number
+
+
+def steps_in_prefill(steps, n):
+    return len(steps.points(steps.shape([(None, n, 0)], 0, 0, 1), "expert"))
+
+
+def crowd():
+    """Requests for which memory is short, with LS arriving all along: (prompt, new tokens, priority, arrival)."""
+    rng = np.random.default_rng(7)
+    asked = prompts(8, seed=8)
+    arrivals = np.cumsum(rng.exponential(0.004, 8)).tolist()
+    return [(p, 6, int(i % 3 != 2), at) for i, (p, at) in enumerate(zip(asked, arrivals, strict=True))]
+
+
+def tight(evict):
+    return Limits(max_seqs=4, max_tokens=48, kv_blocks=14, block_size=4, evict=evict)
+
+
+def points_and_tokens(model, evict):
+    points = []
+    jobs = serve(model, crowd(), limits=tight(evict), hook=lambda *_: points.append(None))
+    return len(points), [job.tokens for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """The tokens of transformers' own generation for the crowd."""
+    plain = tiny_model("qwen3_moe", num_hidden_layers=LAYERS)
+    return [
+        plain.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None)[0].tolist()
+        for prompt, new, _, _ in crowd()
+    ]
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+def test_abort_at_any_point_returns_the_blocks_and_changes_nobody_elses_tokens(model, generated, evict):
+    n, tokens = points_and_tokens(model, evict)
+    assert tokens == generated
+    states = set()
+    for at in range(0, n, max(1, n // 40)):
+        count = 0
+        victims = []
+
+        def abort(loop, p, course, at=at, victims=victims):
+            nonlocal count
+            count += 1
+            if count != at + 1:
+                return
+            suspended = [j for q in loop.scheduler.suspended_passes for j in q.cursor.jobs]
+            moved = [j for j in loop.jobs.values() if j.request.state is State.OFFLOADED]
+            others = list(loop.jobs.values())
+            waiting = [j for j in others if j.request.state is State.WAITING]
+            pools = [pool for pool in (moved, suspended, waiting, others) if pool]
+            pool = pools[at % len(pools)]
+            victim = pool[at % len(pool)]
+            states.add("suspended" if victim in suspended else victim.request.state.name)
+            victims.append(victim)
+            loop.abort(victim)
+
+        jobs = serve(model, crowd(), limits=tight(evict), hook=abort)
+        assert len(victims) == 1
+        for job, wanted in zip(jobs, generated, strict=True):
+            if job is victims[0]:
+                assert job.stream.finish_reason == "cancelled"
+                assert job.tokens == wanted[: len(job.tokens)]
+            else:
+                assert job.tokens == wanted
+    assert {"suspended", "WAITING", "READY", "IN_PASS"} <= states, states
+    assert evict == "recompute" or "OFFLOADED" in states
+
+
+def test_all_of_a_suspended_pass_aborted(model):
+    """The pass is thrown away where it stands, and its activations with it."""
+    be, ls = prompts(2, seed=9, low=20, high=40)
+    held = []
+
+    def hook(loop, p, course):
+        for q in list(loop.scheduler.suspended_passes):
+            held.append(q.cursor.running.held_bytes())
+            running = q.cursor.running
+            for job in list(q.cursor.jobs):
+                loop.abort(job)
+            assert running.done
+
+    jobs = serve(model, [(be, 3, 1, 0.0), (ls, 2, 0, 3e-4)], limits=ROOMY, hook=hook)
+    assert held
+    assert held[0] >= len(be) * 64 * 4  # at least the hidden states, float32[tokens, 64]
+    assert [job.stream.finish_reason for job in jobs] == ["cancelled", "length"]
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+def test_an_exception_inside_the_model_ends_the_requests_of_its_pass_alone(model, generated, evict):
+    n, _ = points_and_tokens(model, evict)
+    for at in range(0, n, max(1, n // 20)):
+        count = 0
+        hit = []
+
+        def fail(loop, p, course, at=at, hit=hit):
+            nonlocal count
+            count += 1
+            if count == at + 1:
+                hit.extend(r.id for r in p.requests())
+                course.running.fail(MemoryError("of the test"))
+
+        jobs = serve(model, crowd(), limits=tight(evict), hook=fail)
+        assert hit
+        for job, wanted in zip(jobs, generated, strict=True):
+            if job.request.id in hit:
+                assert isinstance(job.error, RequestFailed)
+                assert isinstance(job.error.__cause__, MemoryError)
+            else:
+                assert job.tokens == wanted

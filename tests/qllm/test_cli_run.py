@@ -1,0 +1,78 @@
+"""qllm run: the real engine behind the command line, with the files of qllm simulate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from qllm.config.config import load_config
+from qllm.config.yaml_lines import ConfigError
+from qllm.executor.model.info import device_name
+from qllm.experiment.engine_run import load_target
+from qllm.experiment.results import load_results
+from qllm.traces.step_times.timings import affine_timings
+from tests.cli_support import qllm, write_config
+
+SMALL = ["--set", "sweep.rate=[20]", "--set", "seeds=1", "--set", "requests=8", "--set", "limits.kv_blocks=600"]
+
+
+def test_run_writes_what_simulate_writes_and_says_that_it_was_measured(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    done = qllm("run", config, "--out", tmp_path / "real", "--timeline", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert qllm("simulate", config, "--out", tmp_path / "sim", "--timeline", *SMALL).returncode == 0
+    names = [{p.name for p in (tmp_path / kind).iterdir()} - {"points"} for kind in ("real", "sim")]
+    assert names[0] == names[1]
+    assert "Measured on" in done.stdout
+    assert "affine" not in done.stdout  # the configuration's timing trace had no part in it
+    real, simulated = (load_results(tmp_path / kind) for kind in ("real", "sim"))
+    assert list(real.requests.columns) == list(simulated.requests.columns)
+    assert real.requests.dtypes.equals(simulated.requests.dtypes)
+    for same in ("arrival_s", "prompt_tokens", "output_tokens", "class"):
+        assert real.requests[same].equals(simulated.requests[same]), same
+    r = real.requests
+    assert (r["status"] == "finished").all()
+    assert (r["first_launch_s"] >= r["arrival_s"]).all()
+    waited = r["queueing_s"] + r["running_s"] + r["suspended_s"]
+    np.testing.assert_allclose(waited, r["finish_s"] - r["arrival_s"], rtol=0, atol=1e-6)
+    assert (r["isolated_ttft_s"] > 0).all()
+    assert real.config.provenance["timings"].startswith("engine: real;")
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "dtype", "expected"),
+    [
+        (None, "warp", "auto", "--device warp"),
+        (None, "cpu", "int3", "--dtype int3: unknown; allowed: auto"),
+        ("nowhere/at-all", "cpu", "auto", "--model nowhere/at-all: cannot be loaded"),
+    ],
+)
+def test_models_and_devices_that_do_not_exist(model, device, dtype, expected) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_target(model, device, dtype)
+
+
+def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
+    long = ["--set", "classes.be.prompt={fixed: 20000}"]
+    done = qllm("run", write_config(tmp_path), "--out", tmp_path / "out", *SMALL, *long)
+    assert done.returncode == 2
+    assert "allowed: 16384 together" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_timings_measured_here_cut_the_passes_and_others_do_not(tmp_path: Path) -> None:
+    target = load_target(None, "cpu", "float32")
+    here = {"layers": 8, "hidden": 256, "experts": 16, "top_k": 4, "dtype": "float32"}
+    for changed, used in (({}, True), ({"source": "modelled"}, False), ({"experts": 8}, False)):
+        timings = affine_timings(
+            **{**here, "source": "measured", "device": device_name(target.model.device), **changed}
+        )
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
+        timings.save(path)
+        config = load_config(write_config(tmp_path), [f"timings={path}"])
+        assert (target.clock(config).steps is not None) is used

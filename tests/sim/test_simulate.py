@@ -1,0 +1,239 @@
+"""The simulator: the fast device is exact, nothing is lost, time adds up."""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qllm.scheduler import Limits, Request, RequestTooLarge, Scheduler, SchedulerError, make_policy
+from qllm.sim import Routing, Status, isolated_ttft, uniform
+from qllm.sim.passes import GpuModel
+from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.step_times.cost_model import TICK, StepModel
+from qllm.traces.step_times.timings import affine_timings
+from tests.worlds import limits, policies, run, step_models, traces
+
+COLUMNS = ("first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions", "evictions")
+
+
+@settings(max_examples=250, deadline=None)
+@given(traces(), policies, limits(), step_models(), st.integers(0, 3))
+def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy, limits, steps, seed):
+    fast = run(trace, policy, limits, steps, seed=seed, timeline=True)
+    slow = run(trace, policy, limits, steps, seed=seed, timeline=True, step_by_step=True)
+    assert fast.slices == slow.slices
+    for column in COLUMNS:
+        np.testing.assert_array_equal(getattr(fast, column), getattr(slow, column), err_msg=column)
+    assert fast.makespan == slow.makespan
+    assert fast.passes == slow.passes
+
+
+def slower(steps: StepModel, factor: float) -> StepModel:
+    return StepModel(steps.timings.scaled(factor), max_step=steps.max_step, expert_mode=steps.mode)
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces(), policies, limits(), step_models(), st.lists(st.sampled_from([0.5, 1.0, 1.7, 30.0]), min_size=2))
+def test_both_devices_agree_on_a_machine_whose_speed_changes(trace, policy, limits, steps, factors):
+    models = [slower(steps, factor) for factor in factors]
+
+    def pace(now: float) -> StepModel:
+        return models[int(now / 0.004) % len(models)]
+
+    fast = run(trace, policy, limits, steps, pace=pace, timeline=True)
+    slow = run(trace, policy, limits, steps, pace=pace, timeline=True, step_by_step=True)
+    assert fast.slices == slow.slices
+    np.testing.assert_array_equal(fast.finish, slow.finish)
+
+
+def test_a_pass_has_the_speed_of_the_time_when_it_began():
+    """Three decode passes at twice the time, after a prefill that began before the machine became slower."""
+    timings = affine_timings(layers=2, experts=4)
+    steps, twice = StepModel(timings), StepModel(timings.scaled(2.0))
+    trace = RequestTrace(np.array([0.0]), np.array([20]), np.array([4]), np.array([0]), ("ls",))
+    plain = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True).slices
+    paced = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True, pace=lambda now: twice if now else steps)
+    assert plain is not None
+    assert paced.slices is not None
+    ratios = [(b.end - b.start) / (a.end - a.start) for a, b in zip(plain, paced.slices, strict=True)]
+    assert ratios == pytest.approx([1, 2, 2, 2], rel=1e-4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(traces(), policies, limits(), step_models())
+def test_conservation_causality_and_time_that_adds_up(trace, policy, limits, steps):
+    """I1, I2, I3, I6 and queueing + running + suspended = turnaround."""
+    result = run(trace, policy, limits, steps, timeline=True)
+    finished = result.status == Status.FINISHED
+    rejected = result.status == Status.REJECTED
+    assert (finished | rejected).all()
+    assert set(np.flatnonzero(rejected)) == set(result.reasons)
+    assert np.isnan(result.finish[rejected]).all()
+    f = finished
+    assert (result.first_launch[f] >= result.arrival[f]).all()
+    assert (result.first_token[f] > result.first_launch[f]).all()
+    assert (result.finish[f] >= result.first_token[f]).all()
+    total = result.queueing + result.running + result.suspended
+    np.testing.assert_array_equal(total[f], (result.finish - result.arrival)[f])
+    assert (result.queueing[f] >= 0).all()
+    assert (result.running[f] > 0).all()
+    slices = result.slices
+    assert slices is not None
+    costs = steps.suspend_s + steps.resume_s
+    for a, b in pairwise(slices):
+        assert a.end <= b.start
+        in_system = (result.arrival <= a.end) & (result.finish > a.end) & f
+        assert not in_system.any() or b.start - a.end <= costs + TICK, "idle while somebody is in the system"
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces(), policies, limits(), step_models())
+def test_running_and_suspended_time_are_those_of_the_timeline(trace, policy, limits, steps):
+    """The device's busy time, counted from the slices, is what the passes' requests were charged."""
+    result = run(trace, policy, limits, steps, timeline=True)
+    slices = result.slices
+    assert slices is not None
+    launched = {s.pass_id for s in slices}
+    assert launched == set(range(result.passes))
+    for pass_id in launched:
+        mine = [s for s in slices if s.pass_id == pass_id]
+        assert [s.suspended for s in mine] == [True] * (len(mine) - 1) + [False]
+        assert all(a.last == b.first for a, b in pairwise(mine)), "a step was lost or done twice"
+    assert (result.suspended > 0).any() == any(s.suspended for s in slices)
+
+
+@settings(max_examples=60, deadline=None)
+@given(traces(), policies, limits(), step_models(), st.floats(0.0, 0.05))
+def test_a_simulation_that_is_stopped_leaves_the_rest_unfinished(trace, policy, limits, steps, until):
+    result = run(trace, policy, limits, steps, until=until + 1e-6)
+    whole = run(trace, policy, limits, steps)
+    done = result.status == Status.FINISHED
+    np.testing.assert_array_equal(result.finish[done], whole.finish[done])
+    assert not (whole.finish[result.status == Status.UNFINISHED] < until).any()
+
+
+def world(n: int = 200, seed: int = 1, rate: float = 100.0) -> RequestTrace:
+    rng = np.random.default_rng(seed)
+    return RequestTrace(
+        np.cumsum(rng.exponential(1 / rate, n)),
+        rng.integers(1, 200, n),
+        rng.integers(1, 30, n),
+        rng.integers(0, 3, n),
+        ("ls", "be", "bulk"),
+    )
+
+
+@pytest.mark.parametrize("name", ["fcfs", "priority", "chunked", "layer", "qllm", "hybrid"])
+def test_same_arguments_same_result_and_seed_matters(name):
+    steps = StepModel(affine_timings(layers=3, experts=8))
+    limits = Limits(max_seqs=8, max_tokens=256, kv_blocks=1000)
+    a, b = (run(world(), make_policy(name), limits, steps, seed=5) for _ in range(2))
+    for column in COLUMNS:
+        np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
+    other = run(world(), make_policy(name), limits, steps, seed=6)
+    assert (a.finish != other.finish).any()
+
+
+@pytest.mark.parametrize("name", ["layer", "qllm", "hybrid"])
+@pytest.mark.parametrize("resume_s", [0.0, 5e-3])
+def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(name, resume_s):
+    """An LS prompt that arrives exactly at a preemption point stops the pass there, and one that arrives while a
+    suspended pass is being brought back lets it reach its next point; both devices agree."""
+    steps = StepModel(affine_timings(layers=3, experts=4, resume_s=resume_s, suspend_s=1e-4), max_step=1e-6)
+    limits = Limits(max_tokens=64)
+    gpu = GpuModel(steps, Routing(uniform(steps), 2, seed=0), make_policy(name).granularity)
+    scheduler = Scheduler(make_policy(name), limits)
+    scheduler.add(Request(0, 60, 3, 1), 0.0)
+    p = scheduler.next(0.0)
+    assert p is not None
+    run_ = gpu.start(p, 0.0)
+    at = [run_.ends()[point] for point in run_.points()]
+    for point in (0, 1, len(at) - 1):
+        for second in (at[point] + 0.5 * resume_s + 2e-3, at[point] + 1e-3):
+            trace = RequestTrace(
+                np.array([0.0, at[point], second]),
+                np.array([60, 5, 5]),
+                np.array([3, 1, 1]),
+                np.array([1, 0, 0]),
+                ("ls", "be"),
+            )
+            fast = run(trace, make_policy(name), limits, steps, timeline=True)
+            slow = run(trace, make_policy(name), limits, steps, timeline=True, step_by_step=True)
+            assert fast.slices == slow.slices
+            assert fast.slices is not None
+            assert fast.slices[0].suspended
+            assert fast.slices[0].end == at[point]
+            assert all(s.last > s.first for s in fast.slices), "a pass came back and did nothing"
+
+
+def test_lone_request_takes_its_isolated_ttft():
+    steps = StepModel(affine_timings(layers=4, experts=8, expert=(50e-6, 1e-6)))
+    limits = Limits(max_tokens=64)
+    for prompt in (1, 63, 64, 65, 200):
+        trace = RequestTrace(np.array([0.5]), np.array([prompt]), np.array([2]), np.array([0]), ("ls",))
+        result = run(trace, make_policy("qllm"), limits, steps)
+        alone = isolated_ttft(np.array([prompt]), limits=limits, steps=steps)
+        assert result.first_token[0] - 0.5 == pytest.approx(alone[0], rel=0.05)  # routing at its mean against drawn
+        assert result.queueing[0] == 0
+
+
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
+    """The second of two requests waits for the first, which woke the device up; nobody wakes it at time 0."""
+    arrivals = np.array([0.0, 1.0, 1.0, 2.0])
+    ones = np.ones(4, dtype=int)
+    trace = RequestTrace(arrivals, 8 * ones, ones, 0 * ones, ("ls",))
+    took = []
+    for wake_s in (0.0, 0.01):
+        steps = StepModel(affine_timings(wake_s=wake_s))
+        result = run(trace, make_policy("fcfs"), Limits(max_seqs=1), steps, step_by_step=step_by_step, timeline=True)
+        took.append(np.array([s.end - s.start for s in result.slices or []]))
+    assert took[1] - took[0] == pytest.approx([0.0, 0.01, 0.0, 0.01], abs=1e-8)
+
+
+def test_requests_that_cannot_fit_are_rejected_with_a_reason():
+    trace = RequestTrace(np.zeros(2), np.array([1000, 10]), np.array([1, 1]), np.array([0, 0]), ("ls",))
+    result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), StepModel(affine_timings()))
+    assert result.status.tolist() == [Status.REJECTED, Status.FINISHED]
+    assert "1000 prompt" in result.reasons[0]
+    assert "63 KV blocks" in result.reasons[0]
+
+
+def test_expert_queues_hold_what_a_suspended_pass_has_left():
+    """An LS prompt stops a BE prefill between two experts; the queues hold exactly the tokens of those not yet run."""
+    steps = StepModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)
+    gpu = GpuModel(steps, Routing(uniform(steps), 2), "expert")
+    scheduler = Scheduler(make_policy("qllm"), Limits())
+    scheduler.add(Request(0, 50, 5, 1), 0.0)
+    p = scheduler.next(0.0)
+    assert p is not None
+    run_ = gpu.start(p, 0.0)
+    seen = set()
+    for point in run_.points():
+        run_.done = point + 1
+        layer, stage, index = run_.place()
+        queues = run_.expert_queues()
+        if stage == "experts":
+            seen.add(index)
+            expected = copy.copy(run_.counts()[layer])
+            expected[:index] = 0
+            assert queues.tolist() == expected.tolist()
+            if index == 0:
+                assert queues.sum() == 50 * 2
+        else:
+            assert queues.sum() == 0
+    assert seen == {0, 1, 2, 3}
+
+
+def test_scheduler_rejects_what_can_never_fit_and_ids_in_use():
+    scheduler = Scheduler(make_policy("fcfs"), Limits(kv_blocks=4, block_size=4))
+    scheduler.add(Request(1, 10, 6), 0.0)
+    with pytest.raises(RequestTooLarge, match="take 5 KV blocks"):
+        scheduler.add(Request(2, 10, 8), 0.0)
+    with pytest.raises(SchedulerError, match="id is in the system"):
+        scheduler.add(Request(1, 1, 1), 0.0)

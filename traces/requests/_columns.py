@@ -1,0 +1,84 @@
+"""What the readers and the writer of request traces share: column names, and how a broken row is told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
+
+OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
+CLASS_COLUMN = "class"
+CLASSES_HEADER = "classes"  # own formats name their classes in order, so that one without a request survives
+
+# Format -> its columns: arrival, prompt tokens, output tokens.
+CSV_COLUMNS = {
+    "csv": OWN_COLUMNS,
+    "azure": ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    "burstgpt": ("Timestamp", "Request tokens", "Response tokens"),
+}
+JSONL_COLUMNS = {
+    "jsonl": OWN_COLUMNS,
+    "mooncake": ("timestamp", "input_length", "output_length"),
+}
+FORMATS = (*CSV_COLUMNS, *JSONL_COLUMNS, "sharegpt")
+
+
+@dataclass
+class Columns:
+    """What a file holds, in its own order: arrival in seconds, tokens, the class of each row (None: no such column)
+    and the classes that the file declares (None: it declares none)."""
+
+    arrival: np.ndarray
+    prompt: np.ndarray
+    output: np.ndarray
+    names: list[str] | None = None
+    classes: tuple[str, ...] | None = None
+
+
+class Skipped:
+    """Rows that are no requests: raised at once, or counted where the caller asked to leave them out."""
+
+    def __init__(self, path: Path, allowed: bool) -> None:
+        self.path = path
+        self.allowed = allowed
+        self.count = 0
+        self.first = ""
+
+    def row(self, where: str, reason: str) -> None:
+        message = f"{where}: {reason}"
+        if not self.allowed:
+            raise TraceError(f"{self.path}, {message}")
+        self.first = self.first or message
+        self.count += 1
+
+    def report(self) -> None:
+        if self.count:
+            text = f"{self.path}: {self.count} invalid rows left out; the first: {self.first}"
+            warnings.warn(text, TraceWarning, stacklevel=3)
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file with their ends as they are; TraceError where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            yield from file
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def class_problem(name: object, classes: tuple[str, ...] | None) -> str | None:
+    """Why `name` cannot be a row's class, where `classes` are those that the file declares; None if it can."""
+    if classes is not None:
+        return None if name in classes else f"{CLASS_COLUMN} is {name!r}, must be one of {', '.join(classes)}"
+    try:
+        check_classes([name])  # type: ignore[list-item]
+    except TraceError as error:
+        return str(error)
+    return None

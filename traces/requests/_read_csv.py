@@ -1,0 +1,146 @@
+"""The CSV formats: whole columns at once, and row by row only where that fails, to find the line."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qllm.traces.requests._columns import (
+    CLASS_COLUMN,
+    CLASSES_HEADER,
+    CSV_COLUMNS,
+    OWN_COLUMNS,
+    Columns,
+    Skipped,
+    class_problem,
+    text_lines,
+)
+from qllm.traces.requests.trace import TraceError, check_classes
+
+NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+Convert = Callable[[Sequence[str]], np.ndarray]
+
+
+def read_csv(path: Path, format: str, skipped: Skipped) -> Columns:
+    """The columns of one CSV trace; TraceError names the file and the line."""
+    header, numbers, rows, classes = _table(path, skipped)
+    wanted = CSV_COLUMNS[format]
+    for name in wanted:
+        if name not in header:
+            raise TraceError(f"{path}: column {name!r} is missing; format {format} has {', '.join(wanted)}")
+    own = format == "csv"
+    if own:
+        allowed = (*OWN_COLUMNS, CLASS_COLUMN)
+        for name in header:
+            if name not in allowed:
+                raise TraceError(f"{path}: unknown column {name!r}; allowed: {', '.join(allowed)}")
+    cells = [header.index(name) for name in wanted]
+    converts: tuple[Convert, ...] = (_dates if format == "azure" else _numbers, _counts, _counts)
+
+    def convert(part: list[list[str]]) -> list[np.ndarray]:
+        columns = list(zip(*part, strict=True))
+        return [one(columns[i]) for one, i in zip(converts, cells, strict=True)]
+
+    if not rows:
+        return NOTHING
+    at = header.index(CLASS_COLUMN) if own and CLASS_COLUMN in header else None
+    problems = {} if at is None else {name: class_problem(name, classes) for name in {row[at] for row in rows}}
+    try:
+        if any(problems.values()):
+            raise ValueError
+        columns = convert(rows)
+    except (ValueError, OverflowError):
+        good = []
+        for number, row in zip(numbers, rows, strict=True):
+            reason = _problem(row, wanted, cells, converts) or (None if at is None else problems[row[at]])
+            if reason:
+                skipped.row(f"line {number}", reason)
+            else:
+                good.append(row)
+        rows = good
+        if not rows:
+            return NOTHING
+        columns = convert(rows)
+    arrival, prompt, output = columns
+    return Columns(arrival, prompt, output, None if at is None else [row[at] for row in rows], classes)
+
+
+def _table(path: Path, skipped: Skipped) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
+    """The header; line number and cells of each row; the classes that a comment declares.
+
+    Comment lines begin with '#' and stand before the header; blank lines are no rows.
+    """
+    lines = text_lines(path)
+    classes = None
+    header: list[str] = []
+    comments = 0
+    for line in lines:
+        if not line.startswith("#"):
+            lines = itertools.chain([line], lines)
+            break
+        comments += 1
+        if line.startswith(f"# {CLASSES_HEADER}:"):
+            try:
+                classes = check_classes(json.loads(line.split(":", 1)[1]))
+            except ValueError as error:
+                raise TraceError(f"{path}, line {comments}: {CLASSES_HEADER} must be a JSON list: {error}") from None
+    reader = csv.reader(lines)
+    numbers: list[int] = []
+    rows: list[list[str]] = []
+    try:
+        for row in reader:
+            if len(row) == len(header) != 0:
+                numbers.append(comments + reader.line_num)
+                rows.append(row)
+            elif row and not header:
+                header = [name.strip() for name in row]
+            elif row:
+                where = f"line {comments + reader.line_num}"
+                skipped.row(where, f"has {len(row)} cells, must have {len(header)} as the header has")
+    except csv.Error as error:
+        raise TraceError(f"{path}, line {comments + reader.line_num}: {error}") from None
+    return header, numbers, rows, classes
+
+
+def _problem(row: list[str], wanted: Sequence[str], cells: Sequence[int], converts: Sequence[Convert]) -> str | None:
+    for name, i, convert in zip(wanted, cells, converts, strict=True):
+        try:
+            convert([row[i]])
+        except (ValueError, OverflowError):
+            return f"{name} is {row[i]!r}, must be {_ALLOWED[convert]}"
+    return None
+
+
+def _counts(cells: Sequence[str]) -> np.ndarray:
+    values = np.fromiter(map(int, cells), np.int64, len(cells))
+    if values.min() < 1:
+        raise ValueError
+    return values
+
+
+def _numbers(cells: Sequence[str]) -> np.ndarray:
+    values = np.fromiter(map(float, cells), np.float64, len(cells))
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        raise ValueError
+    return values
+
+
+def _dates(cells: Sequence[str]) -> np.ndarray:
+    """Seconds since the first date; whole nanoseconds until then. The 2024 traces write +00:00 behind each date."""
+    if min(map(len, cells)) < len("2023-11-16 18:15:46"):
+        raise ValueError
+    dates = np.array([cell.removesuffix("+00:00") for cell in cells], dtype="datetime64[ns]")
+    return (dates - dates.min()).astype(np.int64) / 1e9
+
+
+_ALLOWED: dict[Convert, str] = {
+    _counts: "an integer >= 1",
+    _numbers: "a number >= 0 (seconds)",
+    _dates: "a date in UTC as 2023-11-16 18:15:46.6805900",
+}

@@ -1,0 +1,150 @@
+"""The JSON formats: one object a line (Mooncake, our own), or one list of conversations (ShareGPT)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qllm.traces.requests._columns import (
+    CLASS_COLUMN,
+    CLASSES_HEADER,
+    JSONL_COLUMNS,
+    OWN_COLUMNS,
+    Columns,
+    Skipped,
+    class_problem,
+    text_lines,
+)
+from qllm.traces.requests.trace import TraceError, check_classes
+
+Tokenizer = Callable[[str], Sized]
+
+Request = tuple[float, int, int]
+
+
+class _BadRow(Exception):
+    """Why one row is no request; the reader adds file and line."""
+
+
+def read_json(path: Path, format: str, skipped: Skipped, tokenizer: Tokenizer | None) -> Columns:
+    """The columns of one JSON or JSONL trace; TraceError names the file and the line (or the list's entry)."""
+    columns = JSONL_COLUMNS.get(format, OWN_COLUMNS)
+    classes: tuple[str, ...] | None = None
+    requests: list[Request] = []
+    names: list[str] = []
+    for where, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
+        try:
+            if not isinstance(entry, dict):
+                raise _BadRow(f"is {_short(entry)}, must be an object {{...}}")
+            if format == "sharegpt":
+                requests.append(_conversation(entry, tokenizer))
+                continue
+            if format == "jsonl":
+                if entry.keys() == {CLASSES_HEADER} and not requests:
+                    classes = _declared(path, where, entry)
+                    continue
+                _check_keys(entry)
+            request = (_seconds(entry, columns[0]), _tokens(entry, columns[1]), _tokens(entry, columns[2]))
+            if format == "jsonl":
+                if (CLASS_COLUMN in entry) != bool(names) and requests:
+                    raise _BadRow(f"every line names its {CLASS_COLUMN}, or none does")
+                if CLASS_COLUMN in entry:
+                    problem = class_problem(entry[CLASS_COLUMN], classes)
+                    if problem:
+                        raise _BadRow(problem)
+                    names.append(entry[CLASS_COLUMN])
+            requests.append(request)
+        except _BadRow as error:
+            skipped.row(where, str(error))
+    arrival, prompt, output = zip(*requests, strict=True) if requests else ((), (), ())
+    seconds = np.array(arrival, dtype=np.float64)
+    return Columns(
+        seconds / 1000 if format == "mooncake" else seconds,
+        np.array(prompt, dtype=np.int64),
+        np.array(output, dtype=np.int64),
+        names or None,
+        classes,
+    )
+
+
+def _lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                skipped.row(f"line {number}", f"is no JSON object: {error}")
+
+
+def _array(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        entries = json.loads("".join(text_lines(path)))
+    except TraceError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: is no JSON: {error}") from None
+    if not isinstance(entries, list):
+        raise TraceError(f"{path}: must be a JSON list of conversations")
+    for number, entry in enumerate(entries, start=1):
+        yield f"entry {number}", entry
+
+
+def _conversation(entry: dict[str, Any], tokenizer: Tokenizer | None) -> Request:
+    """The first prompt and its answer, measured by the tokenizer or with the lengths that the entry gives."""
+    if tokenizer is None:
+        if "prompt_tokens" not in entry:
+            raise _BadRow("has no prompt_tokens and output_tokens: add them, or give a tokenizer")
+        return 0.0, _tokens(entry, "prompt_tokens"), _tokens(entry, "output_tokens")
+    turns = entry.get("conversations")
+    turns = turns[:2] if isinstance(turns, list) else []
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if speakers != ["human", "gpt"]:
+        raise _BadRow(f"conversations begins with {_short(speakers)}, must begin with a human and a gpt turn")
+    prompt, output = (_measured(turn, tokenizer) for turn in turns)
+    return 0.0, prompt, output
+
+
+def _measured(turn: dict[str, Any], tokenizer: Tokenizer) -> int:
+    text = turn.get("value")
+    tokens = len(tokenizer(text)) if isinstance(text, str) else 0
+    if tokens < 1:
+        raise _BadRow(f"the {turn['from']} turn is {_short(text)}, must be text of >= 1 tokens")
+    return tokens
+
+
+def _check_keys(entry: dict[str, Any]) -> None:
+    allowed = (*OWN_COLUMNS, CLASS_COLUMN)
+    for key in entry:
+        if key not in allowed:
+            raise _BadRow(f"unknown key {key!r}; allowed: {', '.join(allowed)}")
+
+
+def _tokens(entry: dict[str, Any], key: str) -> int:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
+        raise _BadRow(f"{key} is {_short(value)}, must be an integer >= 1")
+    return value
+
+
+def _seconds(entry: dict[str, Any], key: str) -> float:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise _BadRow(f"{key} is {_short(value)}, must be a number >= 0")
+    return value
+
+
+def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    try:
+        return check_classes(entry[CLASSES_HEADER])
+    except TraceError as error:
+        raise TraceError(f"{path}, {where}: {CLASSES_HEADER} must be a list of names: {error}") from None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,43 @@
+"""Write a request trace in this project's own CSV or JSONL; reading it back gives the same trace, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, OWN_COLUMNS
+from qllm.traces.requests.trace import RequestTrace, TraceError
+
+
+def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
+    """Write `trace` to `path`, whose suffix (.csv or .jsonl) chooses the format.
+
+    The CSV begins with the lines of `comment` (where the trace comes from, its licence), each behind '# ', and a line
+    that names the classes in order; JSONL begins with one object that names them and holds no comment.
+    Raises TraceError for another suffix, a comment in JSONL, a trace without requests, a path not to be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".jsonl"):
+        raise TraceError(f"{path}: a trace is written as .csv or .jsonl, not {path.suffix or 'without a suffix'!r}")
+    if not len(trace):
+        raise TraceError(f"{path}: a trace without requests is not written")
+    if comment and path.suffix == ".jsonl":
+        raise TraceError(f"{path}: JSONL holds no comment; write .csv")
+    header = (*OWN_COLUMNS, CLASS_COLUMN)
+    names = [trace.classes[i] for i in trace.cls.tolist()]
+    columns = (trace.arrival.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), names)
+    rows = zip(*columns, strict=True)
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                file.writelines(f"# {line}\n" for line in comment.splitlines())
+                file.write(f"# {CLASSES_HEADER}: {json.dumps(trace.classes)}\n")
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(header)
+                writer.writerows(rows)
+            else:
+                file.write(json.dumps({CLASSES_HEADER: trace.classes}) + "\n")
+                file.writelines(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,174 @@
+"""Reader of NVIDIA aiconfigurator's tables (Apache-2.0): GPU kernel times of GEMMs, attention and fused MoE layers."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from qllm.traces.step_times.file_format import TimingError
+
+PACKAGE = "aiconfigurator_core"
+LICENCE = "Apache-2.0 (NVIDIA aiconfigurator, Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES)"
+FILES = {
+    "gemm": ("gemm", "gemm_perf"),
+    "context": ("attention", "context_attention_perf"),
+    "generation": ("attention", "generation_attention_perf"),
+    "moe": ("moe", "moe_perf"),
+}
+
+
+class Tables:
+    """The tables of one GPU: a folder of parquet files, or the installed package (`source` = "aiconfigurator-core").
+
+    Two folder layouts are read: the package's own, systems/data/GPU/OP/FRAMEWORK/VERSION/FILE.parquet (`source` may be
+    GPU or any folder above it), and a flat one, OP__FRAMEWORK__VERSION__FILE.parquet.
+    TimingError where nothing is found.
+    """
+
+    def __init__(self, source: str | Path, gpu: str) -> None:
+        self.gpu = gpu
+        if str(source) in ("aiconfigurator-core", PACKAGE):
+            spec = importlib.util.find_spec(PACKAGE)
+            if spec is None or spec.origin is None:
+                raise TimingError(
+                    "aiconfigurator-core is not installed; pip install 'qllm-moe[timings]', or give a folder"
+                )
+            self.root = Path(spec.origin).parent / "systems"
+        else:
+            self.root = Path(source)
+        self.files: dict[tuple[str, str, str], Path] = {}
+        for path in sorted(self.root.rglob("*.parquet")):
+            found = self._identify(path)
+            if found is not None:
+                self.files[found] = path
+        if not self.files:
+            systems = sorted({path.parents[3].name for path in self.root.rglob("gemm_perf.parquet")}) or ["none"]
+            raise TimingError(f"{self.root}: no tables for GPU {gpu!r}; GPUs here: {', '.join(systems)}")
+        self.system = self._system()
+
+    def _identify(self, path: Path) -> tuple[str, str, str] | None:
+        """(kind, framework, version) of a file, or None where it is of another GPU or of no use here."""
+        parts = path.stem.split("__") if "__" in path.stem else (*path.parts[-4:-1], path.stem)
+        nested = "__" not in path.stem
+        if len(parts) != 4 or (nested and path.parts[-5:-4] != (self.gpu,)):
+            return None
+        op, framework, version, stem = parts
+        for kind, (folder, prefix) in FILES.items():
+            if op == folder and stem.startswith(prefix):
+                return kind, framework, version
+        return None
+
+    def _system(self) -> dict[str, Any]:
+        for folder in (self.root, *list(self.root.parents)[:2]):
+            path = folder / f"{self.gpu}.yaml"
+            if path.is_file():
+                return yaml.safe_load(path.read_text(encoding="utf-8"))
+        raise TimingError(f"{self.root}: no {self.gpu}.yaml, which gives memory size and bandwidth")
+
+    def read(self, kind: str, choice: str, **wanted: Any) -> tuple[pd.DataFrame, str]:
+        """Rows of one table with these values in its columns, and FRAMEWORK:VERSION of the table.
+
+        choice: FRAMEWORK or FRAMEWORK:VERSION; without a version the newest one that holds such rows. TimingError where
+        none does: it names the first column without a match, and what that holds.
+        """
+        framework, _, version = choice.partition(":")
+        here = sorted({(f, v) for k, f, v in self.files if k == kind}, key=lambda fv: (fv[0], _version_key(fv[1])))
+        fitting = [fv for fv in here if fv[0] == framework and version in ("", fv[1])]
+        if not fitting:
+            names = ", ".join(f"{f}:{v}" for f, v in here) or "none"
+            raise TimingError(f"{self.root}: no {kind} table of {choice!r} for {self.gpu}; there are: {names}")
+        errors = []
+        for found in reversed(fitting):
+            name = ":".join(found)
+            try:
+                return _select(_parquet(self.files[kind, *found]), f"{kind} table {name}", **wanted), name
+            except TimingError as error:
+                errors.append(error)
+        raise errors[0]
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise TimingError(f"{path}: cannot be read as a parquet table: {error}") from None
+
+
+def _version_key(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def _select(frame: pd.DataFrame, what: str, **wanted: Any) -> pd.DataFrame:
+    """Rows with these values; a column that the table lacks is passed over (older tables have fewer)."""
+    for column, value in wanted.items():
+        if column not in frame.columns:
+            continue
+        rows = frame[frame[column] == value]
+        if rows.empty:
+            held = ", ".join(str(v) for v in sorted(frame[column].unique().tolist()))
+            raise TimingError(f"{what}: no rows with {column} = {value}; with what was asked before, there are: {held}")
+        frame = rows
+    return frame
+
+
+def series(frame: pd.DataFrame, column: str) -> pd.Series:
+    """Median seconds by `column` (the tables give milliseconds; a few points were measured twice)."""
+    return frame.groupby(column)["latency"].median().sort_index() / 1e3
+
+
+def gemm_seconds(frame: pd.DataFrame, n: int, k: int) -> pd.Series:
+    """Seconds of a GEMM [m, k] x [k, n] by m: the measured rows, or between the nearest n and k on the grid.
+
+    Off the grid, log(seconds) is interpolated linearly in log n and log k. Below the grid's smallest size the smallest
+    holds (such kernels are bound by latency); above its largest, time grows in proportion.
+    """
+
+    def at_k(k_grid: int) -> pd.Series:
+        rows = frame[frame["k"] == k_grid]
+        return _between(rows["n"], n, lambda n_grid: series(rows[rows["n"] == n_grid], "m"))
+
+    return _between(frame["k"], k, at_k)
+
+
+def _between(grid: pd.Series, value: int, curve: Any) -> pd.Series:
+    sizes = np.unique(grid.to_numpy())
+    if value in sizes or value < sizes[0]:
+        return curve(max(value, int(sizes[0])))
+    if value > sizes[-1]:
+        return curve(int(sizes[-1])) * (value / sizes[-1])
+    high = int(np.searchsorted(sizes, value))
+    low_size, high_size = int(sizes[high - 1]), int(sizes[high])
+    share = np.log(value / low_size) / np.log(high_size / low_size)
+    low_curve, high_curve = curve(low_size).align(curve(high_size), join="inner")
+    return np.exp((1 - share) * np.log(low_curve) + share * np.log(high_curve))
+
+
+def add(*parts: pd.Series) -> pd.Series:
+    """Sum over the sizes that all parts hold."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.add(part).dropna()
+    return total
+
+
+class Memory:
+    """Element-wise kernels as memory traffic: aiconfigurator's own formula, bytes / (bandwidth x 0.8) + 3 us."""
+
+    def __init__(self, system: dict[str, Any]) -> None:
+        gpu = system["gpu"]
+        self.bandwidth = gpu["mem_bw"] * gpu.get("mem_bw_empirical_scaling_factor", 0.8)
+        self.latency = gpu.get("mem_empirical_constant_latency", 3e-6)
+
+    def seconds(self, traffic: float) -> float:
+        """Seconds to move `traffic` bytes through device memory, in one kernel."""
+        return traffic / self.bandwidth + self.latency
+
+    def by_rows(self, rows: pd.Index, bytes_per_row: float) -> pd.Series:
+        """Seconds by number of rows."""
+        return pd.Series(rows.to_numpy() * bytes_per_row / self.bandwidth + self.latency, index=rows)

@@ -1,0 +1,282 @@
+"""The steps of a pass: where it can be cut, and how long each piece takes by a timing trace.
+
+The simulator and the engine's virtual clock both take their times from here, so they cannot drift apart.
+
+A layer is the sequence ``pre | attention piece 1 | ... | piece P, post | group 1 | ... | group G``: preemption points
+(``|``) lie before the attention, between query blocks of a long attention, before the experts and between groups of
+experts. What lies between two points is a *step* and cannot be interrupted. P and G follow from the timings so that
+no step exceeds `max_step`, and from nothing else: the cuts are the same whether or not anyone waits.
+
+Times are multiples of 2^-30 s (0.93 ns). Sums of such numbers are exact in float64 up to 97 days, so a pass takes the
+same time to the last bit whether its steps are added up one by one or all at once.
+
+Merging (`merged`, `joins`) says which tokens of suspended passes run along at the experts of the pass that runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qllm.traces.step_times.timings import Timings
+
+TICKS_PER_S = 1 << 30
+TICK = 1.0 / TICKS_PER_S
+
+
+def ticks(seconds: Any) -> Any:
+    """`seconds` (float or array) rounded to the nearest multiple of TICK."""
+    if isinstance(seconds, np.ndarray):
+        return np.rint(seconds * TICKS_PER_S) * TICK
+    return round(seconds * TICKS_PER_S) * TICK
+
+
+@dataclass(slots=True)
+class Shape:
+    """Times (seconds, whole ticks) of a pass but for its experts, and how each layer is cut.
+
+    lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass, and
+    `after_prefill` where a decode pass follows prompts. pre: norm and QKV. attention: one query block of `pieces`.
+    post: output projection, norm, router. base: shared cost of the experts, in front of the first group. per_group:
+    extra of each further group with tokens. head: after the last layer. group: experts in a group; groups: groups in a
+    layer.
+    """
+
+    lead: float
+    pre: float
+    attention: float
+    pieces: int
+    post: float
+    base: float
+    per_group: float
+    head: float
+    group: int
+    groups: int
+
+    @property
+    def steps_per_layer(self) -> int:
+        """Pieces that a layer is listed as in `StepModel.times`: pre, query blocks, post, groups."""
+        return 2 + self.pieces + self.groups
+
+
+class StepModel:
+    """Step times of passes for one model on one GPU.
+
+    max_step: seconds that a step should not exceed where it can be cut.
+    expert_mode: "fused" (a layer's experts share `experts_base_s`, groups are launches of the fused kernel) or
+    "separate" (each expert is launched for itself); default: what the timing trace describes. A trace of separate
+    launches cannot be used as fused. popularity: float[layers, experts], share of tokens routed to each expert, used
+    for the size of groups; uniform by default. Raises ValueError.
+
+    `merge_rows`: most tokens of a suspended pass that run along at an expert, the largest m with f(m) <= 2 f(1) in
+    the measured range. One token costs the reading of the expert's weights, which merging saves; up to so many, a
+    launch gets about one such reading longer at most. More would make the running pass wait for others' compute.
+    """
+
+    def __init__(
+        self,
+        timings: Timings,
+        *,
+        max_step: float = math.inf,
+        expert_mode: str | None = None,
+        popularity: np.ndarray | None = None,
+    ):
+        mode = expert_mode or timings.expert_mode
+        if mode not in ("fused", "separate"):
+            raise ValueError(f"expert_mode is {mode!r}, must be fused or separate")
+        if mode == "fused" and timings.expert_mode == "separate":
+            raise ValueError(
+                f"expert_mode is fused, but {timings.name} holds times of separate launches; only separate is possible"
+            )
+        if not max_step > 0:
+            raise ValueError(f"max_step is {max_step} s, must be above 0")
+        self.timings = timings
+        self.mode = mode
+        self.max_step = max_step
+        self.layers = timings.layers
+        self.n_experts = timings.experts
+        launches = timings.launches_per_expert * timings.launch_s
+        self._own_launch = launches if mode == "separate" and timings.expert_mode == "fused" else 0.0
+        self._table = self._expert_table(timings.range("expert")[1])
+        self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
+        self._base = ticks(timings.experts_base_s)
+        self._block = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
+        self.suspend_s: float = ticks(timings.suspend_s)
+        self.resume_s: float = ticks(timings.resume_s)
+        self.wake_s: float = ticks(timings.wake_s)
+        peak = 1.0 / timings.experts if popularity is None else float(popularity.max())
+        self._peak_share = min(1.0, peak * timings.top_k)  # of a pass's tokens, at the most popular expert
+        self._cuts: dict[int, tuple[float, int, int]] = {}
+        self._dense: dict[int, tuple[float, float]] = {}
+        self._heads: dict[int, float] = {}
+        self._decode_fixed: dict[tuple[int, bool], float] = {}
+
+    def _expert_table(self, limit: int) -> np.ndarray:
+        table = self.timings.expert_table(limit) + self._own_launch
+        table[0] = 0.0
+        return ticks(table)
+
+    def experts(self, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each expert (whole ticks) for int[...] tokens each; an expert without tokens takes none."""
+        try:
+            return self._table.take(counts)
+        except IndexError:  # beyond the measured range: the trace extrapolates, and says so
+            self._table = self._expert_table(int(counts.max()))
+            return self._table.take(counts)
+
+    def experts_of_pass(self, shape: Shape, routing: Any) -> float:
+        """Seconds of all experts of a pass and of its further groups, for the tokens that each expert got in each MoE
+        layer, int[MoE layers, experts]. A trace takes all layers to be alike: where some have no experts, each counts
+        for its share."""
+        counts = np.asarray(routing)
+        seconds = float(self.experts(counts).sum())
+        if shape.groups > 1 and shape.per_group:
+            seconds += shape.per_group * int(np.count_nonzero(self.by_group(shape, counts)[..., 1:]))
+        return seconds * (self.layers / len(counts))
+
+    def shape(
+        self,
+        prefill: Sequence[tuple[Any, int, int]],
+        n_decode: int,
+        decode_context: int,
+        rows: int,
+        moved_tokens: int = 0,
+        after_prefill: bool = False,
+    ) -> Shape:
+        """Times of a pass over prefill chunks (anything, new tokens, tokens cached before) and `n_decode` decoding
+        sequences that hold `decode_context` tokens in all, of which `rows` sequences get a new token.
+        `moved_tokens`: tokens whose KV is moved to or from host memory first. `after_prefill`: the pass before it had
+        prompts, which counts where this one has none.
+
+        The chunks' attention runs as one launch whose work adds up: the cost of the smallest is counted once.
+        """
+        t = self.timings
+        attention = t.attention_decode(n_decode, decode_context / n_decode) if n_decode else 0.0
+        tokens = n_decode
+        if prefill:
+            floor = t.attention_prefill(1, 0)
+            attention += floor
+            for _, new, cached in prefill:
+                tokens += new
+                attention += max(t.attention_prefill(new, cached) - floor, 0.0)
+        dense = self._dense.get(tokens)
+        if dense is None:
+            dense = self._dense[tokens] = (ticks(t.dense_pre(tokens)), ticks(t.dense_post(tokens)))
+        head = self._heads.get(rows)
+        if head is None:
+            head = self._heads[rows] = ticks(t.head(rows))
+        cuts = self._cuts.get(tokens)
+        if cuts is None:
+            cuts = self._cuts[tokens] = self._experts_cut(tokens)
+        block, pieces = self._query_blocks(attention)
+        lead = t.host_s
+        if moved_tokens:
+            lead += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
+        if after_prefill and not prefill:
+            lead += t.after_prefill(n_decode)
+        per_group, group, groups = cuts
+        return Shape(ticks(lead), dense[0], block, pieces, dense[1], self._base, per_group, head, group, groups)
+
+    def decode_total(self, n_decode: int, decode_context: int, after_prefill: bool = False) -> float:
+        """`total` of a pass that only decodes, without its experts' times: the fast path of the simulator."""
+        fixed = self._decode_fixed.get((n_decode, after_prefill))
+        if fixed is None:
+            shape = self.shape((), n_decode, decode_context, n_decode, after_prefill=after_prefill)
+            attention = self.layers * shape.attention * shape.pieces
+            fixed = self._decode_fixed[n_decode, after_prefill] = self.total(shape, 0.0) - attention
+        block, pieces = self._query_blocks(self.timings.attention_decode(n_decode, decode_context / n_decode))
+        return fixed + self.layers * block * pieces
+
+    def _query_blocks(self, attention: float) -> tuple[float, int]:
+        """(seconds of each, number) of the blocks that an attention of so many seconds is cut into."""
+        if attention <= self.max_step:
+            return round(attention * TICKS_PER_S) * TICK, 1
+        pieces = math.ceil(attention / self.max_step)
+        return round((attention / pieces + self._block) * TICKS_PER_S) * TICK, pieces
+
+    def _experts_cut(self, tokens: int) -> tuple[float, int, int]:
+        """(seconds of a further group, experts in a group, groups): as many as keep a group below `max_step` with the
+        most popular expert's tokens, three standard deviations up, at each."""
+        mean = tokens * self._peak_share
+        most = min(tokens, math.ceil(mean + 3 * math.sqrt(mean)))
+        t = self.timings
+        per_group = ticks(t.launches_per_expert * t.launch(tokens)) if self.mode == "fused" else 0.0
+        room = self.max_step - self._base - per_group
+        each = max(float(self.experts(np.array(most))), TICK)
+        group = int(min(max(room / each, 1), self.n_experts))
+        return per_group, group, -(-self.n_experts // group)
+
+    def groups(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts]. A group
+        without tokens is passed over; of the first, the shared `base` remains."""
+        out = self.by_group(shape, self.experts(counts))
+        out[..., 0] += shape.base
+        out[..., 1:] += shape.per_group * (self.by_group(shape, counts)[..., 1:] > 0)
+        return out
+
+    def by_group(self, shape: Shape, each: np.ndarray) -> np.ndarray:
+        """Sums of what `each` expert has, [..., experts], over the groups, [..., groups]."""
+        if shape.group == 1:
+            return each
+        return np.add.reduceat(each, np.arange(0, self.n_experts, shape.group), axis=-1)
+
+    def joins(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+        """Where tokens of a suspended pass run along, bool[...]: at experts at which the running pass has tokens of
+        its `own` and at most `merge_rows` are `waiting`, int[...] both."""
+        return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
+
+    def merged(self, own: np.ndarray, suspended: Iterable[np.ndarray]) -> np.ndarray:
+        """Tokens that go through each expert, int[...], when what each suspended pass has waiting there, int[...],
+        joins the running pass's `own`."""
+        out = own.copy()
+        for waiting in suspended:
+            out += np.where(self.joins(own, waiting), waiting, 0)
+        return out
+
+    def total(self, shape: Shape, experts_s: float) -> float:
+        """Seconds of the whole pass; `experts_s`: its experts' times (`experts_of_pass`)."""
+        layer = shape.pre + shape.attention * shape.pieces + shape.post + shape.base
+        return shape.lead + self.layers * layer + experts_s + shape.head
+
+    def times(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each piece of the pass in order, float64[2 + layers * steps_per_layer]: lead, the layers, head.
+        `counts`: tokens per expert, int[layers, experts]."""
+        steps = np.empty((self.layers, shape.steps_per_layer))
+        steps[:, 0] = shape.pre
+        steps[:, 1 : 1 + shape.pieces] = shape.attention
+        steps[:, 1 + shape.pieces] = shape.post
+        steps[:, 2 + shape.pieces :] = self.groups(shape, counts)
+        return np.concatenate(([shape.lead], steps.ravel(), [shape.head]))
+
+    def points(self, shape: Shape, granularity: str) -> np.ndarray:
+        """The pieces (indices into `times`) after which a pass may stop: all the points of each layer ("expert"), only
+        the one before its attention ("layer"), none ("iteration"). int64, increasing."""
+        if granularity == "iteration":
+            return np.empty(0, dtype=np.int64)
+        n = shape.steps_per_layer
+        inside = [0]
+        if granularity == "expert":
+            post = 1 + shape.pieces
+            inside += [*range(1, shape.pieces), post, *range(post + 1, n - 1)]
+        starts = 1 + n * np.arange(self.layers)
+        return (starts[:, None] + np.array(inside)).ravel()
+
+    def where(self, shape: Shape, done: int) -> tuple[int, str, int]:
+        """(layer, stage, index in the stage) of the piece that comes after `done` pieces; stages are lead, pre,
+        attention, post, experts, head."""
+        if done == 0:
+            return 0, "lead", 0
+        layer, k = divmod(done - 1, shape.steps_per_layer)
+        if layer >= self.layers:
+            return self.layers, "head", 0
+        if k == 0:
+            return layer, "pre", 0
+        if k <= shape.pieces:
+            return layer, "attention", k - 1
+        if k == shape.pieces + 1:
+            return layer, "post", 0
+        return layer, "experts", k - shape.pieces - 2

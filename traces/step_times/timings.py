@@ -1,0 +1,261 @@
+"""Timing traces: how long each step of a forward pass takes on one GPU, for one model.
+
+A timing trace is a table of points plus a header that says what it is; format and provenance: docs/timing_traces.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qllm.traces.step_times.file_format import (
+    OPTIONAL,
+    STEPS,
+    Point,
+    TimingError,
+    TimingHeader,
+    check_header,
+    check_points,
+    read,
+    render,
+)
+from qllm.traces.step_times.interpolate import Curve, ExtrapolationWarning, Grid
+
+__all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "affine_timings", "bundled"]
+
+#: seconds that belong to no size
+SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s", "wake_s")
+_FOLDER = Path(__file__).parents[1] / "data" / "timings"
+
+
+def bundled() -> list[str]:
+    """Names of the timing traces that ship with the package; each can be given to `Timings.load`."""
+    return sorted(path.stem for path in _FOLDER.glob("*.csv"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings(TimingHeader):
+    """One timing trace. The header's keys are attributes; the methods give seconds for ONE layer (head: one pass).
+
+    Every method takes numbers or numpy arrays, and never falls when an argument grows. No work takes no time: 0 tokens
+    give 0.0. Outside the measured range (`range`) the last segment is continued, and one ExtrapolationWarning per step
+    says so. Not included in any of them: launches and the host's time (`launch_s`, `host_s`), unless `expert_mode`
+    is "separate", where `expert` includes the launches of its kernels.
+
+    A whole MoE layer whose experts got m_0, m_1, ... tokens takes `experts_base_s + sum_e expert(m_e)` seconds.
+    """
+
+    points: tuple[Point, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        where = f"timings {self.name!r}"
+        checked = check_header({f.name: getattr(self, f.name) for f in fields(TimingHeader)}, where)
+        for key, value in checked.items():
+            object.__setattr__(self, key, value)
+        check_points(list(self.points), [f"{where}, row {i}" for i in range(1, len(self.points) + 1)])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Timings:
+        """The timing trace in the file `path`, or the bundled one of that name. TimingError if there is none such."""
+        name = str(path)
+        if name in bundled():
+            path = _FOLDER / f"{name}.csv"
+        elif not Path(path).is_file():
+            raise TimingError(f"{name}: no such file, and no bundled timing trace; bundled: {', '.join(bundled())}")
+        header, points = read(Path(path))
+        return cls(points=tuple(points), **header)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
+        Path(path).write_text(render(self, list(self.points)), encoding="utf-8")
+
+    @property
+    def engine_loop_s(self) -> float:
+        """What of `host_s` is the engine's loop, beyond a pass itself; 0 where a trace does not say."""
+        return float(self.conditions.get("engine_loop_s", 0.0))
+
+    @property
+    def engine_between_s(self) -> float:
+        """What of `engine_loop_s` lies between two passes; all of it where a trace does not say."""
+        return float(self.conditions.get("engine_between_s", self.engine_loop_s))
+
+    def scaled(self, few: float, many: float | None = None, bound: int = 0) -> Timings:
+        """The device at another speed: seconds of steps over up to `bound` tokens (or sequences), and of what has no
+        size, times `few`, others times `many` (both above 0; `few` too where it is None); not the bandwidth."""
+        many = few if many is None else many
+
+        def slower(p: Point) -> Point:
+            factor = few if p.tokens <= bound else many
+            return p._replace(seconds=p.seconds * factor, spread_s=p.spread_s and p.spread_s * factor)
+
+        numbers = {key: getattr(self, key) * few for key in SIZELESS}
+        if self.query_block_s is not None:
+            numbers["query_block_s"] = self.query_block_s * many
+        return replace(self, points=tuple(map(slower, self.points)), **numbers)
+
+    def dense_pre(self, tokens: Any) -> Any:
+        """Norm and QKV projection of `tokens` tokens, up to the attention: seconds a layer."""
+        return self._dense_pre(tokens)
+
+    def dense_post(self, tokens: Any) -> Any:
+        """Output projection, norm and router (and shared experts) of `tokens` tokens: seconds a layer."""
+        return self._dense_post(tokens)
+
+    def expert(self, tokens: Any) -> Any:
+        """f(m), what one expert with m tokens adds to its MoE layer: seconds; f(0) = 0."""
+        return self._expert(tokens)
+
+    def head(self, rows: Any) -> Any:
+        """Final norm, LM head and sampling for `rows` sequences: seconds a pass."""
+        return self._head(rows)
+
+    def attention_prefill(self, tokens: Any, context: Any) -> Any:
+        """Attention of one sequence's `tokens` new tokens over `context` tokens already cached: seconds a layer."""
+        return self._attention_prefill(tokens, context)
+
+    def attention_decode(self, batch: Any, context: Any) -> Any:
+        """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
+        return self._attention_decode(batch, context)
+
+    def launch(self, tokens: Any) -> Any:
+        """One launch more in a pass of `tokens` tokens: seconds; `launch_s` at all sizes where the trace has no curve.
+        It may fall, and beyond the curve it stays what it is at its end."""
+        if self._launch is None:
+            return self.launch_s
+        return self._launch(min(max(tokens, self._launch.lo), self._launch.hi))
+
+    def after_prefill(self, batch: Any) -> Any:
+        """What a pass of `batch` decoding sequences takes longer right after a pass with prompts: seconds a pass; none
+        where the trace does not say."""
+        return 0.0 if self._after_prefill is None else self._after_prefill(batch)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The steps that it has points of."""
+        return (*STEPS, *(step for step in OPTIONAL if any(point.step == step for point in self.points)))
+
+    def check_matches(self, **used: Any) -> None:
+        """TimingError unless the header says what the trace is used with: any of device, model, dtype, layers, hidden,
+        experts, top_k. The message names each key that differs."""
+        differing = [(key, getattr(self, key), value) for key, value in used.items() if getattr(self, key) != value]
+        if differing:
+            told = "; ".join(f"{key} is {mine!r}, used with {value!r}" for key, mine, value in differing)
+            raise TimingError(f"timings {self.name!r} are of another model or device: {told}")
+
+    def expert_table(self, limit: int) -> np.ndarray:
+        """f(m) for m = 0..limit as float64[limit + 1], for callers that index it themselves."""
+        return self._expert.table(limit)
+
+    def range(self, step: str) -> tuple[Any, Any]:
+        """(lowest, highest) size measured for a step: tokens, or (tokens, context) for attention. TimingError."""
+        if step not in self.steps:
+            raise TimingError(f"timings {self.name!r}: unknown step {step!r}; allowed: {', '.join(self.steps)}")
+        shape: Curve | Grid = getattr(self, f"_{step}")
+        return shape.lo, shape.hi
+
+    def describe(self) -> dict[str, Any]:
+        """Header, and for each step its range, points by source, and the largest change by the monotone clean-up."""
+        steps = {}
+        for step in self.steps:
+            mine = [point for point in self.points if point.step == step]
+            low, high = self.range(step)
+            sources = sorted({point.source for point in mine})
+            steps[step] = {
+                "lowest": low,
+                "highest": high,
+                "points": {source: sum(point.source == source for point in mine) for source in sources},
+                "cleaned_max": self._cleaned(mine),
+            }
+        return {**{f.name: getattr(self, f.name) for f in fields(TimingHeader)}, "steps": steps}
+
+    def _cleaned(self, points: list[Point]) -> float:
+        """The largest relative difference between a point and the monotone curve through its step."""
+        change = 0.0
+        for point in points:
+            at = (point.tokens,) if point.context is None else (point.tokens, point.context)
+            value = getattr(self, f"_{point.step}")(*at)
+            change = max(change, abs(value - point.seconds) / point.seconds if point.seconds else 0.0)
+        return change
+
+    def _curve(self, step: str, rises: bool = True) -> Curve:
+        mine = sorted((point.tokens, point.seconds) for point in self.points if point.step == step)
+        return Curve(step, [tokens for tokens, _ in mine], [seconds for _, seconds in mine], rises)
+
+    def _grid(self, step: str) -> Grid:
+        mine = {(p.tokens, p.context): p.seconds for p in self.points if p.step == step and p.context is not None}
+        xs, ys = sorted({x for x, _ in mine}), sorted({y for _, y in mine})
+        return Grid(step, xs, ys, np.array([[mine[x, y] for y in ys] for x in xs]))
+
+    # Built at the first call: a file loads in milliseconds, and most callers use all of them, some only one.
+    @cached_property
+    def _dense_pre(self) -> Curve:
+        return self._curve("dense_pre")
+
+    @cached_property
+    def _dense_post(self) -> Curve:
+        return self._curve("dense_post")
+
+    @cached_property
+    def _expert(self) -> Curve:
+        return self._curve("expert")
+
+    @cached_property
+    def _head(self) -> Curve:
+        return self._curve("head")
+
+    @cached_property
+    def _launch(self) -> Curve | None:
+        return self._curve("launch", rises=False) if "launch" in self.steps else None
+
+    @cached_property
+    def _after_prefill(self) -> Curve | None:
+        return self._curve("after_prefill") if "after_prefill" in self.steps else None
+
+    @cached_property
+    def _attention_prefill(self) -> Grid:
+        return self._grid("attention_prefill")
+
+    @cached_property
+    def _attention_decode(self) -> Grid:
+        return self._grid("attention_decode")
+
+
+def affine_timings(
+    *,
+    dense_pre: tuple[float, float] = (20e-6, 1e-6),
+    dense_post: tuple[float, float] = (20e-6, 1e-6),
+    expert: tuple[float, float] = (50e-6, 1e-6),
+    head: tuple[float, float] = (50e-6, 1e-6),
+    prefill: tuple[float, float, float] = (10e-6, 0.5e-6, 1e-10),
+    decode: tuple[float, float, float] = (10e-6, 0.5e-6, 1e-9),
+    launch: tuple[float, float] | None = None,
+    after_prefill: tuple[float, float] | None = None,
+    tokens: int = 65536,
+    context: int = 131072,
+    **header: Any,
+) -> Timings:
+    """A made-up timing trace of straight lines, for tests and examples: no device behaves like that.
+
+    Each pair is (seconds at any size, seconds per token); the attention triples add (seconds per token and context
+    token). `header` overrides header keys, such as layers, experts, top_k, hidden, expert_mode, host_s.
+    """
+    points = []
+    curves = {"dense_pre": dense_pre, "dense_post": dense_post, "expert": expert, "head": head}
+    for step, line in {**curves, "launch": launch, "after_prefill": after_prefill}.items():
+        if line is not None:
+            points += [Point(step, n, None, line[0] + line[1] * n, source="modelled") for n in (1, tokens)]
+    for step, (base, slope, cross) in {"attention_prefill": prefill, "attention_decode": decode}.items():
+        for n in (1, tokens):
+            points += [Point(step, n, c, base + slope * n + cross * n * c, source="modelled") for c in (0, context)]
+    defaults: dict[str, Any] = {
+        **{"name": "affine", "source": "modelled", "device": "none", "model": "none", "dtype": "none"},
+        **{"framework": "none", "date": "none", "licence": "Apache-2.0", "provenance": "made up, for tests"},
+        **{"layers": 2, "hidden": 64, "experts": 4, "top_k": 2, "expert_mode": "fused", "experts_base_s": 30e-6},
+        **{"launch_s": 5e-6, "launches_per_expert": 3, "host_s": 0.0, "suspend_s": 0.0, "resume_s": 0.0},
+        **{"kv_bytes_per_token": 1024, "weights_bytes": 1 << 30, "memory_bytes": 8 << 30, "host_bandwidth": 32e9},
+    }
+    return Timings(points=tuple(points), **{**defaults, **header})

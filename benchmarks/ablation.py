@@ -1,6 +1,7 @@
 """fcfs -> priority -> chunked -> layer -> qllm -> hybrid on the three configurations: what each step buys and costs.
 
     python benchmarks/ablation.py [CONFIG ...] [--jobs 2]
+    python benchmarks/ablation.py configs/long_prefill.yaml [--results FOLDER] --out docs/results/long_prefill.json
 
 Times are simulated on imported or modelled A100 timings (the caption says which), not measured.
 """
@@ -11,8 +12,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from paper import KEPT
+from results_file import add_out, save
 
-from qllm import simulate
+from qllm import load_results, simulate
 from qllm.traces.requests.trace import TraceError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -42,16 +45,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=[str(CONFIGS / f"{name}.yaml") for name in NAMES])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", metavar="FOLDER", help="of `qllm simulate CONFIG`; without it, simulate now")
+    add_out(parser, "long_prefill")
     args = parser.parse_args()
+    if (args.out or args.results) and len(args.configs) != 1:
+        parser.error("--out and --results are about one configuration: name it")
     pd.set_option("display.width", 220, "display.max_columns", 20, "display.max_rows", 200)
     for config in args.configs:
         try:
-            results = simulate(config, jobs=args.jobs)
+            results = load_results(args.results) if args.results else simulate(config, jobs=args.jobs)
         except TraceError as error:
             print(f"\n{config}: left out: {error}")
             continue
         print(f"\n{Path(config).stem} ({results.config.provenance['timings']})")
         print(ablation(results.summary).round(3).to_string())
+        if args.out:
+            source = f"simulated; step times {results.config.provenance['timings']}"
+            tables = {"ablation": ablation(results.summary).reset_index(), "summary": results.summary[KEPT]}
+            save(args.out, source=source, tables=tables, config=config)
 
 
 if __name__ == "__main__":

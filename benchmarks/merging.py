@@ -1,6 +1,6 @@
 """qllm and hybrid without and with shared expert queues (`merge`), on two configurations: what merging buys.
 
-    python benchmarks/merging.py [CONFIG ...] [--jobs 2]
+    python benchmarks/merging.py [CONFIG ...] [--jobs 2] [--out docs/results/merging.json]
 
 Simulated on imported or modelled A100 timings (the caption says which), not measured. All policies see the same
 requests, but a pass that takes another time changes which requests share the next one: differences within the spread of
@@ -13,9 +13,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from results_file import add_out, save
 
 from qllm import load_config, simulate
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import Timings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -48,16 +49,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", default=[str(CONFIGS / f"{name}.yaml") for name in RATES])
     parser.add_argument("--jobs", type=int, default=2)
+    add_out(parser, "merging")
     args = parser.parse_args()
+    tables, sources = {}, []
     pd.set_option("display.width", 220, "display.max_columns", 20)
     for config in args.configs:
         rate = RATES.get(Path(config).stem)
         chosen = [] if rate is None else [f"sweep.rate=[{rate}]"]
         results = simulate(config, jobs=args.jobs, set=[f"policies={POLICIES}", *chosen])
-        most = StepModel(Timings.load(load_config(config).timings)).merge_rows
+        most = PassCostModel(Timings.load(load_config(config).timings)).merge_rows
         told = results.config.provenance["timings"]
         print(f"\n{Path(config).stem} at {rate or 'all'} requests/s ({told}); merge_rows: {most}")
-        print(table(results.requests).round(4).to_string())
+        rows = table(results.requests)
+        print(rows.round(4).to_string())
+        sources.append(f"{Path(config).stem}: step times {told}; merge_rows {most}")
+        tables[Path(config).stem] = rows.rename_axis("policy").reset_index().assign(rate=rate)
+    if args.out:
+        save(args.out, source="simulated; " + "; ".join(sources), tables=tables)
 
 
 if __name__ == "__main__":

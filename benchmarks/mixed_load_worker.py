@@ -23,7 +23,7 @@ from qllm.scheduler import Limits, make_policy
 
 # 131,072 tokens of KV, 2 GiB, as vLLM has; passes of at most 1,024 tokens, since what lies between two layers' experts
 # and attention is not cut (vLLM: 2,048 tokens a step)
-LIMITS = Limits(kv_blocks=8192, max_tokens=1024)
+LIMITS = Limits(kv_blocks=8192, max_batched_tokens=1024)
 
 
 def send(engine: Engine, r: dict[str, Any]) -> Stream:

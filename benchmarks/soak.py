@@ -19,14 +19,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from qllm.executor.engine.clock import Course, RealClock, RealCourse
+from qllm.executor.engine.clock import Execution, RealClock, RealExecution
 from qllm.executor.engine.engine import Engine
 from qllm.executor.errors import RequestFailed
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits, Pass, make_policy
-from qllm.traces.step_times.cost_model import Shape
+from qllm.traces.step_times.cost_model import PassCost
 
 BLOCKS = 40
 GROWTH_MB = 64  # allowed between a fifth of the way and the end: allocators and thread pools fill up late
@@ -36,7 +36,7 @@ class Injected(RuntimeError):
     """The exception that is thrown into passes."""
 
 
-class FaultyCourse(RealCourse):
+class FaultyCourse(RealExecution):
     """Throws an exception into the pass at one point in `every`."""
 
     def __init__(self, running: RunningPass, granularity: str, rng: random.Random, every: int):
@@ -55,7 +55,7 @@ class FaultyClock(RealClock):
         super().__init__()
         self._rng, self._every = rng, every
 
-    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
         return FaultyCourse(running, granularity, self._rng, self._every)
 
 
@@ -78,7 +78,7 @@ def soak(
     """Run it for so many seconds, and on until `at_least` requests have been sent; returns counts of endings, "sent",
     "unanswered", "leaked_blocks", "passes", and resident memory early and late in MB."""
     rng = random.Random(seed)
-    limits = Limits(max_seqs=6, max_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
+    limits = Limits(max_seqs=6, max_batched_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
     endings: Counter[str] = Counter()
     lock = threading.Lock()
     sent = 0

@@ -37,7 +37,7 @@ def ours(model: str, threads: int, max_step: float, points: bool = True) -> Run:
     if points:
         engine = Engine(loaded, limits=limits, max_step=max_step)
     else:
-        engine = Engine(loaded, limits=limits, cutter=whole)
+        engine = Engine(loaded, limits=limits, splitter=whole)
         RunningPass.reach = lambda *_: None  # type: ignore[method-assign]
 
     def run(variant: str, prompts: Prompts, new_tokens: int) -> Prompts:

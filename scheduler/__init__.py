@@ -4,7 +4,7 @@ if __name__ != "qllm.scheduler":
     raise ImportError("this package is called qllm.scheduler: from qllm.scheduler import ...")
 
 from qllm.scheduler.memory import Limits
-from qllm.scheduler.pass_builder import Batch
+from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Chunk, Pass
 from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Layer, Policy, Priority, Qllm, build_policy, make_policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
@@ -13,13 +13,13 @@ from qllm.scheduler.scheduler import Scheduler
 __all__ = [
     "NEVER",
     "POLICIES",
-    "Batch",
     "Chunk",
     "Chunked",
     "Fcfs",
     "Layer",
     "Limits",
     "Pass",
+    "PassBuilder",
     "Policy",
     "Priority",
     "Qllm",

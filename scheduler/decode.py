@@ -109,8 +109,8 @@ class DecodeBatch:
 
 class DecodePool:
     """The requests that are ready to decode: at most `size` in the batch, most urgent level first and within a level
-    the first admitted first; the others sit idle beside it. A pass borrows the batch (:meth:`lend`) and gives it
-    back (:meth:`take_back`)."""
+    the first admitted first; the others sit idle beside it. A pass borrows the batch (:meth:`check_out`) and gives it
+    back (:meth:`check_in`)."""
 
     __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "size")
 
@@ -145,7 +145,7 @@ class DecodePool:
             self.batch.remove(worst)
             self.batch.add(r)
             r = worst
-        self._sit(r)
+        self._set_idle(r)
 
     def remove(self, r: Request) -> None:
         """`r` leaves (evicted, aborted)."""
@@ -168,9 +168,9 @@ class DecodePool:
         if surplus > 0:
             for r in nlargest(surplus, self.batch.members.values(), key=rank):
                 self.batch.remove(r)
-                self._sit(r)
+                self._set_idle(r)
 
-    def lend(self) -> DecodeBatch:
+    def check_out(self) -> DecodeBatch:
         """Hand the batch to a pass; its members are not ready until it comes back."""
         batch = self.batch
         self.batch = self._spare if self._spare is not None else DecodeBatch(batch.block_size)
@@ -179,7 +179,7 @@ class DecodePool:
             self._uncount(level, n)
         return batch
 
-    def take_back(self, batch: DecodeBatch) -> None:
+    def check_in(self, batch: DecodeBatch) -> None:
         """The pass that borrowed `batch` has ended."""
         if not self.batch.members:
             self.batch, self._spare = batch, self.batch
@@ -191,7 +191,7 @@ class DecodePool:
                 self.add(r)
             self._spare = batch
 
-    def _sit(self, r: Request) -> None:
+    def _set_idle(self, r: Request) -> None:
         self._idle[r.id] = r
         heappush(self._idle_heap, (r.level, r.admitted, r))
 

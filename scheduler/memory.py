@@ -20,15 +20,14 @@ from qllm.scheduler.waiting import WaitingQueues
 class Limits:
     """What one GPU can hold.
 
-    max_seqs: sequences in a pass (the paper's batch size B). max_tokens: tokens in a pass; a longer prompt runs as
-    several passes. kv_blocks, block_size: the KV budget, in blocks of block_size tokens. urgent_blocks: blocks that
-    only requests of level <= 0 may be admitted to. max_suspended_tokens: tokens in suspended passes, whose
-    activations are kept; a pass that would exceed it does not yield. evict: what happens to the KV of a request that
-    has to give way, "recompute" (dropped) or "offload" (moved to host memory and back).
-    """
+    max_seqs: sequences in a pass (the paper's batch size B). max_batched_tokens: tokens in a pass; a longer prompt runs
+    as several passes. kv_blocks, block_size: the KV budget, in blocks of block_size tokens. urgent_blocks: blocks that
+    only requests of level <= 0 may be admitted to. max_suspended_tokens: tokens in suspended passes, whose activations
+    are kept; a pass that would exceed it does not yield. evict: what happens to the KV of a request that has to give
+    way, "recompute" (dropped) or "offload" (moved to host memory and back)."""
 
     max_seqs: int = 32
-    max_tokens: int = 8192
+    max_batched_tokens: int = 8192
     kv_blocks: int = 65536
     block_size: int = 16
     urgent_blocks: int = 0
@@ -36,12 +35,12 @@ class Limits:
     evict: str = "recompute"
 
     def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_tokens", "kv_blocks", "block_size"):
+        for name in ("max_seqs", "max_batched_tokens", "kv_blocks", "block_size"):
             if getattr(self, name) < 1:
                 raise SchedulerError(f"limits.{name} is {getattr(self, name)}, must be at least 1")
-        if self.max_tokens < self.max_seqs:
+        if self.max_batched_tokens < self.max_seqs:
             raise SchedulerError(
-                f"limits.max_tokens is {self.max_tokens}, must be at least max_seqs ({self.max_seqs}): "
+                f"limits.max_batched_tokens is {self.max_batched_tokens}, must be at least max_seqs ({self.max_seqs}): "
                 "each decoding sequence takes one token"
             )
         if not 0 <= self.urgent_blocks < self.kv_blocks:
@@ -117,7 +116,7 @@ class Memory:
         if r.state is State.READY:
             self.ready.remove(r)
         else:
-            self.waiting.void(r, State.WAITING)
+            self.waiting.discard(r, State.WAITING)
         self.release(r)
         r.evictions += 1
         if self.limits.evict == "offload":
@@ -128,7 +127,7 @@ class Memory:
             r.computed = 0
             self.waiting.push(r)
 
-    def bring_home(self) -> None:
+    def restore_offloaded(self) -> None:
         """Offloaded requests return, most urgent and first admitted first, as far as blocks are free."""
         self.offloaded.sort(key=rank)
         while self.offloaded:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
 
 
-class Batch:
+class PassBuilder:
     """The next pass in the making. The limits (sequences, tokens, KV blocks) are kept here, not in the policies."""
 
     __slots__ = ("_memory_short", "_s", "chunks", "decoding", "growth", "prefill_tokens")
@@ -41,7 +41,7 @@ class Batch:
             return self.decoding
         if self.chunks:
             limits = s.limits
-            ready.trim(min(limits.max_seqs - len(self.chunks), limits.max_tokens - self.prefill_tokens))
+            ready.trim(min(limits.max_seqs - len(self.chunks), limits.max_batched_tokens - self.prefill_tokens))
         need = ready.batch.blocks_needed()
         if need:
             kv = s.kv
@@ -59,7 +59,8 @@ class Batch:
         """Take waiting prefills, most urgent level first, in queue order, at most `tokens` tokens of them.
 
         up_to: levels above (less urgent than) this one are left alone.
-        chunk: a prompt that does not fit whole is cut. Without it only a prompt longer than `limits.max_tokens` is,
+        chunk: a prompt that does not fit whole is cut. Without it only a prompt longer than `limits.max_batched_tokens`
+        is,
             and runs as several passes of that length.
         overcommit: admit requests although `limits.max_seqs` others, at their level or more urgent, are under way;
             the surplus sits idle between its prefill and its decoding.
@@ -72,7 +73,7 @@ class Batch:
         waiting = s.waiting
         taken = len(self.chunks)
         places = limits.max_seqs - taken - (len(s.ready.batch) if self.decoding else 0)
-        room = min(tokens, limits.max_tokens - self.tokens)
+        room = min(tokens, limits.max_batched_tokens - self.tokens)
         for level in waiting.levels():
             if level > up_to:
                 break
@@ -84,7 +85,7 @@ class Batch:
                     break
                 n = r.remaining
                 if n > room:
-                    if not (chunk or (n > limits.max_tokens and not self)):
+                    if not (chunk or (n > limits.max_batched_tokens and not self)):
                         places = 0
                         break
                     n = int(room)

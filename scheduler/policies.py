@@ -13,7 +13,7 @@ from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
-    from qllm.scheduler.pass_builder import Batch
+    from qllm.scheduler.pass_builder import PassBuilder
     from qllm.scheduler.scheduler import Scheduler
 
 Granularity = Literal["iteration", "layer", "expert"]
@@ -37,7 +37,7 @@ class Policy:
         """Sort key within a level's prefill queue, fixed at arrival. First come, first served."""
         return (r.arrival, r.id)
 
-    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         """Fill the next pass. Leaving it empty hands the device to a suspended pass."""
         if not batch.prefill():
             batch.decode()
@@ -77,7 +77,7 @@ class Chunked(Policy):
     def __init__(self, budget: int = 512):
         self.budget = _at_least(1, "chunked", "budget", budget)
 
-    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         level = s.waiting.level()
         if level < max(s.ready.batch.levels, default=level):
             batch.prefill(up_to=level, tokens=self.budget, chunk=True)
@@ -111,12 +111,14 @@ class Qllm(Policy):
         if resume not in ("prefill", "idle"):
             raise UnknownPolicy(f"qllm: resume is {resume!r}, must be prefill or idle")
         self.fill_tokens = None if fill_tokens is None else _at_least(0, "qllm", "fill_tokens", fill_tokens)
-        self.patience = NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
+        self.max_suspended_s = (
+            NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
+        )
         self.resume_when_idle = resume == "idle"
         if _boolean("qllm", "merge", merge):  # else as the class says
             self.merge = True
 
-    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         ls = self.urgent
         full = s.ready.count(ls) >= s.limits.max_seqs
         if not full and s.waiting.level() <= ls and batch.prefill(up_to=ls):  # (2) LS prefill ...
@@ -129,7 +131,7 @@ class Qllm(Policy):
         elif not self._continue_prefill(s, batch) and not batch.decode():  # (4) BE decode
             batch.prefill()  # (5) BE prefill
 
-    def _continue_prefill(self, s: Scheduler, batch: Batch) -> bool:
+    def _continue_prefill(self, s: Scheduler, batch: PassBuilder) -> bool:
         """A prompt longer than a pass that has begun goes on before BE decodes: to the paper it is one pass."""
         level = s.waiting.level()
         r = s.waiting.peek(level)
@@ -140,12 +142,12 @@ class Qllm(Policy):
         return (
             level <= self.urgent
             and level < running.prefill_level
-            and running.suspended_s < self.patience
+            and running.suspended_s < self.max_suspended_s
             and s.can_prefill(level)
         )
 
     def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
-        if suspended.suspended_for(now) >= self.patience:
+        if suspended.suspended_for(now) >= self.max_suspended_s:
             return True
         level = s.waiting.level()
         if level <= self.urgent and level < suspended.prefill_level and s.can_prefill(level):
@@ -176,7 +178,7 @@ class Hybrid(Qllm):
         super().__init__(max_suspended_s=max_suspended_s, merge=_boolean("hybrid", "merge", merge))
         self.budget = _at_least(1, "hybrid", "budget", budget)
 
-    def select(self, s: Scheduler, batch: Batch, now: float) -> None:
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         if not (s.waiting.level() <= self.urgent and batch.prefill(up_to=self.urgent)):
             batch.decode()
             batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)

@@ -51,6 +51,7 @@ class Request:
         "cls",
         "computed",
         "end_step",
+        "entry_id",
         "evictions",
         "finish",
         "first_launch",
@@ -68,7 +69,6 @@ class Request:
         "running_s",
         "state",
         "suspended_s",
-        "ticket",
     )
 
     def __init__(
@@ -97,7 +97,7 @@ class Request:
         self.admitted = -1  #: rank of its first admission, kept for good; -1: never admitted
         self.batch: DecodeBatch | None = None
         self.joined = 0  #: the batch's step counter when it joined
-        self.ticket = 0  #: its place in a prefill queue; 0: in none
+        self.entry_id = 0  #: its place in a prefill queue; 0: in none
         self.end_step = 0  #: the batch's step counter at which it has all its tokens
         self.running_pass: Pass | None = None
         # record

@@ -28,7 +28,7 @@ from math import isnan
 
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
-from qllm.scheduler.pass_builder import Batch
+from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policies import Policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
@@ -79,7 +79,7 @@ class Scheduler:
         if r.state is State.IN_PASS or (r.batch is not None and r.batch is not self.ready.batch):
             return self._abort_in_pass(r, now)
         if r.state is State.WAITING:
-            self.waiting.void(r, State.ABORTED)
+            self.waiting.discard(r, State.ABORTED)
         elif r.state is State.OFFLOADED:
             self.memory.forget(r)
         else:
@@ -101,7 +101,7 @@ class Scheduler:
         p.cancelled = True
         if p is self.running:
             return None
-        self._woken(p, now)
+        self._end_suspension(p, now)
         self._disband(p, now, State.ABORTED)
         return p
 
@@ -112,14 +112,14 @@ class Scheduler:
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
         if self.memory.offloaded:
-            self.memory.bring_home()
+            self.memory.restore_offloaded()
         self.ready.refill()
         home = None
         if self.suspended_passes:
-            home = min(self.suspended_passes, key=_home_order)
+            home = min(self.suspended_passes, key=_resume_order)
             if self.policy.resume(self, home, now):
                 return self._resume(home, now)
-        batch = Batch(self)
+        batch = PassBuilder(self)
         self.policy.select(self, batch, now)
         if batch.decoding or batch.chunks:
             return self._launch(batch, now)
@@ -176,7 +176,7 @@ class Scheduler:
                 if r.batch is batch:
                     batch.remove(r)
                     done.append(r)
-            self.ready.take_back(batch)
+            self.ready.check_in(batch)
         for c in p.prefill:
             r = c.request
             r.computed += c.tokens
@@ -216,13 +216,13 @@ class Scheduler:
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
-    def _launch(self, batch: Batch, now: float) -> Pass:
+    def _launch(self, batch: PassBuilder, now: float) -> Pass:
         decode = None
         if batch.decoding:
             if batch.growth:  # some of those it was taken for may have been evicted since
                 surplus = batch.growth - self.ready.batch.blocks_needed()
                 self.kv.give(surplus)
-            decode = self.ready.lend()
+            decode = self.ready.check_out()
             self.memory.decoding += len(decode)
         for c in batch.chunks:
             r = c.request
@@ -236,7 +236,7 @@ class Scheduler:
         return p
 
     def _resume(self, p: Pass, now: float) -> Pass:
-        self._woken(p, now)
+        self._end_suspension(p, now)
         p.launched = now
         self.running = p
         return p
@@ -252,7 +252,7 @@ class Scheduler:
         for c in p.prefill:
             c.request.running_s += dt
 
-    def _woken(self, p: Pass, now: float) -> None:
+    def _end_suspension(self, p: Pass, now: float) -> None:
         """`p` was suspended until now, and so was everybody in it."""
         self.suspended_passes.remove(p)
         dt = now - p.suspended_at
@@ -283,6 +283,6 @@ class Scheduler:
         del self.requests[r.id]
 
 
-def _home_order(p: Pass) -> tuple[float, float, int]:
+def _resume_order(p: Pass) -> tuple[float, float, int]:
     """Most urgent first, prefills before decodes, then the first launched."""
     return p.level, p.prefill_level, p.id

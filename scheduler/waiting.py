@@ -12,12 +12,12 @@ class WaitingQueues:
     """Requests that wait for (more of) their prefill, by level; within a level those already admitted come first
     (they hold KV blocks), then the policy's order."""
 
-    __slots__ = ("_count", "_heaps", "_tickets", "holding")
+    __slots__ = ("_count", "_entry_ids", "_heaps", "holding")
 
     def __init__(self) -> None:
         self._heaps: dict[int, list] = {}
         self._count: dict[int, int] = {}
-        self._tickets = 0
+        self._entry_ids = 0
         self.holding: dict[int, Request] = {}  #: those between two chunks of their prompt, which hold KV blocks
 
     def __len__(self) -> int:
@@ -34,9 +34,9 @@ class WaitingQueues:
             self._heaps[level] = []
             self._count[level] = 0
             self._heaps = dict(sorted(self._heaps.items()))
-        self._tickets += 1
-        r.ticket = self._tickets  # an entry is void once its request has another ticket
-        heappush(self._heaps[level], (r.blocks == 0, r.order, r.ticket, r))
+        self._entry_ids += 1
+        r.entry_id = self._entry_ids  # an entry is void once its request has another entry_id
+        heappush(self._heaps[level], (r.blocks == 0, r.order, r.entry_id, r))
         self._count[level] += 1
         if r.blocks:
             self.holding[r.id] = r
@@ -53,14 +53,14 @@ class WaitingQueues:
     def pop(self, level: int) -> None:
         """Take the request that `peek` just gave out of `level`'s queue."""
         r = heappop(self._heaps[level])[-1]
-        r.ticket = 0
+        r.entry_id = 0
         self._count[level] -= 1
         self.holding.pop(r.id, None)
 
-    def void(self, r: Request, state: State) -> None:
+    def discard(self, r: Request, state: State) -> None:
         """Waiting `r` leaves its queue for another reason than being launched."""
         r.state = state
-        r.ticket = 0
+        r.entry_id = 0
         self._count[r.level] -= 1
         self.holding.pop(r.id, None)
 
@@ -80,4 +80,4 @@ class WaitingQueues:
 
 
 def _valid(entry: tuple) -> bool:
-    return entry[-1].ticket == entry[-2]
+    return entry[-1].entry_id == entry[-2]

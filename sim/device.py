@@ -16,14 +16,14 @@ from typing import Any
 import simpy
 
 from qllm.scheduler import Pass, Policy, Scheduler
-from qllm.sim.merging import Merging, run_group, suspended_runs
-from qllm.sim.passes import GpuModel, Run
+from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
+from qllm.sim.passes import GpuModel, SimulatedPass
 
 FINISH, ARRIVAL, DECISION = 0, 1, 2  # SimPy priorities of events at one instant: NORMAL (arrivals) is 1
 
 Process = Generator[simpy.Event, Any, None]
-#: called with (pass, run, start, end, pieces done before, pieces done after, whether it was suspended)
-Observer = Callable[[Pass, Run, float, float, int, int, bool], None]
+#: called with (pass, run, start, end, steps done before, steps done after, whether it was suspended)
+Observer = Callable[[Pass, SimulatedPass, float, float, int, int, bool], None]
 
 
 class Device:
@@ -73,7 +73,7 @@ class Device:
         yield self.idle
         self.rested |= self.env.now > since
 
-    def launch(self, p: Pass) -> Run:
+    def launch(self, p: Pass) -> SimulatedPass:
         """`p` begins."""
         run = self.gpu.start(p, self.env.now)
         if self.rested:
@@ -90,7 +90,7 @@ class Device:
         env.schedule(event, priority, seconds)  # type: ignore[arg-type]
         return event
 
-    def suspend(self, p: Pass, run: Run) -> None:
+    def suspend(self, p: Pass, run: SimulatedPass) -> None:
         """`p` stops where `run` stands."""
         if self.scheduler.suspended(p, self.env.now):
             p.cursor = run
@@ -110,7 +110,7 @@ def fast_device(device: Device) -> Process:
         if p is None:
             yield from device.rest()
             continue
-        run: Run = p.cursor  # type: ignore[assignment]
+        run: SimulatedPass = p.cursor  # type: ignore[assignment]
         start = env._now
         if run is None:
             run = device.launch(p)
@@ -156,12 +156,12 @@ def fast_device(device: Device) -> Process:
                 yield device.sleep(steps.suspend_s)
             continue
         if observer is not None:
-            observer(p, run, start, end, first, 2 + steps.layers * run.shape.steps_per_layer, False)
+            observer(p, run, start, end, first, 2 + steps.layers * run.cost.steps_per_layer, False)
         device.on_finished(scheduler.finished(p, end))
 
 
 def step_device(device: Device) -> Process:
-    """Runs passes piece by piece and asks at every preemption point: the reference."""
+    """Runs passes step by step and asks at every preemption point: the reference."""
     env, scheduler, gpu, observer = device.env, device.scheduler, device.gpu, device.observer
     while True:
         yield device.sleep(0.0, DECISION)
@@ -169,23 +169,23 @@ def step_device(device: Device) -> Process:
         if p is None:
             yield from device.rest()
             continue
-        run: Run = p.cursor  # type: ignore[assignment]
+        run: SimulatedPass = p.cursor  # type: ignore[assignment]
         start = env.now
         if run is None:
             run = device.launch(p)
         else:
             start += gpu.steps.resume_s
             yield device.sleep(gpu.steps.resume_s)
-        times = run.steps.times(run.shape, run.counts())
+        times = run.steps.times(run.cost, run.counts())
         points = set(run.points())
         first, stopped = run.done, False
-        for piece in range(first, len(times)):
-            seconds = float(times[piece])
+        for step in range(first, len(times)):
+            seconds = float(times[step])
             if scheduler.policy.merge and run.place()[1] == "experts":
-                seconds = run_group(run, suspended_runs(scheduler))
+                seconds = merged_group_seconds(run, suspended_runs(scheduler))
             yield device.sleep(seconds)
-            run.done, run.at = piece + 1, run.at + seconds
-            if piece in points:
+            run.done, run.at = step + 1, run.at + seconds
+            if step in points:
                 yield device.sleep(0.0, DECISION)
                 if scheduler.should_yield(p, env.now):
                     stopped = True

@@ -1,9 +1,8 @@
 """Merging: tokens of suspended passes run along with those of the running pass at the experts where they wait.
 
-The rule is `StepModel.joins`. Which passes are suspended does not change while a pass runs, so the fast device plans a
-stretch when it begins and settles it when it ends (`Merging`). The step-by-step device does the same group by group
-(`run_group`).
-"""
+The rule is `PassCostModel.mergeable`. Which passes are suspended does not change while a pass runs, so the fast device
+plans a stretch when it begins and settles it when it ends (`Merging`). The step-by-step device does the same group by
+group (`merged_group_seconds`)."""
 
 from __future__ import annotations
 
@@ -13,12 +12,12 @@ from typing import cast
 import numpy as np
 
 from qllm.scheduler import Scheduler
-from qllm.sim.passes import Run
+from qllm.sim.passes import SimulatedPass
 
 
-def suspended_runs(scheduler: Scheduler) -> list[Run]:
+def suspended_runs(scheduler: Scheduler) -> list[SimulatedPass]:
     """Passes that stand suspended."""
-    return [cast(Run, p.cursor) for p in scheduler.suspended_passes]
+    return [cast(SimulatedPass, p.cursor) for p in scheduler.suspended_passes]
 
 
 class Merging:
@@ -26,9 +25,9 @@ class Merging:
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
-        self._lent: dict[int, list[Run]] = {}  # by layer, who stands before or between its experts
+        self._lent: dict[int, list[SimulatedPass]] = {}  # by layer, who stands before or between its experts
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: SimulatedPass) -> None:
         """Plan the times of `run` with what runs along with it, and without what ran with others."""
         lent = self._lent = {}
         for q in suspended_runs(self._scheduler):
@@ -38,27 +37,27 @@ class Merging:
         steps = run.steps
         for layer in {*lent, *run.changed()}:
             counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in lent.get(layer, ())])
-            run.retime(layer, steps.groups(run.shape, counts))
+            run.retime(layer, steps.group_seconds(run.cost, counts))
 
-    def end(self, run: Run, first: int, last: int | None) -> None:
-        """`run` did the pieces from `first` to before `last` (None: to its end): what ran along waits no more."""
+    def end(self, run: SimulatedPass, first: int, last: int | None) -> None:
+        """`run` did the steps from `first` to before `last` (None: to its end): what ran along waits no more."""
         for layer, lenders in self._lent.items():
-            start, size = run.piece(layer), run.shape.group
+            start, size = run.first_group(layer), run.cost.experts_per_group
             own = run.tokens(layer).copy()
             own[: max(0, first - start) * size] = 0
             if last is not None:
                 own[max(0, last - start) * size :] = 0
             for q in lenders:
-                joined = run.steps.joins(own, q.expert_queues())
+                joined = run.steps.mergeable(own, q.expert_queues())
                 if joined.any():
-                    q.ran_along(joined)
+                    q.mark_merged(joined)
 
 
-def run_group(run: Run, suspended: Iterable[Run]) -> float:
+def merged_group_seconds(run: SimulatedPass, suspended: Iterable[SimulatedPass]) -> float:
     """Seconds of the group of experts that comes next in `run`; what runs along leaves the queues of `suspended`."""
     layer, _, group = run.place()
-    shape, steps = run.shape, run.steps
-    experts = range(group * shape.group, min((group + 1) * shape.group, steps.n_experts))
+    cost, steps = run.cost, run.steps
+    experts = range(group * cost.experts_per_group, min((group + 1) * cost.experts_per_group, steps.n_experts))
     own = run.tokens(layer)
     lenders = [q for q in suspended if q.place()[:2] == (layer, "experts")]
     seconds = 0.0
@@ -68,8 +67,8 @@ def run_group(run: Run, suspended: Iterable[Run]) -> float:
             waiting = int(q.expert_queues()[e])
             if own[e] > 0 and 0 < waiting <= steps.merge_rows:
                 rows += waiting
-                q.ran_along(np.arange(steps.n_experts) == e)
+                q.mark_merged(np.arange(steps.n_experts) == e)
         seconds += float(steps.experts(np.array(rows)))
     if group == 0:
-        return seconds + shape.base
-    return seconds + shape.per_group if any(own[e] for e in experts) else seconds
+        return seconds + cost.experts_base_s
+    return seconds + cost.group_launch_s if any(own[e] for e in experts) else seconds

@@ -8,27 +8,27 @@ from collections.abc import Callable
 import numpy as np
 
 from qllm.scheduler import Pass
-from qllm.sim.routing import Recorded, Resampled, Routing
-from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
 #: a time (seconds) -> the step times of passes that begin then
-Pace = Callable[[float], StepModel]
+Pace = Callable[[float], PassCostModel]
 _VARIANTS = 32  # routing draws kept per size of a decode pass
 
 
-class Run:
+class SimulatedPass:
     """One pass under way. `total`: seconds on the device from its start to its end; `at`: seconds of it done where it
-    stands suspended; both whole ticks. `done`: pieces of `StepModel.times` that are done. Where passes merge at experts
-    (sim/merging.py), `total` is what is planned for the stretch that begins."""
+    stands suspended; both whole ticks. `done`: steps of `PassCostModel.times` that are done. Where passes merge at
+    experts (sim/merging.py), `total` is what is planned for the stretch that begins."""
 
     __slots__ = (
+        "_cost",
         "_cum",
         "_draw",
         "_gpu",
         "_left",
         "_points",
         "_seconds",
-        "_shape",
         "_size",
         "at",
         "done",
@@ -36,12 +36,14 @@ class Run:
         "total",
     )
 
-    def __init__(self, gpu: GpuModel, steps: StepModel, p: Pass, draw: int, total: float, shape: Shape | None = None):
+    def __init__(
+        self, gpu: GpuModel, steps: PassCostModel, p: Pass, draw: int, total: float, cost: PassCost | None = None
+    ):
         self._gpu = gpu
         self.steps = steps
         self._size = (p.tokens, p.n_decode, p.decode_context, p.after_prefill)
         self._draw = draw
-        self._shape = shape
+        self._cost = cost
         self.total = total
         self.at = 0.0
         self.done = 0
@@ -51,27 +53,27 @@ class Run:
         self._seconds: dict[int, np.ndarray] = {}  # of the groups of experts of layers that differ from the routing
 
     @property
-    def shape(self) -> Shape:
+    def cost(self) -> PassCost:
         """How the pass is cut; worked out when first asked for in passes that only decode."""
-        if self._shape is None:
+        if self._cost is None:
             _, n, context, after_prefill = self._size
-            self._shape = self.steps.shape((), n, context, n, after_prefill=after_prefill)
-        return self._shape
+            self._cost = self.steps.cost((), n, context, n, after_prefill=after_prefill)
+        return self._cost
 
     def counts(self) -> np.ndarray:
         """Tokens per expert, int[layers, experts]."""
         return self._gpu.routing.counts(self._size[0], self._draw)
 
     def ends(self) -> list[float]:
-        """Seconds from the pass's start to the end of each piece."""
+        """Seconds from the pass's start to the end of each step."""
         if self._cum is None:
             steps = self.steps
-            times = steps.times(self.shape, self.counts())
+            times = steps.times(self.cost, self.counts())
             for layer, seconds in self._seconds.items():
-                first = self.piece(layer)
+                first = self.first_group(layer)
                 times[first : first + len(seconds)] = seconds
             self._cum = np.cumsum(times).tolist()
-            self._points = steps.points(self.shape, self._gpu.granularity).tolist()
+            self._points = steps.points(self.cost, self._gpu.granularity).tolist()
         return self._cum
 
     def points(self) -> list[int]:
@@ -89,8 +91,8 @@ class Run:
         return points[i] + 1 if i < len(points) else len(ends)
 
     def place(self) -> tuple[int, str, int]:
-        """(layer, stage, index) of the piece that comes next."""
-        return self.steps.where(self.shape, self.done)
+        """(layer, stage, index) of the step that comes next."""
+        return self.steps.position(self.cost, self.done)
 
     def expert_queues(self) -> np.ndarray:
         """Tokens that wait at each expert of the layer where the pass stands, int[experts]: all zero unless it stands
@@ -99,19 +101,19 @@ class Run:
         if stage != "experts":
             return np.zeros(self.steps.n_experts, dtype=np.int64)
         queues = self.tokens(layer).copy()
-        queues[: group * self.shape.group] = 0
+        queues[: group * self.cost.experts_per_group] = 0
         return queues
 
     def wake(self) -> None:
         """The device stood idle before the pass, of which nothing is done yet."""
-        self.shape.lead += self.steps.wake_s
+        self.cost.prologue_s += self.steps.wake_s
         self.total += self.steps.wake_s
 
     # ---- merging -----------------------------------------------------------------------------------------------
 
-    def piece(self, layer: int) -> int:
-        """The piece that is the first group of experts of `layer`."""
-        return 3 + layer * self.shape.steps_per_layer + self.shape.pieces
+    def first_group(self, layer: int) -> int:
+        """The step that is the first group of experts of `layer`."""
+        return 3 + layer * self.cost.steps_per_layer + self.cost.query_blocks
 
     def tokens(self, layer: int) -> np.ndarray:
         """Tokens per expert of `layer`, int[experts], without those that ran along with another pass."""
@@ -119,7 +121,7 @@ class Run:
             return self._left[1]
         return self.counts()[layer]
 
-    def ran_along(self, experts: np.ndarray) -> None:
+    def mark_merged(self, experts: np.ndarray) -> None:
         """What waited at `experts` (bool[experts]) of the layer where the pass stands ran with another pass."""
         layer = self.place()[0]
         left = self.tokens(layer).copy()
@@ -134,9 +136,9 @@ class Run:
         """Those groups of experts of `layer` that are still to run take `seconds`, float64[groups]."""
         old = self._seconds.get(layer)
         if old is None:
-            old = self.steps.groups(self.shape, self.counts()[layer])
+            old = self.steps.group_seconds(self.cost, self.counts()[layer])
         new = old.copy()
-        first = max(0, self.done - self.piece(layer))
+        first = max(0, self.done - self.first_group(layer))
         new[first:] = seconds[first:]
         self._seconds[layer] = new
         self.total += float((new - old).sum())
@@ -151,8 +153,8 @@ class GpuModel:
 
     def __init__(
         self,
-        steps: StepModel,
-        routing: Routing | Recorded | Resampled,
+        steps: PassCostModel,
+        routing: Routing | RecordedRouting | ResampledRouting,
         granularity: str,
         pace: Pace | None = None,
     ):
@@ -160,24 +162,26 @@ class GpuModel:
         self.pace = pace
         self.routing = routing
         self.granularity = granularity
-        self._decodes: dict[tuple[StepModel, int], list[tuple[int, float]]] = {}
+        self._decodes: dict[tuple[PassCostModel, int], list[tuple[int, float]]] = {}
 
-    def start(self, p: Pass, now: float) -> Run:
+    def start(self, p: Pass, now: float) -> SimulatedPass:
         """`p` is launched for the first time, at `now`."""
         steps, draw = self.steps if self.pace is None else self.pace(now), self.routing.draw()
         if self.routing.pooled and not p.prefill and p.restored is None and p.offloaded is None:
             n = p.n_decode
             variants = self._decodes.get((steps, n))
             if variants is None:
-                shape = steps.shape((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
-                variants = self._decodes[steps, n] = self._variants(steps, n, shape)
+                cost = steps.cost((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
+                variants = self._decodes[steps, n] = self._variants(steps, n, cost)
             draw, experts_s = variants[draw % _VARIANTS]
-            return Run(self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s)
-        shape = steps.shape(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
-        experts_s = steps.experts_of_pass(shape, self.routing.counts(p.tokens, draw))
-        return Run(self, steps, p, draw, steps.total(shape, experts_s), shape)
+            return SimulatedPass(
+                self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s
+            )
+        cost = steps.cost(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
+        experts_s = steps.experts_of_pass(cost, self.routing.counts(p.tokens, draw))
+        return SimulatedPass(self, steps, p, draw, steps.total(cost, experts_s), cost)
 
-    def _variants(self, steps: StepModel, tokens: int, shape: Shape) -> list[tuple[int, float]]:
+    def _variants(self, steps: PassCostModel, tokens: int, cost: PassCost) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
-        return [(d, steps.experts_of_pass(shape, self.routing.counts(tokens, d))) for d in draws]
+        return [(d, steps.experts_of_pass(cost, self.routing.counts(tokens, d))) for d in draws]

@@ -20,7 +20,7 @@ _NEAREST = 4  # recorded passes to choose from, at least
 _BLOCK = 1 << 12  # random numbers drawn at a time
 
 
-class Recorded:
+class RecordedRouting:
     """Routing that was recorded, pass by pass in the order of their launches: what the real engine's tokens chose.
 
     counts: one int[layers, experts] per pass. Raises IndexError where more passes are launched than were recorded.
@@ -42,7 +42,7 @@ class Recorded:
         return np.asarray(self._counts[draw])
 
 
-class Resampled:
+class ResampledRouting:
     """Routing like that of recorded passes: a pass gets the counts of one that was as large, or of one nearly as large
     with its counts in proportion. Unlike `Routing`, it keeps that the tokens of one text go to the same experts.
 

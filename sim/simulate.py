@@ -9,12 +9,12 @@ import simpy
 
 from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
-from qllm.sim.passes import GpuModel, Pace, Run
-from qllm.sim.routing import Recorded, Resampled, Routing
+from qllm.sim.passes import GpuModel, Pace, SimulatedPass
+from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.results import RunResult as SimResult
-from qllm.traces.results import Slice, Status
-from qllm.traces.step_times.cost_model import StepModel, ticks
+from qllm.traces.results import PassSlice, Status
+from qllm.traces.results import RunResult as RunResult
+from qllm.traces.step_times.cost_model import PassCostModel, ticks
 
 
 def simulate(
@@ -23,72 +23,72 @@ def simulate(
     priorities: Mapping[str, int],
     policy: Policy,
     limits: Limits,
-    steps: StepModel,
+    steps: PassCostModel,
     popularity: np.ndarray | None = None,
     seed: int = 0,
-    routing: Recorded | Resampled | None = None,
+    routing: RecordedRouting | ResampledRouting | None = None,
     timeline: bool = False,
     until: float | None = None,
     step_by_step: bool = False,
     pace: Pace | None = None,
-) -> SimResult:
+) -> RunResult:
     """Simulate `trace` on one GPU and return what became of each request.
 
     priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
-    (`qllm.traces.step_times.cost_model.StepModel`). popularity: share of tokens routed to each expert, float[layers,
-    experts]; uniform by default. seed: of the routing's draws. routing: recorded routing to use instead of draws.
-    timeline: record a Slice for each stretch that a pass runs. until: stop at that time (seconds) instead of when
-    everybody is served. step_by_step: use the slow reference device. pace: for a machine whose speed changes, the step
-    times of passes that begin at a time, of a model with as many layers and experts; those of `steps` at all times by
-    default.
+    (`qllm.traces.step_times.cost_model.PassCostModel`). popularity: share of tokens routed to each expert,
+    float[layers, experts]; uniform by default. seed: of the routing's draws. routing: recorded routing to use instead
+    of draws. timeline: record a PassSlice for each stretch that a pass runs. until: stop at that time (seconds) instead
+    of when everybody is served. step_by_step: use the slow reference device. pace: for a machine whose speed changes,
+    the step times of passes that begin at a time, of a model with as many layers and experts; those of `steps` at all
+    times by default.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """
     levels = [priorities[name] for name in trace.classes]
-    world = _World(trace, levels, Scheduler(policy, limits))
+    workload = _Workload(trace, levels, Scheduler(policy, limits))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
     gpu = GpuModel(steps, drawn, policy.granularity, pace)
-    slices: list[Slice] | None = [] if timeline else None
+    slices: list[PassSlice] | None = [] if timeline else None
     env = simpy.Environment()
-    device = Device(env, world.scheduler, gpu, world.record, None if slices is None else _observer(gpu, slices))
+    device = Device(env, workload.scheduler, gpu, workload.record, None if slices is None else _observer(gpu, slices))
     device.start(step_device if step_by_step else fast_device)
-    env.process(world.arrivals(env, device))
+    env.process(workload.arrivals(env, device))
     env.run(until)
-    return world.result(slices)
+    return workload.result(slices)
 
 
-def uniform(steps: StepModel) -> np.ndarray:
+def uniform(steps: PassCostModel) -> np.ndarray:
     """The popularity table in which all experts get the same share."""
     return np.full((steps.layers, steps.n_experts), 1.0 / steps.n_experts)
 
 
 def isolated_ttft(
-    prompt_tokens: np.ndarray, *, limits: Limits, steps: StepModel, popularity: np.ndarray | None = None
+    prompt_tokens: np.ndarray, *, limits: Limits, steps: PassCostModel, popularity: np.ndarray | None = None
 ) -> np.ndarray:
     """TTFT in seconds, float64[n], of prompts of so many tokens alone on an idle device: the floor for any policy.
     Routing is taken at its mean."""
     share = np.minimum((uniform(steps) if popularity is None else popularity) * steps.timings.top_k, 1.0)
     lengths, back = np.unique(prompt_tokens, return_inverse=True)
-    return np.array([_isolated_prefill(int(n), limits.max_tokens, steps, share) for n in lengths])[back]
+    return np.array([_isolated_prefill(int(n), limits.max_batched_tokens, steps, share) for n in lengths])[back]
 
 
-def _isolated_prefill(tokens: int, max_tokens: int, steps: StepModel, share: np.ndarray) -> float:
+def _isolated_prefill(tokens: int, max_tokens: int, steps: PassCostModel, share: np.ndarray) -> float:
     done, seconds = 0, 0.0
     while done < tokens:
         n = min(tokens - done, max_tokens)
-        shape = steps.shape([(None, n, done)], 0, 0, int(done + n == tokens))
+        cost = steps.cost([(None, n, done)], 0, 0, int(done + n == tokens))
         mean = n * share
         low = mean.astype(np.intp)
         experts_s = steps.experts(low)
         experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
-        further = np.minimum(steps.by_group(shape, mean)[:, 1:], 1).sum()  # groups with tokens, at most one each
-        seconds += steps.total(shape, float(experts_s.sum() + shape.per_group * further))
+        further = np.minimum(steps.by_group(cost, mean)[:, 1:], 1).sum()  # groups with tokens, at most one each
+        seconds += steps.total(cost, float(experts_s.sum() + cost.group_launch_s * further))
         done += n
     return seconds
 
 
-class _World:
+class _Workload:
     """The requests of one simulation and what is recorded of them."""
 
     def __init__(self, trace: RequestTrace, levels: list[int], scheduler: Scheduler):
@@ -136,12 +136,12 @@ class _World:
             self.counts[:, i] = r.preemptions, r.evictions
             self.status[i] = Status.FINISHED
 
-    def result(self, slices: list[Slice] | None) -> SimResult:
+    def result(self, slices: list[PassSlice] | None) -> RunResult:
         for r in self.scheduler.requests.values():
             self.times[:2, r.id] = r.first_launch, r.first_token
         first_launch, first_token, finish, queueing, running, suspended = self.times
         preemptions, evictions = self.counts
-        return SimResult(
+        return RunResult(
             arrival=self.arrival,
             first_launch=first_launch,
             first_token=first_token,
@@ -159,13 +159,13 @@ class _World:
         )
 
 
-def _observer(gpu: GpuModel, slices: list[Slice]) -> Observer:
-    def observe(p: Pass, run: Run, start: float, end: float, first: int, last: int, suspended: bool) -> None:
-        where = gpu.steps.where
-        first_layer = where(run.shape, first)[0]
-        layer, stage, _ = where(run.shape, last)
+def _observer(gpu: GpuModel, slices: list[PassSlice]) -> Observer:
+    def observe(p: Pass, run: SimulatedPass, start: float, end: float, first: int, last: int, suspended: bool) -> None:
+        where = gpu.steps.position
+        first_layer = where(run.cost, first)[0]
+        layer, stage, _ = where(run.cost, last)
         slices.append(
-            Slice(
+            PassSlice(
                 start,
                 end,
                 p.id,

@@ -25,7 +25,7 @@ classes:
 arrival: {process: poisson}
 requests: 40
 seeds: 2
-limits: {max_seqs: 8, max_tokens: 2048}
+limits: {max_seqs: 8, max_batched_tokens: 2048}
 policies:
   - fcfs
   - {name: qllm, fill_tokens: 0}

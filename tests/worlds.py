@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, Policy, make_policy
-from qllm.sim import SimResult, simulate
+from qllm.sim import RunResult, simulate
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
@@ -68,7 +68,7 @@ def limits(draw: st.DrawFn) -> Limits:
     seqs = draw(st.sampled_from([1, 2, 3, 8]))
     return Limits(
         max_seqs=seqs,
-        max_tokens=max(seqs, draw(st.sampled_from([8, 24, 64]))),
+        max_batched_tokens=max(seqs, draw(st.sampled_from([8, 24, 64]))),
         kv_blocks=blocks,
         block_size=4,
         urgent_blocks=draw(st.sampled_from([0, 0, 4])),
@@ -78,7 +78,7 @@ def limits(draw: st.DrawFn) -> Limits:
 
 
 @st.composite
-def step_models(draw: st.DrawFn) -> StepModel:
+def step_models(draw: st.DrawFn) -> PassCostModel:
     """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts; up to 6 or
     up to 52 tokens merge at an expert."""
     timings = affine_timings(
@@ -94,8 +94,8 @@ def step_models(draw: st.DrawFn) -> StepModel:
         after_prefill=draw(st.sampled_from([None, (1e-3, 2e-4)])),
     )
     max_step = draw(st.sampled_from([1e-5, 1e-4, 3e-4, float("inf")]))
-    return StepModel(timings, max_step=max_step, expert_mode=draw(st.sampled_from(["fused", "separate"])))
+    return PassCostModel(timings, max_step=max_step, expert_mode=draw(st.sampled_from(["fused", "separate"])))
 
 
-def run(trace: RequestTrace, policy: Policy, limits: Limits, steps: StepModel, **more) -> SimResult:
+def run(trace: RequestTrace, policy: Policy, limits: Limits, steps: PassCostModel, **more) -> RunResult:
     return simulate(trace, priorities=PRIORITIES, policy=policy, limits=limits, steps=steps, **more)

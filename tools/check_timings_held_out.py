@@ -17,7 +17,7 @@ import pandas as pd
 
 from qllm.traces.step_times.aiconfigurator import TILES
 from qllm.traces.step_times.aiconfigurator_tables import Tables, gemm_seconds, series
-from qllm.traces.step_times.expert_fit import balanced_counts, fit_experts
+from qllm.traces.step_times.expert_fit import balanced_counts, fit_balanced
 from qllm.traces.step_times.file_format import TimingError
 from qllm.traces.step_times.interpolate import Grid
 from qllm.traces.step_times.model_shapes import SHAPES, ModelShape
@@ -54,7 +54,7 @@ def experts_one_out(layer: pd.Series, shape: ModelShape, tile: int | None) -> li
     """Each inner row predicted from all others."""
     errors = []
     for n in layer.index[1:-1]:
-        fit = fit_experts(layer.drop(n), shape.experts, shape.top_k, tile)
+        fit = fit_balanced(layer.drop(n), shape.experts, shape.top_k, tile)
         errors.append(fit.layer(balanced_counts(int(n), shape.top_k, shape.experts)) / layer[n] - 1)
     return errors
 
@@ -62,7 +62,7 @@ def experts_one_out(layer: pd.Series, shape: ModelShape, tile: int | None) -> li
 def experts_half_out(layer: pd.Series, shape: ModelShape, tile: int | None) -> list[float]:
     """Every second row of more assignments than experts predicted from the rest."""
     out = [n for n in layer.index[:-1] if n * shape.top_k > shape.experts][::2]
-    fit = fit_experts(layer.drop(out), shape.experts, shape.top_k, tile)
+    fit = fit_balanced(layer.drop(out), shape.experts, shape.top_k, tile)
     return [fit.layer(balanced_counts(int(n), shape.top_k, shape.experts)) / layer[n] - 1 for n in out]
 
 

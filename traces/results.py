@@ -17,15 +17,15 @@ class Status(IntEnum):
     UNFINISHED = 2  #: still in the system when the run stopped, or ended by an error
 
 
-class Slice(NamedTuple):
-    """A stretch of time (seconds) that a pass ran. `first` and `last`: pieces done before and after (see
-    `StepModel.times`; on the engine's real clock: preemption points passed); `layer`: where it stopped; `level`: most
-    urgent priority in it."""
+class PassSlice(NamedTuple):
+    """A stretch of time (seconds) that a pass ran. `first` and `last`: steps done before and after (see
+    `PassCostModel.times`; on the engine's real clock: preemption points passed); `layer`: where it stopped; `priority`:
+    most urgent priority in it."""
 
     start: float
     end: float
     pass_id: int
-    level: int
+    priority: int
     prefills: int
     decodes: int
     tokens: int
@@ -57,5 +57,5 @@ class RunResult:
     reasons: dict[int, str] = field(default_factory=dict)  #: why a request was rejected or broke, by index
     makespan: float = 0.0  #: seconds from the trace's start to the last token
     passes: int = 0
-    slices: list[Slice] | None = None
+    slices: list[PassSlice] | None = None
     routing: list[np.ndarray] | None = None  #: real passes: int64[MoE layers, experts] tokens, in launch order

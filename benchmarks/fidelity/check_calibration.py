@@ -28,7 +28,7 @@ from qllm.executor.calibration.calibrate import Extent, calibrate, calibration
 from qllm.executor.calibration.calibration_check import Checked, RunPass, predict, run_passes, standard_mixes
 from qllm.executor.calibration.subject import load_subject
 from qllm.executor.model.runner import Runner
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import Timings
 
 BLOCK = 16
@@ -62,9 +62,9 @@ def ended(going: Generator[object, None, T]) -> T | None:
     return None
 
 
-def without_loop(timings: Timings, max_step: float) -> StepModel:
+def without_loop(timings: Timings, max_step: float) -> PassCostModel:
     """Steps without what the engine's loop takes: the passes here run without it."""
-    return StepModel(dataclasses.replace(timings, host_s=timings.host_s - timings.engine_loop_s), max_step=max_step)
+    return PassCostModel(dataclasses.replace(timings, host_s=timings.host_s - timings.engine_loop_s), max_step=max_step)
 
 
 def main() -> None:

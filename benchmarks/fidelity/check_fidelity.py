@@ -21,10 +21,10 @@ from qllm import load_config
 from qllm.config.from_config import load_timings, popularity, request_trace, scheduler_limits, step_model
 from qllm.experiment.run import Run, runs
 from qllm.scheduler import POLICIES, Limits, Policy, make_policy
-from qllm.sim import SimResult, isolated_ttft, simulate
-from qllm.sim.routing import Recorded
+from qllm.sim import RunResult, isolated_ttft, simulate
+from qllm.sim.routing import RecordedRouting
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,7 +32,7 @@ PRIORITIES = {"ls": 0, "be": 1}
 COLUMNS = ("first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions", "evictions")
 
 # Every token goes to every expert, so that a pass's time follows from its tokens alone.
-SERVER = StepModel(
+SERVER = PassCostModel(
     affine_timings(layers=40, experts=8, top_k=8, head=(1e-6, 0.0), dense_pre=(1e-6, 1e-7), dense_post=(1e-6, 1e-7)),
     max_step=50e-6,
 )
@@ -106,11 +106,11 @@ def devices(requests: int) -> None:
             fast, fast_s = timed(run, False)
             slow, slow_s = timed(run, True)
             same = "identical" if equal(fast, slow) else "DIFFERENT"
-            stops = sum(piece.suspended for piece in fast.slices or [])
+            stops = sum(one.suspended for one in fast.slices or [])
             print(f"| {name} | {run.title} | {fast.passes} | {stops} | {same} | {fast_s:.2f} | {slow_s:.2f} |")
 
 
-def timed(run: Run, step_by_step: bool) -> tuple[SimResult, float]:
+def timed(run: Run, step_by_step: bool) -> tuple[RunResult, float]:
     config = run.config
     start = time.perf_counter()
     result = simulate(
@@ -127,7 +127,7 @@ def timed(run: Run, step_by_step: bool) -> tuple[SimResult, float]:
     return result, time.perf_counter() - start
 
 
-def equal(a: SimResult, b: SimResult) -> bool:
+def equal(a: RunResult, b: RunResult) -> bool:
     """Whether two runs have the same timeline and the same times for each request, to the last bit."""
     columns = all(np.array_equal(getattr(a, c), getattr(b, c), equal_nan=True) for c in COLUMNS)
     return a.slices == b.slices and columns
@@ -145,8 +145,8 @@ def engine(requests: int) -> None:
     print("\nEngine (virtual clock, a tiny random Qwen3-MoE, float32, CPU) against the simulator\n")
     print("| policy | requests | passes | suspensions | KV evictions | schedules |\n|---|---|---|---|---|---|")
     timings = affine_timings(layers=3, experts=8, top_k=2, host_s=1e-4, suspend_s=1e-5, resume_s=7e-6)
-    steps = StepModel(timings, max_step=1e-4)
-    limits = Limits(max_seqs=6, max_tokens=64, kv_blocks=40, block_size=4)
+    steps = PassCostModel(timings, max_step=1e-4)
+    limits = Limits(max_seqs=6, max_batched_tokens=64, kv_blocks=40, block_size=4)
     model = prepare_model(tiny_model("qwen3_moe", num_hidden_layers=3))
     rng = np.random.default_rng(8)
     gaps = rng.exponential(0.01, requests) * rng.integers(0, 2, requests)
@@ -156,7 +156,7 @@ def engine(requests: int) -> None:
         with Engine(model, policy=name, limits=limits, clock=VirtualClock(steps)) as running:
             real = replay(running, trace, priorities=PRIORITIES, seed=3)
         policy = make_policy(name)
-        recorded = Recorded(real.routing or [])
+        recorded = RecordedRouting(real.routing or [])
         simulated = simulate(
             trace,
             priorities=PRIORITIES,
@@ -167,7 +167,7 @@ def engine(requests: int) -> None:
             timeline=True,
         )
         same = "identical" if equal(real, simulated) else "DIFFERENT"
-        stops = sum(piece.suspended for piece in real.slices or [])
+        stops = sum(one.suspended for one in real.slices or [])
         print(f"| {name} | {requests} | {real.passes} | {stops} | {real.evictions.sum()} | {same} |")
 
 

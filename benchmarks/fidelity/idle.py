@@ -26,7 +26,7 @@ from qllm.traces.requests.trace import RequestTrace
 
 SIZES = (24, 96, 256)
 PAUSES = (0.0, 0.1, 0.3, 1.0)  # seconds
-LIMITS = Limits(max_seqs=1, max_tokens=1024, kv_blocks=512)
+LIMITS = Limits(max_seqs=1, max_batched_tokens=1024, kv_blocks=512)
 
 
 def passes(model: PreTrainedModel, size: int, prompts: int, polls: bool, seed: int) -> list[tuple[float, float]]:

@@ -28,7 +28,7 @@ from qllm.validation.validate import METRICS, REAL, SIMULATED, replay_run, reque
 
 
 def statistics_of(rows: pd.DataFrame) -> pd.Series:
-    """Mean, p50 and p99 of each metric over all requests of `rows`, by (policy, rate, metric, statistic)."""
+    """Mean, p50 and p99 of each metric over all requests of `sweep_rows`, by (policy, rate, metric, statistic)."""
     found = {
         (policy, rate, metric, name): statistic(mine[metric].dropna().to_numpy(), name)
         for (policy, rate), mine in rows.groupby(["policy", "rate"])

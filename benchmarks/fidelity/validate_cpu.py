@@ -47,7 +47,7 @@ from qllm.traces.step_times.timing_mean import mean_of
 from qllm.traces.step_times.timings import Timings
 from qllm.validation.machine_speed import Visited, slowed_in
 from qllm.validation.results import report, save
-from qllm.validation.validate import Compared, Replayed, replay_run, simulate_run
+from qllm.validation.validate import Comparison, EngineRun, replay_run, simulate_run
 
 CONFIG = {
     "name": "validate-cpu",
@@ -107,11 +107,11 @@ def kept_in(folder: Path, run: Run) -> Path:
     return folder / f"run-{run.title}-{run.config.rate:g}-{run.seed}.pkl"
 
 
-def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple[Replayed, Timings]:
+def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple[EngineRun, Timings]:
     """The run on the real engine with the calibration that was made in it; from its file, where it is finished."""
     kept = kept_in(args.out, run)
     if kept.exists():
-        found: tuple[Replayed, Timings] = pickle.loads(kept.read_bytes())
+        found: tuple[EngineRun, Timings] = pickle.loads(kept.read_bytes())
         return found
     cores = Cores(os.getpid())
     if args.timings:
@@ -126,11 +126,13 @@ def replayed_once(run: Run, subject: Subject, args: argparse.Namespace) -> tuple
     return both
 
 
-def least_disturbed(run: Run, subject: Subject, used: Path, tries: int) -> tuple[tuple[Replayed, Timings], list[float]]:
+def least_disturbed(
+    run: Run, subject: Subject, used: Path, tries: int
+) -> tuple[tuple[EngineRun, Timings], list[float]]:
     """`calibrated`, until a run is hardly `disturbed` or there were so many `tries`: the least disturbed, and the share
     of each."""
     shares: list[float] = []
-    best: tuple[Replayed, Timings] | None = None
+    best: tuple[EngineRun, Timings] | None = None
     while best is None or (len(shares) < tries and min(shares) > DISTURBED):
         both = calibrated(run, subject, used)
         shares.append(disturbed(both[0].visits))
@@ -147,7 +149,7 @@ def disturbed(visits: list[Visited]) -> float:
     return float((seconds > SLOW * medians).mean())
 
 
-def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timings]:
+def calibrated(run: Run, subject: Subject, used: Path) -> tuple[EngineRun, Timings]:
     """The run on the real engine, and the calibration `used`, made in it."""
     used.with_name(used.name + ".measured").unlink(missing_ok=True)  # of a run that was cut off
     visits = calibration(subject, used, EXTENT, ROUNDS)
@@ -157,14 +159,14 @@ def calibrated(run: Run, subject: Subject, used: Path) -> tuple[Replayed, Timing
     return replayed, Timings.load(used)
 
 
-def simulated(replayed: list[tuple[Replayed, Timings]]) -> list[Compared]:
+def simulated(replayed: list[tuple[EngineRun, Timings]]) -> list[Comparison]:
     """The runs in both worlds, simulated with the mean of all their calibrations at the speed that each run had."""
     timings, bound = mean_of([timings for _, timings in replayed]), EXTENT.max_batch
     slowed = slowed_in([run.visits for run, _ in replayed], bound)
     return [simulate_run(run, timings, seen) for (run, _), seen in zip(replayed, slowed, strict=True)]
 
 
-def told(one: Compared) -> str:
+def told(one: Comparison) -> str:
     """A line about one run in both worlds."""
     worlds = (one.real, one.simulated, one.at_speed)
     real, simulated, followed = (float(np.mean(result.finish - result.arrival)) for result in worlds)

@@ -30,7 +30,7 @@ def row(policy: str, rate: float, shown: Callable[[str, str], str]) -> list[str]
 
 
 def markdown(head: str, rows: Iterable[list[str]]) -> str:
-    """A table of `rows` of cells."""
+    """A table of `sweep_rows` of cells."""
     return "\n".join([head, "|---" * head.count(" |") + "|", *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 

@@ -14,8 +14,8 @@ import torch
 from qllm.executor.calibration.grid import mixed_lengths
 from qllm.executor.calibration.stopwatch import Entries, fill_cache, random_entries, runs_before, sample_greedily
 from qllm.executor.model.runner import Runner, run_to_end
-from qllm.executor.model.split import Cut
-from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.executor.model.split import Split
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
 #: (new tokens, tokens cached before) of each sequence of a pass
 Mix = list[tuple[int, int]]
@@ -37,17 +37,17 @@ class Checked:
 
 @dataclass(frozen=True)
 class RunPass:
-    """One kind of pass that was run. seconds: mean; shape: how it was cut; routing: tokens per expert of each time,
+    """One kind of pass that was run. seconds: mean; cost: how it was cut; routing: tokens per expert of each time,
     int[layers, experts]."""
 
     mix: Mix
     seconds: float
-    shape: Shape
+    cost: PassCost
     routing: list[np.ndarray]
 
 
 def run_passes(
-    runner: Runner, steps: StepModel, mixes: list[Mix], repeats: int = 5
+    runner: Runner, steps: PassCostModel, mixes: list[Mix], repeats: int = 5
 ) -> Generator[None, None, list[RunPass]]:
     """Run each mix uninterrupted, cut as `steps` cuts it; yields after each pass and returns them all. Between two
     passes the model may be used for something else. Measured from the batch to the sampled tokens; nothing is read
@@ -55,7 +55,7 @@ def run_passes(
     (`qllm.executor.calibration.stopwatch.runs_before`)."""
     times: list[list[float]] = [[] for _ in mixes]
     routing: list[list[np.ndarray]] = [[] for _ in mixes]
-    shapes = [shape_of_mix(steps, mix) for mix in mixes]
+    shapes = [cost_of_mix(steps, mix) for mix in mixes]
     with torch.inference_mode():
         fill_cache(runner)
     for number in range(repeats + 1):  # rounds, so that a disturbance hits one repeat of many; the first warms up
@@ -72,30 +72,36 @@ def run_passes(
     return [RunPass(*found) for found in zip(mixes, means, shapes, routing, strict=True)]
 
 
-def predict(steps: StepModel, passes: list[RunPass]) -> list[float]:
+def predict(steps: PassCostModel, passes: list[RunPass]) -> list[float]:
     """Seconds of each pass by `steps`, for the routing and the cut that it had."""
     found = []
     for p in passes:
-        shape = shape_of_mix(steps, p.mix, p.shape)
-        found.append(statistics.fmean(steps.total(shape, steps.experts_of_pass(shape, one)) for one in p.routing))
+        cost = cost_of_mix(steps, p.mix, p.cost)
+        found.append(statistics.fmean(steps.total(cost, steps.experts_of_pass(cost, one)) for one in p.routing))
     return found
 
 
-def shape_of_mix(steps: StepModel, mix: Mix, cut: Shape | None = None) -> Shape:
+def cost_of_mix(steps: PassCostModel, mix: Mix, cut: PassCost | None = None) -> PassCost:
     """How `steps` cuts a pass over `mix` and what it takes; as many pieces and groups as `cut` has, where given."""
     prefill = [(None, new, context) for new, context in mix if new > 1]
     decoding = [context for new, context in mix if new == 1]
-    shape = steps.shape(prefill, len(decoding), sum(decoding), len(mix))
+    cost = steps.cost(prefill, len(decoding), sum(decoding), len(mix))
     if cut is None:
-        return shape
-    attention = shape.attention * shape.pieces / cut.pieces
-    return dataclasses.replace(shape, attention=attention, pieces=cut.pieces, group=cut.group, groups=cut.groups)
+        return cost
+    attention = cost.query_block_s * cost.query_blocks / cut.query_blocks
+    return dataclasses.replace(
+        cost,
+        query_block_s=attention,
+        query_blocks=cut.query_blocks,
+        experts_per_group=cut.experts_per_group,
+        n_groups=cut.n_groups,
+    )
 
 
-def _once(runner: Runner, shape: Shape, entries: Entries) -> tuple[float, np.ndarray]:
+def _once(runner: Runner, cost: PassCost, entries: Entries) -> tuple[float, np.ndarray]:
     _wait(runner)
     start = time.perf_counter()
-    running = runner.begin(entries, Cut(shape.group, shape.pieces))
+    running = runner.begin(entries, Split(cost.experts_per_group, cost.query_blocks))
     run_to_end(running)
     sample_greedily(running)
     _wait(runner)

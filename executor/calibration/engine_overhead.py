@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm.executor.calibration.stopwatch import random_entries, sample_greedily
-from qllm.executor.engine.clock import Course, RealClock, RealCourse
+from qllm.executor.engine.clock import Execution, RealClock, RealExecution
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.replay import replay
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.scheduler import Limits, Pass
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import Shape
+from qllm.traces.step_times.cost_model import PassCost
 
 PROMPT, OUTPUT, BLOCK = 8, 24, 16
 PAUSES = 24
@@ -43,12 +43,12 @@ class _Watching(RealClock):
         super().__init__()
         self.courses: list[_Watched] = []
 
-    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
         self.courses.append(_Watched(running, granularity))
         return self.courses[-1]
 
 
-class _Watched(RealCourse):
+class _Watched(RealExecution):
     ran = 0.0
 
     def advance(self) -> bool:
@@ -64,7 +64,7 @@ def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
     zeros = np.zeros(sequences)
     trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
     blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
-    limits = Limits(max_seqs=sequences, max_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
+    limits = Limits(max_seqs=sequences, max_batched_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
     clock = _Watching()
     with Engine(model, limits=limits, clock=clock) as engine:
         slices = replay(engine, trace, priorities={"all": 0}).slices or []
@@ -83,7 +83,9 @@ def wake_seconds(model: PreTrainedModel) -> float:
     PAUSE_S."""
     rng = np.random.default_rng(0)
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    limits = Limits(max_seqs=1, max_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK)
+    limits = Limits(
+        max_seqs=1, max_batched_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK
+    )
     found = []
     with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True)) as engine:
         for _ in range(PAUSES):

@@ -14,7 +14,7 @@ import numpy as np
 from qllm.executor.calibration.grid import ALL, Cell
 from qllm.executor.calibration.store import CalibrationError, Measured
 from qllm.traces.step_times.file_format import Point
-from qllm.traces.step_times.layer_fit import LayerFit, fit_layers
+from qllm.traces.step_times.layer_fit import LayerFit, fit_routed
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
 #: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
@@ -194,7 +194,7 @@ def expert_fit(cells: Cells) -> LayerFit:
         weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.layers)
     if not any(rows.any() for rows in counts):
         raise CalibrationError("no pass reached an expert")
-    return fit_layers(seconds, counts, weights)
+    return fit_routed(seconds, counts, weights)
 
 
 def expert_points(fit: LayerFit, share: float) -> list[Point]:

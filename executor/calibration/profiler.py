@@ -26,7 +26,7 @@ from qllm.executor.calibration.stopwatch import (
 from qllm.executor.calibration.store import Kept
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.runner import Runner, run_to_end
-from qllm.executor.model.split import Cut
+from qllm.executor.model.split import Split
 
 BLOCK = 16  # KV slots in a block
 ROUND_S = 0.3  # a round repeats a pass about so long in all ...
@@ -51,16 +51,16 @@ class Bench:
     """The runner, its KV and the random prompts that calibration measures with."""
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
-        self.cut = Cut()
-        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, cutter=self.cutter)
+        self.split = Split()
+        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, splitter=self.splitter)
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
         self.visited = Counter[Cell]()
 
-    def cutter(self, batch: Batch) -> Cut:
+    def splitter(self, batch: Batch) -> Split:
         """The cut that the next pass is to have."""
-        return self.cut
+        return self.split
 
     def sequences(self, cell: Cell) -> Entries:
         """Random tokens, others in each visit, so that the mean is over many routings; the same for each cut. What is
@@ -104,7 +104,7 @@ class Bench:
         """A repeat of a kind of pass, after one that may run before it in serving (`runs_before`)."""
         entries = self.sequences(cell)
         self.visited[cell] += 1
-        self.cut = Cut(cell.group, cell.pieces)
+        self.split = Split(cell.group, cell.pieces)
         measure(self.runner, watch, runs_before(self.runner, entries, cell.after))
         watch.steer = (lambda index, experts: steered(index, cell.hot)) if cell.hot else None
         passed = measure(self.runner, watch, entries)
@@ -114,7 +114,7 @@ class Bench:
     def switch_seconds(self) -> float:
         """What one suspension and its resumption cost: a prefill that is suspended before the attention of each layer
         for a decode pass of another sequence, against both for themselves. The least of several runs each."""
-        self.cut = Cut(1 << 30, 1)
+        self.split = Split(1 << 30, 1)
         new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
         long, short = self.sequences(Cell(1, new, 0))[0], self.sequences(Cell(1, 1, new))[0]
         short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]

@@ -25,7 +25,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
-from qllm.executor.engine.sampling import Sampling, sample
+from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.attention import attention_forward
 from qllm.executor.model.experts import experts_forward
 from qllm.executor.model.hooks import NAME
@@ -163,7 +163,7 @@ def sample_greedily(running: RunningPass) -> None:
     """Sample the tokens of a pass that has ended, as the engine does for requests without a temperature."""
     rows = len(running.sampled)
     if rows:
-        sample(running.logits, [Sampling()] * rows, [0] * rows, [0] * rows)
+        sample(running.logits, [SamplingParams()] * rows, [0] * rows, [0] * rows)
 
 
 def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:

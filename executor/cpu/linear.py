@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 
-from qllm.executor.cpu.packed_matmul import strips_of
+from qllm.executor.cpu.packed_matmul import packed_matmul_of
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 #: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
@@ -52,7 +52,7 @@ class PackedWeights:
         plain = list(weights)
         self._packed = [pack(weight) for weight in plain]
         self._n, k = plain[0].shape
-        self._strips = strips_of(self._packed, self._n, k, linear)
+        self._strips = packed_matmul_of(self._packed, self._n, k, linear)
 
     def __len__(self) -> int:
         return len(self._packed)

@@ -39,7 +39,7 @@ def kernel() -> Callable[..., None] | None:
     return lambda *args: run(address, *args)
 
 
-class Strips:
+class PackedMatmul:
     """Where the strips of packed weights `[n, k]`, all of one shape, lie in memory."""
 
     def __init__(self, packed: Sequence[torch.Tensor], n: int, k: int):
@@ -55,7 +55,7 @@ class Strips:
         """
         run = kernel()
         if run is None:
-            raise RuntimeError("no compiled kernel: strips_of() would have said so")
+            raise RuntimeError("no compiled kernel: packed_matmul_of() would have said so")
         last = np.cumsum(sizes, dtype=np.int64)
         if x.shape != (last[-1], self._k):
             raise ValueError(f"{last[-1]} rows of {self._k} numbers expected, not {tuple(x.shape)}")
@@ -75,9 +75,9 @@ class Strips:
         return out
 
 
-def strips_of(
+def packed_matmul_of(
     packed: Sequence[torch.Tensor], n: int, k: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Strips | None:
+) -> PackedMatmul | None:
     """The strips of oneDNN's packed weights `[n, k]`; None without the kernel or where they are packed in another way.
 
     The format is oneDNN's own affair and may change with its version, the processor and the shape; so the kernel's
@@ -89,7 +89,7 @@ def strips_of(
     sizes = {torch.ops.mkldnn._nbytes(w) for w in packed}
     if len(sizes) != 1 or min(sizes) % (4 * n_strips) or min(sizes) < 4 * n_strips * STRIP * k:
         return None
-    strips, x = Strips(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k)
+    strips, x = PackedMatmul(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k)
     out = strips.products(x, range(len(packed)), [1] * len(packed))
     expected = torch.cat([product(x[:1], w) for w in packed])
     tolerance = 1e-4 * float(expected.abs().nan_to_num(0, 0).max())

@@ -9,7 +9,7 @@ from threading import Event
 
 from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.engine import Engine
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 
 _END = object()
 
@@ -17,7 +17,7 @@ _END = object()
 class PausingClock(RealClock):
     """Real time, but for what is done aside."""
 
-    def __init__(self, steps: StepModel | None = None, *, polls: bool = False):
+    def __init__(self, steps: PassCostModel | None = None, *, polls: bool = False):
         super().__init__(steps, polls=polls)
         self.paused = 0.0  #: seconds until now
         self._stands: float | None = None  # at that time

@@ -12,7 +12,7 @@ from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.scheduler import State
 
 
-class KVMemory:
+class BlockManager:
     """The blocks of one cache: free ones, those in the jobs' block tables, and the way to host memory and back.
 
     A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes

@@ -1,7 +1,7 @@
 """The engine's clocks: what time it is, and how a pass moves on in it.
 
 On the real clock a pass takes what it takes. On the virtual clock the same pass runs on the same model, but time is
-that of a step model (`qllm.traces.step_times.cost_model`), piece by piece, as on the simulator's step-by-step device:
+that of a step model (`qllm.traces.step_times.cost_model`), step by step, as on the simulator's step-by-step device:
 same times, same preemption points, same order of events at one instant.
 """
 
@@ -14,13 +14,13 @@ import numpy as np
 
 from qllm.executor.model.passes import Point, RunningPass
 from qllm.scheduler import Pass
-from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
 STAGES = ("attention", "experts")
 
 
-class Course(Protocol):
-    """A pass under way. `done`: pieces done (see `qllm.traces.results.Slice`)."""
+class Execution(Protocol):
+    """A pass under way. `done`: steps done (see `qllm.traces.results.PassSlice`)."""
 
     running: RunningPass
     done: int
@@ -37,9 +37,9 @@ class Course(Protocol):
 
 
 class Clock(Protocol):
-    """Times are seconds. `steps`: what cuts the passes, if anything but the engine's own cutter does."""
+    """Times are seconds. `steps`: what cuts the passes, if anything but the engine's own splitter does."""
 
-    steps: StepModel | None
+    steps: PassCostModel | None
 
     def now(self) -> float: ...
 
@@ -52,7 +52,7 @@ class Clock(Protocol):
     def resumed(self) -> None:
         """A suspended pass goes on: what that costs."""
 
-    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
+    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
         """`p` begins; nothing of it ran yet."""
 
 
@@ -63,7 +63,7 @@ class RealClock:
     works for others meanwhile (benchmarks/fidelity/idle.py prints what that is worth).
     """
 
-    def __init__(self, steps: StepModel | None = None, *, polls: bool = False):
+    def __init__(self, steps: PassCostModel | None = None, *, polls: bool = False):
         self.steps = steps
         self._polls = polls
 
@@ -82,12 +82,12 @@ class RealClock:
     def resumed(self) -> None:
         pass
 
-    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
-        return RealCourse(running, granularity)
+    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
+        return RealExecution(running, granularity)
 
 
-class RealCourse:
-    """A pass in real time; its pieces are the points that it passed."""
+class RealExecution:
+    """A pass in real time; its steps are the points that it passed."""
 
     def __init__(self, running: RunningPass, granularity: str):
         self.running = running
@@ -109,14 +109,14 @@ class RealCourse:
         point = self.running.point
         if point is not None:
             return point.layer, point.stage
-        return (self.running.layer + 1, "head") if self.running.done else (0, "lead")
+        return (self.running.layer + 1, "head") if self.running.done else (0, "prologue")
 
 
 class VirtualClock:
     """Time by `steps`, from 0 on. Idle time passes at once, and the pass after it wakes the device up."""
 
-    def __init__(self, steps: StepModel):
-        self.steps: StepModel | None = steps
+    def __init__(self, steps: PassCostModel):
+        self.steps: PassCostModel | None = steps
         self._steps = steps
         self._now = 0.0
         self._rested = False
@@ -140,50 +140,50 @@ class VirtualClock:
     def sleep(self, seconds: float) -> None:
         self._now += seconds
 
-    def course(self, p: Pass, running: RunningPass, shape: Shape | None, granularity: str) -> Course:
-        shape = shape or shape_of(self._steps, p)
+    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
+        cost = cost or cost_of(self._steps, p)
         if self._rested:
             self._rested = False
-            shape.lead += self._steps.wake_s
-        return VirtualCourse(self, running, shape, granularity)
+            cost.prologue_s += self._steps.wake_s
+        return VirtualExecution(self, running, cost, granularity)
 
 
-class VirtualCourse:
+class VirtualExecution:
     """A pass in virtual time. It stops at the step model's points, those of groups without tokens included, where the
     real pass has none; the real pass follows, never ahead of them."""
 
-    def __init__(self, clock: VirtualClock, running: RunningPass, shape: Shape, granularity: str):
+    def __init__(self, clock: VirtualClock, running: RunningPass, cost: PassCost, granularity: str):
         self.running = running
         self.done = 0
         self.may_stop = True
         self._clock = clock
         self._steps = clock._steps
-        self._shape = shape
-        self._total = 2 + self._steps.layers * shape.steps_per_layer
-        self._points = frozenset(self._steps.points(shape, granularity).tolist())
+        self._cost = cost
+        self._total = 2 + self._steps.layers * cost.steps_per_layer
+        self._points = frozenset(self._steps.points(cost, granularity).tolist())
 
     def advance(self) -> bool:
         while self.done < self._total:
-            self._clock.sleep(self._next_piece())
+            self._clock.sleep(self._next_step())
             self.done += 1
             if self.done - 1 in self._points:
-                self._follow(*self._steps.where(self._shape, self.done))
+                self._follow(*self._steps.position(self._cost, self.done))
                 return True
         while not self.running.done:
             self.running.advance()
         return False
 
     def place(self) -> tuple[int, str]:
-        return self._steps.where(self._shape, self.done)[:2]
+        return self._steps.position(self._cost, self.done)[:2]
 
-    def _next_piece(self) -> float:
-        """Seconds of the piece that comes next, as in `StepModel.times`."""
-        layer, stage, index = self._steps.where(self._shape, self.done)
+    def _next_step(self) -> float:
+        """Seconds of the step that comes next, as in `PassCostModel.times`."""
+        layer, stage, index = self._steps.position(self._cost, self.done)
         if stage == "experts":
             if index == 0:
                 self._follow(layer, stage, 0)
             return self._group(layer, index)
-        return float(getattr(self._shape, stage))
+        return self._cost.step_s(stage)
 
     def _group(self, layer: int, index: int) -> float:
         """Seconds of a group of experts that begins now: over what waits there, and what runs along with it."""
@@ -191,7 +191,7 @@ class VirtualCourse:
         queues = running.queues  # None where nothing is left of the layer: the real pass has gone on
         own = np.zeros(steps.n_experts, dtype=np.int64) if queues is None else np.array(queues.waiting)
         others = [np.array(q.waiting) for q in running.shared_queues()]
-        return float(steps.groups(self._shape, steps.merged(own, others))[index])
+        return float(steps.group_seconds(self._cost, steps.merged(own, others))[index])
 
     def _follow(self, layer: int, stage: str, group: int) -> None:
         """Bring the real pass to that point, or to the first one after it where there is none."""
@@ -204,6 +204,6 @@ def _order(point: Point) -> tuple[int, int, int]:
     return point.layer, STAGES.index(point.stage), point.group
 
 
-def shape_of(steps: StepModel, p: Pass) -> Shape:
+def cost_of(steps: PassCostModel, p: Pass) -> PassCost:
     """How `p`, not launched yet, is cut, and its times but for the experts'."""
-    return steps.shape(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
+    return steps.cost(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)

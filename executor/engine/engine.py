@@ -23,12 +23,12 @@ from qllm.executor.engine.flights import held_bytes
 from qllm.executor.engine.jobs import Job
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import Stream, Tokenizer
-from qllm.executor.engine.sampling import Sampling
+from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import EngineClosed, RequestError
 from qllm.executor.model.info import memory_bytes, model_facts
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.runner import Runner
-from qllm.executor.model.split import Cutter, StepCosts
+from qllm.executor.model.split import LinearSplitter, Splitter
 from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Engine:
     model: a causal MoE model, prepared here where it is not yet (see executor.model). tokenizer: for prompts given as
     text and for the text of tokens. policy: a name of scheduler.POLICIES, or a policy. limits: what the scheduler may
     use; kv_memory: bytes for KV, in place of limits.kv_blocks; where neither is given, a share of the free memory.
-    clock: real time by default. cutter: how passes are cut (executor.cuts) unless the clock's step model does it;
+    clock: real time by default. splitter: how passes are cut (executor.cuts) unless the clock's step model does it;
     by default so that no step should exceed `max_step` seconds. seed: of requests that bring none.
 
     Raises UnsupportedModelError, SchedulerError, and ValueError for memory in which no KV block fits.
@@ -75,7 +75,7 @@ class Engine:
         limits: Limits | None = None,
         kv_memory: int | None = None,
         clock: Clock | None = None,
-        cutter: Cutter | None = None,
+        splitter: Splitter | None = None,
         max_step: float = 0.01,
         seed: int | None = None,
     ):
@@ -89,10 +89,10 @@ class Engine:
             blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
             given = dataclasses.replace(given, kv_blocks=blocks)
         self.limits = given
-        if cutter is None:
-            cutter = StepCosts(facts["experts"], facts["top_k"], max_step=max_step)
+        if splitter is None:
+            splitter = LinearSplitter(facts["experts"], facts["top_k"], max_step=max_step)
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
-        self._runner = Runner(model, given.kv_blocks, given.block_size, cutter)
+        self._runner = Runner(model, given.kv_blocks, given.block_size, splitter)
         self._stop_ids = stop_ids(model)
         self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self._ids = itertools.count()
@@ -150,13 +150,13 @@ class Engine:
         stops = self._stop_ids if stop is None else frozenset(stop)
         if any(not 0 <= token < self.vocabulary for token in stops):
             raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
-        sampling = Sampling(temperature, top_k, top_p, seed, min_tokens, stops)
+        sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
         job = self.job(prompt, max_new_tokens, priority, sampling, self.clock.now())
         self._loop.send(lambda: self._loop.add(job))
         return job.stream
 
     def job(
-        self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: Sampling, arrival: float
+        self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: SamplingParams, arrival: float
     ) -> Job:
         """A request checked against the model, not queued yet. `arrival`: seconds on the engine's clock."""
         if isinstance(prompt, str):

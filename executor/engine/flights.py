@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qllm.executor.engine.clock import Course
+from qllm.executor.engine.clock import Execution
 from qllm.executor.engine.jobs import Job
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.passes import RunningPass
@@ -16,7 +16,7 @@ from qllm.scheduler import Pass, Scheduler
 class Flight:
     """What a pass's cursor holds: how it moves on, and who is in it."""
 
-    course: Course
+    course: Execution
     jobs: tuple[Job, ...]
 
     @property
@@ -36,7 +36,7 @@ def held_bytes(p: Pass) -> int:
     return flight_of(p).running.held_bytes()
 
 
-class Lenders:
+class MergePartners:
     """The suspended passes that stand before or between the experts of a layer, first launched first.
 
     A live view: a pass that is discarded meanwhile drops out. The course says where a pass stands, since on the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qllm.executor.engine.requests import Record, Stream
-from qllm.executor.engine.sampling import Sampling
+from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import SequenceState
@@ -18,7 +18,7 @@ class Job(SequenceState):
 
     request: Request
     stream: Stream
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     host: HostKV | None = None
     ended: bool = False

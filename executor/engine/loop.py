@@ -15,18 +15,18 @@ from threading import Lock
 
 import torch
 
-from qllm.executor.engine.block_manager import KVMemory
-from qllm.executor.engine.clock import Clock, Course, shape_of
-from qllm.executor.engine.flights import Flight, Lenders, flight_of
+from qllm.executor.engine.block_manager import BlockManager
+from qllm.executor.engine.clock import Clock, Execution, cost_of
+from qllm.executor.engine.flights import Flight, MergePartners, flight_of
 from qllm.executor.engine.jobs import Job
-from qllm.executor.engine.recorder import Tape
+from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.sampling import sample
 from qllm.executor.errors import EngineClosed, ExecutorError, RequestFailed
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner
-from qllm.executor.model.split import Cut
+from qllm.executor.model.split import Split
 from qllm.scheduler import Chunk, Pass, Request, Scheduler, SchedulerError
-from qllm.traces.step_times.cost_model import Shape
+from qllm.traces.step_times.cost_model import PassCost
 
 Message = Callable[[], object]
 
@@ -42,11 +42,11 @@ class Loop:
         self.runner = runner
         self.scheduler = scheduler
         self.clock = clock
-        self.memory = KVMemory(runner.cache)
-        self.lenders = Lenders(scheduler)
+        self.memory = BlockManager(runner.cache)
+        self.lenders = MergePartners(scheduler)
         self.jobs: dict[int, Job] = {}  #: everything in the system, by request id
         self.scheduled: deque[Job] = deque()  #: what arrives later, by arrival
-        self.tape: Tape | None = None  #: what is recorded of passes, if anything
+        self.tape: RunRecorder | None = None  #: what is recorded of passes, if anything
         self.error: BaseException | None = None  #: what broke the loop
         self._stopping = False
         self._closed = False
@@ -198,7 +198,7 @@ class Loop:
 
     def _begin(self, p: Pass) -> Flight:
         steps = self.clock.steps
-        shape: Shape | None = None if steps is None else shape_of(steps, p)
+        cost: PassCost | None = None if steps is None else cost_of(steps, p)
         self._move(p)
         entries: list[tuple[Job, int]] = []
         chunk: Chunk
@@ -211,12 +211,14 @@ class Loop:
             entries += [(self.jobs[id], 1) for id in p.decode.members]
         for job, n in entries:
             self.memory.grow(job, job.computed + n, self.jobs.values())
-        cut = None if steps is None or shape is None else Cut(shape.group, shape.pieces, steps.merge_rows)
-        running = self.runner.begin(entries, cut)
+        split: Split | None = None
+        if steps is not None and cost is not None:
+            split = Split(cost.experts_per_group, cost.query_blocks, steps.merge_rows)
+        running = self.runner.begin(entries, split)
         policy = self.scheduler.policy
         if policy.merge:
-            running.companions = self.lenders
-        course = self.clock.course(p, running, shape, policy.granularity)
+            running.partners = self.lenders
+        course = self.clock.course(p, running, cost, policy.granularity)
         return Flight(course, tuple(job for job, _ in entries))
 
     def _sample(self, running: RunningPass) -> list[tuple[Job, int]]:
@@ -263,7 +265,7 @@ class Loop:
         if isinstance(error, torch.OutOfMemoryError) and self.runner.device.type != "cpu":
             torch.accelerator.empty_cache()
 
-    def _record(self, p: Pass, course: Course, start: float, first: tuple[int, int], suspended: bool) -> None:
+    def _record(self, p: Pass, course: Execution, start: float, first: tuple[int, int], suspended: bool) -> None:
         if self.tape is not None:
             self.tape.record(p, start, self.clock.now(), first, course.done, course.place(), suspended)
 

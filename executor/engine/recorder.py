@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from qllm.scheduler import Pass
-from qllm.traces.results import Slice
+from qllm.traces.results import PassSlice
 
 
 @dataclass
-class Tape:
+class RunRecorder:
     """`origin`: seconds on the engine's clock, `passes`: passes launched, when the tape began."""
 
     origin: float
     passes: int
-    slices: list[Slice] = field(default_factory=list)
+    slices: list[PassSlice] = field(default_factory=list)
     routing: dict[int, list[list[int]]] = field(default_factory=dict)  #: by pass id: [MoE layers][experts] tokens
 
     def record(
@@ -32,11 +32,11 @@ class Tape:
         """`p` ran from `start` to `end`, from `first` (pieces done, layer) to `last` pieces done, and stands at
         `place` (layer, stage)."""
         self.slices.append(
-            Slice(
+            PassSlice(
                 start=start - self.origin,
                 end=end - self.origin,
                 pass_id=p.id - self.passes,
-                level=p.priority(),
+                priority=p.priority(),
                 prefills=len(p.prefill),
                 decodes=p.n_decode,
                 tokens=p.tokens,

@@ -10,8 +10,8 @@ import numpy as np
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.jobs import Job
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.recorder import Tape
-from qllm.executor.engine.sampling import Sampling
+from qllm.executor.engine.recorder import RunRecorder
+from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import ExecutorError
 from qllm.scheduler import RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
@@ -33,7 +33,7 @@ def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int]
     rng = np.random.default_rng(seed)
     arrival = ticks(trace.arrival)
     jobs = [
-        engine.job(rng.integers(engine.vocabulary, size=prompt).tolist(), output, levels[cls], Sampling(), at)
+        engine.job(rng.integers(engine.vocabulary, size=prompt).tolist(), output, levels[cls], SamplingParams(), at)
         for at, prompt, output, cls in zip(
             arrival.tolist(),
             trace.prompt_tokens.tolist(),
@@ -50,14 +50,14 @@ def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int]
     return _result(jobs, arrival, tape, passes)
 
 
-def _begin(loop: Loop, jobs: list[Job]) -> Tape:
+def _begin(loop: Loop, jobs: list[Job]) -> RunRecorder:
     """Schedule `jobs`, their arrivals counted from now."""
     if loop.jobs or loop.scheduled or loop.tape is not None:
         raise ExecutorError("a replay needs an idle engine")
     now = loop.clock.now()
     for job in jobs:
         job.request.arrival += now
-    loop.tape = Tape(now, loop.scheduler.passes)
+    loop.tape = RunRecorder(now, loop.scheduler.passes)
     loop.scheduled.extend(jobs)
     return loop.tape
 
@@ -67,7 +67,7 @@ def _end(loop: Loop) -> int:
     return loop.scheduler.passes - (tape.passes if tape else 0)
 
 
-def _result(jobs: list[Job], arrival: np.ndarray, tape: Tape, passes: int) -> RunResult:
+def _result(jobs: list[Job], arrival: np.ndarray, tape: RunRecorder, passes: int) -> RunResult:
     n = len(jobs)
     times = np.full((6, n), np.nan)
     counts = np.zeros((2, n), dtype=np.int64)

@@ -18,7 +18,7 @@ from qllm.executor.errors import SamplingError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How one request's tokens are chosen. `temperature` 0 is greedy.
 
     `top_k` 0 and `top_p` 1 filter nothing. `stop` token ids end the request; they are not chosen before `min_tokens`
@@ -54,7 +54,7 @@ def uniform(seed: int, step: int) -> float:
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[Sampling], generated: Sequence[int], seeds: Sequence[int]
+    logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
 ) -> list[int]:
     """One token id per row of `logits` `[rows, vocab]`.
 
@@ -70,7 +70,7 @@ def sample(
     return tokens.tolist()
 
 
-def forbid_stops(logits: torch.Tensor, params: Sequence[Sampling], generated: Sequence[int]) -> torch.Tensor:
+def forbid_stops(logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int]) -> torch.Tensor:
     """`logits` with the stop tokens of requests below their `min_tokens` at -inf; a copy where there are any."""
     rows = [i for i, (p, n) in enumerate(zip(params, generated, strict=True)) if n < p.min_tokens for _ in p.stop]
     if not rows:
@@ -81,7 +81,7 @@ def forbid_stops(logits: torch.Tensor, params: Sequence[Sampling], generated: Se
     return logits
 
 
-def draw(logits: torch.Tensor, params: Sequence[Sampling], numbers: Sequence[float]) -> torch.Tensor:
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
     """Token ids `[rows]` drawn at the given uniform numbers, after temperature, top-k and top-p, in this order.
 
     top-p keeps the smallest set of most likely tokens whose probability reaches p, the token that reaches it included.

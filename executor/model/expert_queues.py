@@ -11,7 +11,7 @@ import torch
 class ExpertQueues:
     """One pass's rows at the experts of the layer where it stands, and the outputs so far.
 
-    hidden `[T, H]`, top_k_index and top_k_weights `[T, k]`. `waiting`: rows that wait at each expert. `lent_rows`:
+    hidden `[T, H]`, top_k_index and top_k_weights `[T, k]`. `waiting`: rows that wait at each expert. `merge_rows`:
     longest queue that another pass may run along with its own.
     """
 
@@ -21,7 +21,7 @@ class ExpertQueues:
         self._order, counts = sort_by_expert(top_k_index, n_experts)
         self.hidden = hidden
         self.waiting = counts
-        self.lent_rows = 0
+        self.merge_rows = 0
         self._shape = (*top_k_index.shape, hidden.shape[1])
         self._starts = [0, *accumulate(counts)]
         self._token = self._order // top_k_index.shape[-1]
@@ -32,9 +32,9 @@ class ExpertQueues:
         make = torch.empty if sum(counts) == len(self._order) else torch.zeros
         self._outputs = make((len(self._order), hidden.shape[1]), dtype=dtype, device=hidden.device)
 
-    def lends(self, expert: int) -> bool:
+    def can_merge(self, expert: int) -> bool:
         """Whether rows wait at `expert`, few enough for another pass to run them along with its own."""
-        return 0 < self.waiting[expert] <= self.lent_rows
+        return 0 < self.waiting[expert] <= self.merge_rows
 
     def span(self, expert: int) -> slice:
         """The rows of `expert`."""

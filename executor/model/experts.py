@@ -32,7 +32,7 @@ def experts_forward(
         for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
     else:
-        queues.lent_rows = running.batch.cut.merge_rows
+        queues.merge_rows = running.batch.split.merge_rows
         running.routing.append(queues.waiting.copy())
         running.queues = queues
         try:
@@ -44,7 +44,7 @@ def experts_forward(
 
 def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPass) -> None:
     """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
-    size = running.batch.cut.experts
+    size = running.batch.split.experts_per_group
     for number, first in enumerate(range(0, len(queues.waiting), size)):
         experts = range(first, min(first + size, len(queues.waiting)))
         if any(queues.waiting[e] for e in experts):
@@ -74,7 +74,7 @@ def run_tile(
     module: torch.nn.Module, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
 ) -> None:
     """Run what waits in `queues` at each expert of `tile`, and in the same launch what `others` have waiting there."""
-    shares = [[queues, *(q for q in others if q.lends(e))] for e in tile]
+    shares = [[queues, *(q for q in others if q.can_merge(e))] for e in tile]
     parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
     sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
     whole = slice(parts[0][1].start, parts[-1][1].stop)

@@ -37,7 +37,7 @@ def _processor() -> str:
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """layers (attention layers), hidden, experts, top_k and dtype of `model`, seen in a pass over one token; and
     `kv_bytes_per_token` of these layers and `moe_layers`, which a timing trace has no key for."""
-    runner = Runner(model, kv_blocks=1, block_size=2, cutter=whole)
+    runner = Runner(model, kv_blocks=1, block_size=2, splitter=whole)
     with torch.inference_mode():
         running = runner.begin([(SequenceState([1], [0]), 1)])
         run_to_end(running)

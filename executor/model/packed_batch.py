@@ -16,7 +16,7 @@ import torch
 
 from qllm.executor.errors import PassError
 from qllm.executor.model.kv_cache import PagedKVCache, slots_of
-from qllm.executor.model.split import Cutter
+from qllm.executor.model.split import Splitter
 
 PAD_RATIO = 1.25  # decode sequences share one padded gather while the longest is at most this much longer ...
 PAD_SLACK = 32  # ... or at most so many tokens longer than the shortest
@@ -130,7 +130,7 @@ class Batch:
         entries: Iterable[tuple[SequenceState, int]],
         cache: PagedKVCache,
         *,
-        cutter: Cutter,
+        splitter: Splitter,
         max_positions: int | None = None,
     ):
         pairs = list(entries)
@@ -149,7 +149,7 @@ class Batch:
         self.rows = row
         self.n_decode = sum(entry.n == 1 for entry in self.entries)
         self.prefill_cells = sum(int(seen(e, None).sum()) for e in self.entries[self.n_decode :])  # query rows x keys
-        self.cut = cutter(self)
+        self.split = splitter(self)
         self.sampled = [entry for entry in self.entries if entry.samples]
         ids, positions, slots = [], [], []
         for e in self.entries:
@@ -204,7 +204,7 @@ class Batch:
             return
         cells = np.concatenate([seen(e, window) for e in prefills])
         before = cells.cumsum() - cells
-        piece = before * self.cut.pieces // max(1, int(cells.sum()))
+        piece = before * self.split.query_blocks // max(1, int(cells.sum()))
         first = prefills[0].row
         groups: dict[int, list[QueryBlock]] = {}
         for e in prefills:

@@ -25,7 +25,7 @@ class Point(NamedTuple):
 
     `layer`: attention calls begun before this one (the decoder layer's number in all supported models). `stage`:
     "attention" or "experts". `group`: the number of the group of query blocks or of experts that comes next; groups
-    without work are passed over. These are the numbers of `qllm.traces.step_times.cost_model.StepModel.where`.
+    without work are passed over. These are the numbers of `qllm.traces.step_times.cost_model.PassCostModel.where`.
     """
 
     layer: int
@@ -61,7 +61,7 @@ class RunningPass:
         self.declared_windows = declared_windows  # what the configuration says, layer by layer
         self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
         self.queues: ExpertQueues | None = None  # while it stands before or between the experts of a layer
-        self.companions: Iterable[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
+        self.partners: Iterable[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
         self._greenlet.running = self
@@ -131,9 +131,9 @@ class RunningPass:
         return window
 
     def shared_queues(self) -> list[ExpertQueues]:
-        """Queues of the companions that wait at the same experts: those of the MoE layer where this pass stands."""
+        """Queues of the partners that wait at the same experts: those of the MoE layer where this pass stands."""
         begun = len(self.routing)
-        return [p.queues for p in self.companions if p.queues is not None and len(p.routing) == begun]
+        return [p.queues for p in self.partners if p.queues is not None and len(p.routing) == begun]
 
     def reach(self, stage: str, group: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""

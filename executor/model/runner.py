@@ -11,33 +11,33 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.executor.model.packed_batch import Batch, SequenceState
 from qllm.executor.model.passes import RunAhead, RunningPass
-from qllm.executor.model.split import Cut, Cutter, whole
+from qllm.executor.model.split import Split, Splitter, whole
 
 
 class Runner:
     """Starts passes over one model and one KV cache. All of its passes belong to one thread.
 
-    `kv_blocks` blocks of `block_size` tokens; `cutter` says how each pass is cut into steps.
+    `kv_blocks` blocks of `block_size` tokens; `splitter` says how each pass is cut into steps.
     """
 
-    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, cutter: Cutter = whole):
+    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, splitter: Splitter = whole):
         self.model = model
         self.device = model.device
         self.cache = PagedKVCache(kv_blocks, block_size, self.device)
-        self.cutter = cutter
+        self.splitter = splitter
         self.windows = declared_windows(model.config)
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def begin(self, entries: Iterable[tuple[SequenceState, int]], cut: Cut | None = None) -> RunningPass:
-        """A pass over the next n tokens of each sequence, cut by `cut` in place of the runner's cutter where given;
-        nothing runs before its first `advance()`.
+    def begin(self, entries: Iterable[tuple[SequenceState, int]], split: Split | None = None) -> RunningPass:
+        """A pass over the next n tokens of each sequence, split by `split` in place of the runner's splitter where
+        given; nothing runs before its first `advance()`.
 
         Raises PassError where the tokens, their blocks or their positions do not exist.
         """
-        cutter = self.cutter if cut is None else lambda _: cut
-        batch = Batch(entries, self.cache, cutter=cutter, max_positions=self.max_positions)
+        splitter = self.splitter if split is None else lambda _: split
+        batch = Batch(entries, self.cache, splitter=splitter, max_positions=self.max_positions)
         return RunningPass(batch, self._forward, self._run_ahead, self.windows)
 
     def _forward(self, batch: Batch) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """How a pass is cut into steps.
 
 A cut is a function of the pass alone, never of the clock or of who waits: the same pass is always cut in the same way,
-and gives the same bits. `qllm.traces.step_times.cost_model.StepModel` cuts passes in the same terms (its `Shape.group`
-and `Shape.pieces`), so the engine and the simulator can stop at the same points.
+and gives the same bits. `qllm.traces.step_times.cost_model.PassCostModel` cuts passes in the same terms (its
+`PassCost.experts_per_group` and `PassCost.query_blocks`), so the engine and the simulator can stop at the same points.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from qllm.executor.model.packed_batch import Batch
 
 
-class Cut(NamedTuple):
+class Split(NamedTuple):
     """One pass's cut: consecutive experts in a group, and groups of query blocks in an attention (at most).
 
     merge_rows: most rows waiting at an expert that another pass may run along with its own while this one is suspended;
     0: none.
     """
 
-    experts: int = 1
-    pieces: int = 1
+    experts_per_group: int = 1
+    query_blocks: int = 1
     merge_rows: int = 0
 
 
-Cutter = Callable[["Batch"], Cut]
+Splitter = Callable[["Batch"], Split]
 
 
 @dataclass(frozen=True)
-class StepCosts:
+class LinearSplitter:
     """Cuts passes by linear step times (seconds), so that no step that can be cut exceeds `max_step`.
 
     One expert over m rows takes about `expert + m * row`; attention takes `cell` per query row and key. The rows of an
@@ -47,19 +47,19 @@ class StepCosts:
     row: float = 1e-5
     cell: float = 2e-8
 
-    def __call__(self, batch: Batch) -> Cut:
+    def __call__(self, batch: Batch) -> Split:
         mean = batch.rows * self.top_k / self.n_experts
         each = self.expert + self.row * min(batch.rows, mean + 3 * math.sqrt(mean))
         experts = min(max(int(self.max_step / each), 1), self.n_experts)
         pieces = max(1, math.ceil(batch.prefill_cells * self.cell / self.max_step))
-        return Cut(experts, pieces, int(self.expert / self.row) if self.row else 1 << 30)
+        return Split(experts, pieces, int(self.expert / self.row) if self.row else 1 << 30)
 
 
-def finest(batch: Batch) -> Cut:
+def finest(batch: Batch) -> Split:
     """A point before every expert, and as many query pieces as there are rows."""
-    return Cut(1, max(1, batch.rows))
+    return Split(1, max(1, batch.rows))
 
 
-def whole(batch: Batch) -> Cut:
+def whole(batch: Batch) -> Split:
     """A point before each attention and before the experts of each layer only."""
-    return Cut(1 << 30, 1)
+    return Split(1 << 30, 1)

@@ -18,12 +18,12 @@ from qllm.config.schema import (
     Arrival,
     Count,
     JobClass,
-    Keys,
     LimitsConfig,
     Poisson,
     PolicyConfig,
     Positive,
     Replay,
+    StrictModel,
     existing_file,
     looks_like_path,
 )
@@ -35,7 +35,7 @@ from qllm.traces.step_times.timings import bundled as bundled_timings
 RATE = "rate"
 
 
-class Config(Keys):
+class Config(StrictModel):
     """One simulated experiment. Times in seconds, lengths in tokens, rates in requests per second."""
 
     name: str = "simulation"

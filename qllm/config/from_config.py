@@ -17,7 +17,7 @@ from qllm.sim import isolated_ttft
 from qllm.traces.requests.generate import assign_classes, generate
 from qllm.traces.requests.readers import read_requests
 from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
 from qllm.traces.step_times.timings import Timings
 
@@ -136,7 +136,7 @@ def limits_with(config: Config, blocks: int) -> Limits:
     given = config.limits
     return Limits(
         max_seqs=given.max_seqs,
-        max_tokens=given.max_tokens,
+        max_batched_tokens=given.max_batched_tokens,
         kv_blocks=blocks,
         block_size=given.block_size,
         urgent_blocks=min(int(blocks * given.urgent_share), blocks - 1),
@@ -151,7 +151,7 @@ def popularity(config: Config) -> np.ndarray:
     return _read_popularity(config.popularity, timings.experts, timings.layers, _stamp(config.popularity))
 
 
-def step_model(config: Config) -> StepModel:
+def step_model(config: Config) -> PassCostModel:
     """Step times of the configured model, GPU and cuts. Raises TimingError, PopularityError, ConfigError."""
     return _step_model(*_device_key(config))
 
@@ -163,11 +163,11 @@ def _device_key(config: Config) -> tuple[str, str, float, str | None, object]:
 
 
 @lru_cache(maxsize=4)
-def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> StepModel:
+def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> PassCostModel:
     loaded = load_timings(timings)
     shares = _read_popularity(table, loaded.experts, loaded.layers, _stamp(table))
     try:
-        return StepModel(loaded, max_step=max_step, expert_mode=expert_mode, popularity=shares)
+        return PassCostModel(loaded, max_step=max_step, expert_mode=expert_mode, popularity=shares)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -34,7 +34,7 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError(blame(error, path)) from None
+        raise ConfigError(describe_failure(error, path)) from None
     found = {
         name: value
         for name, value in vars(module).items()
@@ -51,10 +51,10 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
     except SchedulerError as error:
         raise ConfigError(f"{path}: {error}") from None
     except Exception as error:
-        raise ConfigError(blame(error, path)) from None
+        raise ConfigError(describe_failure(error, path)) from None
 
 
-def blame(error: BaseException, path: str | Path) -> str:
+def describe_failure(error: BaseException, path: str | Path) -> str:
     """One line for an exception raised by a user's file: file, line there, type and message."""
     path = Path(path)
     lines = []

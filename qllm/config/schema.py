@@ -42,7 +42,7 @@ def looks_like_path(value: str) -> bool:
 InputFile = Annotated[str, AfterValidator(existing_file)]
 
 
-class Keys(BaseModel):
+class StrictModel(BaseModel):
     """A mapping with these keys and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -58,7 +58,7 @@ class Keys(BaseModel):
         return data
 
 
-class Lognormal(Keys):
+class Lognormal(StrictModel):
     """Lognormal token counts: `sigma` of the logarithm and either the mean or the median; cut off at min and max."""
 
     mean: Positive | None = None
@@ -74,7 +74,7 @@ class Lognormal(Keys):
         return self
 
 
-class Length(Keys):
+class Length(StrictModel):
     """How many tokens: one of these keys."""
 
     fixed: Count | None = None  #: every request the same
@@ -102,13 +102,13 @@ class Length(Keys):
         return self
 
 
-class Pairs(Keys):
+class Pairs(StrictModel):
     """Prompt and output lengths drawn together, a row of a request trace at a time."""
 
     trace: InputFile
 
 
-class Slo(Keys):
+class Slo(StrictModel):
     """What makes a finished request good; where several are given, all of them."""
 
     ttft: Positive | None = None  #: seconds
@@ -122,7 +122,7 @@ class Slo(Keys):
         return self
 
 
-class JobClass(Keys):
+class JobClass(StrictModel):
     """One class of requests."""
 
     priority: int = 0  #: lower is more urgent
@@ -139,20 +139,20 @@ class JobClass(Keys):
         return self
 
 
-class Poisson(Keys):
+class Poisson(StrictModel):
     """Exponential gaps."""
 
     process: Literal["poisson"] = "poisson"
 
 
-class Gamma(Keys):
+class Gamma(StrictModel):
     """Gamma-distributed gaps; cv is their coefficient of variation (1 is Poisson, more is burstier)."""
 
     process: Literal["gamma"]
     cv: Positive
 
 
-class OnOff(Keys):
+class OnOff(StrictModel):
     """Bursts: `on_s` seconds at `burst` times the mean rate, then `off_s` seconds at what keeps the mean at `rate`."""
 
     process: Literal["onoff"]
@@ -161,7 +161,7 @@ class OnOff(Keys):
     burst: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  #: default: nothing arrives in off_s
 
 
-class Replay(Keys):
+class Replay(StrictModel):
     """Arrivals and lengths of a recorded trace; a given `rate` stretches time so that the mean rate is that."""
 
     process: Literal["trace"]
@@ -172,11 +172,11 @@ class Replay(Keys):
 Arrival = Annotated[Poisson | Gamma | OnOff | Replay, Field(discriminator="process")]
 
 
-class LimitsConfig(Keys):
+class LimitsConfig(StrictModel):
     """What the batches and the memory may hold (see scheduler.Limits)."""
 
     max_seqs: Count = 32  #: sequences in a pass
-    max_tokens: Count = 8192  #: tokens in a pass; a longer prompt takes several passes
+    max_batched_tokens: Count = 8192  #: tokens in a pass; a longer prompt takes several passes
     block_size: Count = 16  #: tokens in a KV block
     kv_blocks: Count | None = None  #: default: what the GPU's memory has room for, see qllm.build.scheduler_limits
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9  #: of the GPU's memory that may be used at all
@@ -187,8 +187,10 @@ class LimitsConfig(Keys):
 
     @model_validator(mode="after")
     def _room_for_decodes(self) -> LimitsConfig:
-        if self.max_tokens < self.max_seqs:
-            raise ValueError(f"max_tokens ({self.max_tokens}) must be at least max_seqs ({self.max_seqs})")
+        if self.max_batched_tokens < self.max_seqs:
+            raise ValueError(
+                f"max_batched_tokens ({self.max_batched_tokens}) must be at least max_seqs ({self.max_seqs})"
+            )
         return self
 
 

@@ -1,4 +1,4 @@
-"""Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
+"""CachedRun simulations on disk, so that an interrupted sweep goes on where it stopped.
 
 Each is a parquet file, named by a hash of everything that its content depends on: change anything and it is another
 simulation; add a rate, a seed or a policy and the others are still there. Labels and SLOs are not part of it.
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qllm import config, experiment, scheduler, sim, traces
-from qllm.experiment.run import Run, outcome
+from qllm.experiment.run import Run, run_table
 from qllm.traces.step_times.timings import ExtrapolationWarning
 
 _WARNINGS = b"warnings"  #: key of the parquet file's metadata
@@ -32,8 +32,8 @@ _CATEGORIES: dict[str, type[Warning]] = {"ExtrapolationWarning": ExtrapolationWa
 
 
 @dataclass
-class Finished:
-    """A simulation's `outcome`, and what it warned of: message -> category."""
+class CachedRun:
+    """A simulation's `run_table`, and what it warned of: message -> category."""
 
     table: pd.DataFrame
     warned: dict[str, type[Warning]] = field(default_factory=dict)
@@ -48,18 +48,18 @@ def keys(todo: list[Run]) -> list[str]:
     return [hashlib.sha256(json.dumps([base, _depends_on(run, contents)]).encode()).hexdigest()[:32] for run in todo]
 
 
-def finish(run: Run, path: Path | None = None) -> Finished:
+def finish(run: Run, path: Path | None = None) -> CachedRun:
     """Simulate `run`, and write what it gave to `path`. Raises what a simulation raises, and OSError."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        done = Finished(outcome(run))
+        done = CachedRun(run_table(run))
     done.warned = {str(warning.message): warning.category for warning in caught}
     if path is not None and path.parent.is_dir():  # a machine that does not see the folder leaves it to the caller
         write(done, path)
     return done
 
 
-def write(done: Finished, path: Path) -> None:
+def write(done: CachedRun, path: Path) -> None:
     """Write one finished simulation, all of it or nothing."""
     told = {message: category.__name__ for message, category in done.warned.items()}
     table = pa.Table.from_pandas(done.table, preserve_index=False).replace_schema_metadata(
@@ -73,14 +73,14 @@ def write(done: Finished, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def read(path: Path) -> Finished | None:
+def read(path: Path) -> CachedRun | None:
     """What `write` wrote; None where there is no such file, or one that is damaged."""
     try:
         table = pq.read_table(path)
         told = json.loads(table.schema.metadata[_WARNINGS])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-    return Finished(table.to_pandas(), {message: _CATEGORIES.get(name, UserWarning) for message, name in told.items()})
+    return CachedRun(table.to_pandas(), {message: _CATEGORIES.get(name, UserWarning) for message, name in told.items()})
 
 
 def forget(folder: Path) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qllm.config.config import Config
 from qllm.config.from_config import limits_with, load_timings, request_trace, step_model
-from qllm.config.policies import blame
+from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
 from qllm.executor.demo import DEMO, demo_model
@@ -28,7 +28,7 @@ from qllm.executor.engine.requests import Stream
 from qllm.executor.model.info import device_name, model_facts, versions
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.experiment.results import Results
-from qllm.experiment.run import Run, request_table, rows, runs
+from qllm.experiment.run import Run, request_table, runs, sweep_rows
 from qllm.scheduler import Limits
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
@@ -125,15 +125,15 @@ def run(
         if key not in alone or not np.isin(lengths, alone[key][0]).all():
             known = alone.get(key, (np.empty(0), np.empty(0)))
             alone[key] = _merge(known, lengths, isolated_ttft(this.config, target, limits, lengths))
-        result = run_one(this, trace, target, limits)
-        tables.append(rows(this, request_table(this, trace, result, np.interp(trace.prompt_tokens, *alone[key]))))
+        result = simulate_run(this, trace, target, limits)
+        tables.append(sweep_rows(this, request_table(this, trace, result, np.interp(trace.prompt_tokens, *alone[key]))))
         if this.point == last and this.seed == config.seed_list[0]:
             shown.append((this, result))
     requests = pd.concat(tables, ignore_index=True)
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def run_one(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> RunResult:
+def simulate_run(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> RunResult:
     """One policy at one point. An exception of a user's policy comes out as a ConfigError with its file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
@@ -145,7 +145,7 @@ def run_one(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> R
     except Exception as error:
         if policy.file is None:
             raise
-        raise ConfigError(f"{this}: {blame(error.__cause__ or error, policy.file)}") from None
+        raise ConfigError(f"{this}: {describe_failure(error.__cause__ or error, policy.file)}") from None
 
 
 def warm_up(engine: Engine, trace: RequestTrace) -> None:

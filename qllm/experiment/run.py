@@ -10,9 +10,9 @@ import pandas as pd
 
 from qllm.config.config import RATE, Config
 from qllm.config.from_config import isolated, load_timings, popularity, request_trace, scheduler_limits, step_model
-from qllm.config.policies import blame
+from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
-from qllm.sim import SimResult, Status
+from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
@@ -50,7 +50,7 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def run_one(run: Run, timeline: bool = False) -> SimResult:
+def simulate_run(run: Run, timeline: bool = False) -> RunResult:
     """Simulate `run`. An exception of a user's policy comes out as a ConfigError that names its file and line."""
     config = run.config
     policy = config.policies[run.policy]
@@ -70,13 +70,13 @@ def run_one(run: Run, timeline: bool = False) -> SimResult:
     except Exception as error:
         if policy.file is None:
             raise
-        raise ConfigError(f"{run}: {blame(error, policy.file)}") from None
+        raise ConfigError(f"{run}: {describe_failure(error, policy.file)}") from None
 
 
-def outcome(run: Run) -> pd.DataFrame:
-    """Simulate `run`: a row per request, without what only this sweep calls it (see `rows`)."""
+def run_table(run: Run) -> pd.DataFrame:
+    """Simulate `run`: a row per request, without what only this sweep calls it (see `sweep_rows`)."""
     trace = request_trace(run.config, run.seed)
-    return request_table(run, trace, run_one(run), isolated(run.config, trace.prompt_tokens))
+    return request_table(run, trace, simulate_run(run), isolated(run.config, trace.prompt_tokens))
 
 
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
@@ -113,8 +113,8 @@ def rate_of(run: Run, trace: RequestTrace) -> float:
     return float("nan") if rate is None else rate
 
 
-def rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
-    """The rows of requests.parquet for the `outcome` of `run`; text columns are categories, which keeps 100,000
+def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
+    """The rows of requests.parquet for the `run_table` of `run`; text columns are categories, which keeps 100,000
     requests small."""
     config, n = run.config, len(found)
 

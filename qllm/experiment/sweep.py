@@ -22,9 +22,9 @@ from qllm.config.config import Config, load_config
 from qllm.config.from_config import load_timings
 from qllm.errors import EXPECTED
 from qllm.experiment.backends import parallel
-from qllm.experiment.cache import Finished, finish, keys, read, write
+from qllm.experiment.cache import CachedRun, finish, keys, read, write
 from qllm.experiment.results import Results, make_folder
-from qllm.experiment.run import Run, plain, rows, runs
+from qllm.experiment.run import Run, plain, runs, sweep_rows
 
 Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
 
@@ -60,7 +60,7 @@ def simulate(
     if not isinstance(config, Config):
         config = load_config(config, set)
     todo = _tasks(config, keep)
-    done: dict[int, Finished | Failure] = {}
+    done: dict[int, CachedRun | Failure] = {}
     for number, _, file in todo:
         kept = read(file) if file else None
         if kept:
@@ -81,7 +81,7 @@ def _tasks(config: Config, keep: str | Path | None) -> list[Task]:
     return [(number, run, folder / f"{names[number]}.parquet") for number, run in enumerate(todo)]
 
 
-def attempt(number: int, run: Run, file: Path | None) -> tuple[int, Finished | Failure]:
+def attempt(number: int, run: Run, file: Path | None) -> tuple[int, CachedRun | Failure]:
     """What a worker does: simulate `run` and keep what it gives in `file`. An exception becomes a Failure."""
     try:
         return number, finish(run, file)
@@ -92,7 +92,7 @@ def attempt(number: int, run: Run, file: Path | None) -> tuple[int, Finished | F
         return number, Failure(" ".join(message.split()), error if typed else None, text)
 
 
-def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int, Finished | Failure]]:
+def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int, CachedRun | Failure]]:
     """Simulate `todo`, handing over each result when it is there, in any order."""
     if not todo:
         return
@@ -100,20 +100,20 @@ def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int,
     with parallel(backend, min(jobs, len(todo))) as run_all:
         for number, result in run_all(joblib.delayed(attempt)(*task) for task in todo):
             file = files[number]
-            if file is not None and isinstance(result, Finished) and not file.exists():
+            if file is not None and isinstance(result, CachedRun) and not file.exists():
                 write(result, file)  # the worker's machine does not see the folder
             yield number, result
 
 
-def _results(config: Config, done: list[tuple[Run, Finished | Failure]]) -> Results:
+def _results(config: Config, done: list[tuple[Run, CachedRun | Failure]]) -> Results:
     """The tables, after warnings of what the simulations warned of and of what failed."""
-    tables = [rows(run, result.table) for run, result in done if isinstance(result, Finished)]
+    tables = [sweep_rows(run, result.table) for run, result in done if isinstance(result, CachedRun)]
     failed = [(run, result) for run, result in done if isinstance(result, Failure)]
     if not tables:
         first = failed[0][1]
         raise first.error or RuntimeError(f"{failed[0][0]} failed:\n{first.traceback}")
     told = {
-        message: kind for _, result in done if isinstance(result, Finished) for message, kind in result.warned.items()
+        message: kind for _, result in done if isinstance(result, CachedRun) for message, kind in result.warned.items()
     }
     for message, category in told.items():
         warnings.warn(message, category, stacklevel=3)

@@ -15,8 +15,8 @@ from typing import Any
 
 from qllm.config.config import Config
 from qllm.errors import EXPECTED
-from qllm.experiment.run import Run, run_one, runs
-from qllm.sim import SimResult, Slice
+from qllm.experiment.run import Run, runs, simulate_run
+from qllm.sim import PassSlice, RunResult
 
 
 def timeline_runs(config: Config) -> list[Run]:
@@ -25,16 +25,16 @@ def timeline_runs(config: Config) -> list[Run]:
     return [run for run in runs(config) if run.point == last and run.seed == config.seed_list[0]]
 
 
-def record(shown: list[Run]) -> list[tuple[Run, SimResult]]:
+def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
     """Simulate the runs again with their slices recorded, without those that fail (the sweep has said so)."""
     recorded = []
     for run in shown:
         with suppress(*EXPECTED):
-            recorded.append((run, run_one(run, timeline=True)))
+            recorded.append((run, simulate_run(run, timeline=True)))
     return recorded
 
 
-def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path, time: str = "simulated") -> int:
+def write_timeline(recorded: list[tuple[Run, RunResult]], path: str | Path, time: str = "simulated") -> int:
     """Write what `record` gave to `path`; `time`: simulated or measured. Returns the number of events."""
     events = []
     for process, (run, result) in enumerate(recorded, start=1):
@@ -44,50 +44,50 @@ def write_timeline(recorded: list[tuple[Run, SimResult]], path: str | Path, time
     return len(events)
 
 
-def trace_events(slices: list[Slice], config: Config, process: int = 1, name: str = "GPU") -> list[dict[str, Any]]:
+def trace_events(slices: list[PassSlice], config: Config, process: int = 1, name: str = "GPU") -> list[dict[str, Any]]:
     """The events of one run: metadata, then for each slice its own and the markers at its ends."""
     tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
     common = {"pid": process, "cat": "pass"}
     events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
-    for level in sorted({piece.level for piece in slices}):
+    for level in sorted({one.priority for one in slices}):
         track = {"name": tracks.get(level, f"level {level}")}
         events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": track})
         events.append({**common, "ph": "M", "tid": level, "name": "thread_sort_index", "args": {"sort_index": level}})
     suspended: set[int] = set()
-    for piece in slices:
-        on_track = {**common, "tid": piece.level}
-        start, end = piece.start * 1e6, piece.end * 1e6
+    for one in slices:
+        on_track = {**common, "tid": one.priority}
+        start, end = one.start * 1e6, one.end * 1e6
         events.append(
             {
                 **on_track,
                 "ph": "X",
-                "name": _name(piece),
+                "name": _name(one),
                 "ts": start,
                 "dur": end - start,
                 "args": {
-                    **{"pass": piece.pass_id, "tokens": piece.tokens},
-                    **{"prefills": piece.prefills, "decodes": piece.decodes},
-                    **{"from layer": piece.first_layer, "to layer": piece.layer},
+                    **{"pass": one.pass_id, "tokens": one.tokens},
+                    **{"prefills": one.prefills, "decodes": one.decodes},
+                    **{"from layer": one.first_layer, "to layer": one.layer},
                 },
             }
         )
-        if piece.pass_id in suspended:
-            suspended.discard(piece.pass_id)
-            resumed = {"pass": piece.pass_id, "layer": piece.first_layer}
-            name = f"resumed in layer {piece.first_layer}"
+        if one.pass_id in suspended:
+            suspended.discard(one.pass_id)
+            resumed = {"pass": one.pass_id, "layer": one.first_layer}
+            name = f"resumed in layer {one.first_layer}"
             events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start, "args": resumed})
-            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
+            arrow = {**on_track, "id": f"{process}.{one.pass_id}", "name": "suspended"}
             events.append({**arrow, "ph": "f", "bp": "e", "ts": start})
-        if piece.suspended:
-            suspended.add(piece.pass_id)
-            stopped = {"pass": piece.pass_id, "layer": piece.layer, "stage": piece.stage}
-            name = f"preempted in layer {piece.layer}, {piece.stage}"
+        if one.suspended:
+            suspended.add(one.pass_id)
+            stopped = {"pass": one.pass_id, "layer": one.layer, "stage": one.stage}
+            name = f"preempted in layer {one.layer}, {one.stage}"
             events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end, "args": stopped})
-            arrow = {**on_track, "id": f"{process}.{piece.pass_id}", "name": "suspended"}
+            arrow = {**on_track, "id": f"{process}.{one.pass_id}", "name": "suspended"}
             events.append({**arrow, "ph": "s", "ts": end})
     return events
 
 
-def _name(piece: Slice) -> str:
-    parts = [f"{piece.prefills} prefill"] * bool(piece.prefills) + [f"{piece.decodes} decode"] * bool(piece.decodes)
+def _name(one: PassSlice) -> str:
+    parts = [f"{one.prefills} prefill"] * bool(one.prefills) + [f"{one.decodes} decode"] * bool(one.decodes)
     return " + ".join(parts)

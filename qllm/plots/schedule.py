@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from qllm.config.from_config import step_model
 from qllm.experiment.run import Run
 from qllm.plots.curves import COLOURS, new_axes
-from qllm.traces.results import RunResult, Slice
+from qllm.traces.results import PassSlice, RunResult
 
 _PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
 _SHOWN = 24  #: slices in a panel of `save_timeline`
@@ -27,7 +27,7 @@ _STOP: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5, "mfc
 
 
 def plot_timeline(
-    slices: Iterable[Slice],
+    slices: Iterable[PassSlice],
     names: Mapping[int, str],
     *,
     layers: int,
@@ -42,14 +42,14 @@ def plot_timeline(
     """
     ax = ax or new_axes()
     colours = _colours(names)
-    passes: dict[int, list[Slice]] = {}
-    for piece in sorted(slices):
-        passes.setdefault(piece.pass_id, []).append(piece)
-    for level in sorted({p[0].level for p in passes.values()}, reverse=True):  # the most urgent on top
-        mine = [p for p in passes.values() if p[0].level == level]
+    passes: dict[int, list[PassSlice]] = {}
+    for one in sorted(slices):
+        passes.setdefault(one.pass_id, []).append(one)
+    for level in sorted({p[0].priority for p in passes.values()}, reverse=True):  # the most urgent on top
+        mine = [p for p in passes.values() if p[0].priority == level]
         _draw_passes(ax, mine, layers, colours.get(level, _OTHER))
     floor = _draw_requests(ax, requests, layers, colours)
-    ends = [piece.end for pieces in passes.values() for piece in pieces]
+    ends = [one.end for slices_of_pass in passes.values() for one in slices_of_pass]
     ax.set_xlim(0, max(ends, default=1.0) * 1.01)
     ax.set_ylim(floor, layers)
     ax.axhline(0, color="0.3", linewidth=0.8)
@@ -60,10 +60,10 @@ def plot_timeline(
     return ax
 
 
-def _draw_passes(ax: Axes, passes: list[list[Slice]], layers: int, colour: str) -> None:
+def _draw_passes(ax: Axes, passes: list[list[PassSlice]], layers: int, colour: str) -> None:
     """Passes of one colour, each a list of its slices: the area under the climb, and dots where it waits suspended."""
     for prefills, opacity, width in ((True, _PREFILL, 1.0), (False, _DECODE, 0.4)):
-        shapes = [_climb(piece, layers) for p in passes for piece in p if bool(piece.prefills) == prefills]
+        shapes = [_climb(one, layers) for p in passes for one in p if bool(one.prefills) == prefills]
         ax.add_collection(PolyCollection(shapes, facecolors=colour, alpha=opacity, linewidths=0))
         ax.add_collection(LineCollection([shape[1:3] for shape in shapes], colors=colour, linewidths=width))
     waits = [[(one.end, one.layer), (other.start, other.first_layer)] for p in passes for one, other in pairwise(p)]
@@ -108,10 +108,10 @@ def _colours(names: Mapping[int, str]) -> dict[int, str]:
     return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(sorted(names))}
 
 
-def _climb(piece: Slice, layers: int) -> list[tuple[float, float]]:
+def _climb(one: PassSlice, layers: int) -> list[tuple[float, float]]:
     """The area below the line from the layer where the slice began to the one where it ended."""
-    top = min(piece.layer, layers)
-    return [(piece.start, 0), (piece.start, piece.first_layer), (piece.end, top), (piece.end, 0)]
+    top = min(one.layer, layers)
+    return [(one.start, 0), (one.start, one.first_layer), (one.end, top), (one.end, 0)]
 
 
 def save_timeline(
@@ -132,7 +132,7 @@ def save_timeline(
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
-        inside = [piece for piece in slices if piece.end >= start and piece.start <= end]
+        inside = [one for one in slices if one.end >= start and one.start <= end]
         plot_timeline(inside, classes, layers=layers or step_model(run.config).layers, ax=ax)
         ax.set_title(str(run), fontsize=10, loc="left")
         ax.set_xlabel("")
@@ -146,10 +146,10 @@ def save_timeline(
     return True
 
 
-def _window(schedules: list[list[Slice]]) -> tuple[float, float]:
+def _window(schedules: list[list[PassSlice]]) -> tuple[float, float]:
     """The seconds that `_SHOWN` slices take around the first suspension, or from the start where there is none."""
     for slices in schedules:
-        at = next((i for i, piece in enumerate(slices) if piece.suspended), None)
+        at = next((i for i, one in enumerate(slices) if one.suspended), None)
         if at is not None:
             around = slices[max(0, at - _SHOWN // 4) :][:_SHOWN]
             return around[0].start, around[-1].end

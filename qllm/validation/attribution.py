@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from qllm.executor.calibration.grid import AFTER_TOKENS, mixed_lengths
 from qllm.executor.calibration.stopwatch import Stopwatch, fill_cache, measure, random_entries, runs_before, timed
 from qllm.executor.model.runner import Runner
-from qllm.executor.model.split import Cut
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.executor.model.split import Split
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.validation.machine_speed import Call
-from qllm.validation.validate import Compared, after_rest
+from qllm.validation.validate import Comparison, after_rest
 
 SAMPLED = 24  # passes measured again, step kind by step kind
 REPEATS = 3
@@ -32,7 +32,7 @@ PARTS = {
 }
 
 
-def by_pass(runs: list[Compared]) -> pd.DataFrame:
+def by_pass(runs: list[Comparison]) -> pd.DataFrame:
     """Seconds of the real runs by kind of pass (prefill, decode, mixed) and of the host between passes: measured in
     the run, and predicted for the same passes with the same routing. Columns count, measured_s, predicted_s, error_s;
     largest contributions first."""
@@ -57,7 +57,7 @@ def by_pass(runs: list[Compared]) -> pd.DataFrame:
     return _table(rows)
 
 
-def by_step(runs: list[Compared], model: PreTrainedModel, kv_blocks: int) -> pd.DataFrame:
+def by_step(runs: list[Comparison], model: PreTrainedModel, kv_blocks: int) -> pd.DataFrame:
     """The same by kind of step: a sample of the real runs' passes measured once more, part by part, against the step
     model. Columns as in `by_pass`."""
     calls = [(run.steps, call) for run in runs for call in run.calls]
@@ -81,7 +81,7 @@ def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, floa
     decoding = mixed_lengths(call.decode_context / max(call.n_decode, 1), call.n_decode, most)
     sizes = [*call.chunks, *((1, length) for length in decoding)]
     entries = random_entries(runner, sizes, 0)
-    runner.cutter = lambda _: Cut(call.shape.group, call.shape.pieces)
+    runner.splitter = lambda _: Split(call.cost.experts_per_group, call.cost.query_blocks)
     before = runs_before(runner, entries, AFTER_TOKENS if call.after_prefill else 0)
     passes = [(measure(runner, watch, before), measure(runner, watch, entries))[1] for _ in range(REPEATS + 1)][1:]
     names = [name for name, _ in passes[0].parts]
@@ -92,14 +92,14 @@ def _again(runner: Runner, watch: Stopwatch, call: Call) -> tuple[dict[str, floa
     return found, np.array(passes[0].routing)
 
 
-def _predicted(steps: StepModel, call: Call, counts: np.ndarray) -> dict[str, float]:
-    shape, layers = call.shape, steps.layers
+def _predicted(steps: PassCostModel, call: Call, counts: np.ndarray) -> dict[str, float]:
+    cost, layers = call.cost, steps.layers
     return {
-        "lead and dense_pre": shape.lead + layers * shape.pre,
-        "attention": layers * shape.attention * shape.pieces,
-        "dense_post": layers * shape.post,
-        "experts": layers * shape.base + steps.experts_of_pass(shape, counts),
-        "head": shape.head,
+        "lead and dense_pre": cost.prologue_s + layers * cost.pre_s,
+        "attention": layers * cost.query_block_s * cost.query_blocks,
+        "dense_post": layers * cost.post_s,
+        "experts": layers * cost.experts_base_s + steps.experts_of_pass(cost, counts),
+        "head": cost.head_s,
     }
 
 

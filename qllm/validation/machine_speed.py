@@ -13,7 +13,7 @@ import numpy as np
 
 from qllm.executor.calibration.grid import Cell
 from qllm.sim import Pace
-from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 from qllm.traces.step_times.drift import slowness_by_size, smooth
 
 MOST_APART = 0.5  # of the speed of all passes
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     n_decode: int
     decode_context: int
     rows: int
-    shape: Shape
+    cost: PassCost
     after_prefill: bool = False
 
 
@@ -67,12 +67,12 @@ class Slowed(NamedTuple):
     slow: float
 
 
-def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
+def speed_of(passes: list[PassSeconds], steps: PassCostModel, bound: int) -> Speed:
     """The speed at which the decoding passes take together what they took, and so do those with prompts. `bound`: most
     sequences that decode together. Where one kind is missing, both numbers stay close to what is known; where one would
     lie further than MOST_APART from what all passes together took, both are that: the sizes cannot be told apart."""
-    larger = StepModel(steps.timings.scaled(1.0, 2.0, bound), expert_mode=steps.mode)
-    plain = StepModel(steps.timings, expert_mode=steps.mode)
+    larger = PassCostModel(steps.timings.scaled(1.0, 2.0, bound), expert_mode=steps.mode)
+    plain = PassCostModel(steps.timings, expert_mode=steps.mode)
     sums = np.zeros((2, 3))  # decoding only, with prompts; few, many, measured
     for p in passes:
         many = seconds_by(larger, p) - seconds_by(plain, p)
@@ -85,10 +85,10 @@ def speed_of(passes: list[PassSeconds], steps: StepModel, bound: int) -> Speed:
     return Speed(float(whole + change[0]), float(whole + change[1]), bound)
 
 
-def at_speed(steps: StepModel, speed: Speed) -> StepModel:
+def at_speed(steps: PassCostModel, speed: Speed) -> PassCostModel:
     """`steps` on that machine, cut about as they were."""
     timings = steps.timings.scaled(*speed)
-    return StepModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
+    return PassCostModel(timings, max_step=steps.max_step * speed.many, expert_mode=steps.mode)
 
 
 def slowed_in(runs: Sequence[Sequence[Visited]], bound: int) -> list[list[Slowed]]:
@@ -112,7 +112,7 @@ def mean_speed(visits: list[Slowed], bound: int) -> Speed:
     return Speed(float(np.mean(few or 1.0)), float(np.mean(many or 1.0)), bound)
 
 
-def pace_of(visits: list[Slowed], steps: StepModel, bound: int) -> Pace:
+def pace_of(visits: list[Slowed], steps: PassCostModel, bound: int) -> Pace:
     """`steps`, which are those of the average visit, at the speed that the machine had when a pass begins, for itself
     for small steps and for large ones, by the visits around that time. Nothing comes from the run's own passes."""
     at = np.array([visit.at for visit in visits])
@@ -123,21 +123,21 @@ def pace_of(visits: list[Slowed], steps: StepModel, bound: int) -> Pace:
         curves.append(smooth(mine[:, 0], mine[:, 1], times) if len(mine) else np.ones(len(times)))
     models = [at_speed(steps, Speed(float(few), float(many), bound)) for few, many in zip(*curves, strict=True)]
 
-    def pace(now: float) -> StepModel:
+    def pace(now: float) -> PassCostModel:
         return models[min(max(0, round((now - times[0]) / PACE_S)), len(models) - 1)]
 
     return pace
 
 
-def seconds_by(steps: StepModel, p: PassSeconds) -> float:
+def seconds_by(steps: PassCostModel, p: PassSeconds) -> float:
     """What `steps` predicts for the pass, cut as `steps` cuts it."""
-    shape = shape_of_call(steps, p.call)
-    return steps.total(shape, steps.experts_of_pass(shape, p.routing))
+    cost = cost_of_call(steps, p.call)
+    return steps.total(cost, steps.experts_of_pass(cost, p.routing))
 
 
-def shape_of_call(steps: StepModel, call: Call) -> Shape:
+def cost_of_call(steps: PassCostModel, call: Call) -> PassCost:
     """How `steps` cuts that pass, and what it takes but for its experts."""
-    return steps.shape(
+    return steps.cost(
         [(None, *chunk) for chunk in call.chunks],
         call.n_decode,
         call.decode_context,

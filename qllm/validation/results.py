@@ -12,12 +12,12 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from transformers import PreTrainedModel
 
 from qllm.validation.attribution import by_pass, by_step
-from qllm.validation.validate import METRICS, REAL, SIMULATED, Compared, errors
+from qllm.validation.validate import METRICS, REAL, SIMULATED, Comparison, errors
 
 TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "turnaround_s": "turnaround"}
 
 
-def save(compared: list[Compared], model: PreTrainedModel, folder: Path) -> None:
+def save(compared: list[Comparison], model: PreTrainedModel, folder: Path) -> None:
     """Write requests.csv, errors.csv, spread.csv, passes.csv, steps.csv and validation.png to `folder`."""
     requests = pd.concat([run.requests() for run in compared], ignore_index=True)
     requests.to_csv(folder / "requests.csv", index=False)
@@ -29,7 +29,7 @@ def save(compared: list[Compared], model: PreTrainedModel, folder: Path) -> None
     figure(requests, compared[0].steps.timings.source).savefig(folder / "validation.png", dpi=150)
 
 
-def _blocks(run: Compared) -> int:
+def _blocks(run: Comparison) -> int:
     """KV blocks of 16 tokens that the largest pass of a run needs."""
     sizes = (
         sum(-(-(new + cached) // 16) for new, cached in call.chunks)

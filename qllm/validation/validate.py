@@ -22,10 +22,10 @@ from qllm.executor.engine.replay import replay
 from qllm.experiment.metrics import per_request
 from qllm.experiment.run import Run, rate_of, request_table
 from qllm.scheduler import Limits
-from qllm.sim import Pace, Resampled, simulate
+from qllm.sim import Pace, ResampledRouting, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
-from qllm.traces.step_times.cost_model import Shape, StepModel
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 from qllm.traces.step_times.timings import Timings
 from qllm.validation.machine_speed import (
     Call,
@@ -34,9 +34,9 @@ from qllm.validation.machine_speed import (
     Speed,
     Visited,
     at_speed,
+    cost_of_call,
     mean_speed,
     pace_of,
-    shape_of_call,
     speed_of,
 )
 
@@ -52,12 +52,12 @@ COLUMNS = (
 )
 
 
-class Asked(StepModel):
+class Asked(PassCostModel):
     """A step model that remembers the passes it was asked to cut."""
 
     calls: list[Call]
 
-    def shape(
+    def cost(
         self,
         prefill: Sequence[tuple[Any, int, int]],
         n_decode: int,
@@ -65,15 +65,15 @@ class Asked(StepModel):
         rows: int,
         moved_tokens: int = 0,
         after_prefill: bool = False,
-    ) -> Shape:
-        """As StepModel.shape."""
-        shape = super().shape(prefill, n_decode, decode_context, rows, moved_tokens, after_prefill)
+    ) -> PassCost:
+        """As PassCostModel.cost."""
+        cost = super().cost(prefill, n_decode, decode_context, rows, moved_tokens, after_prefill)
         chunks = tuple((new, cached) for _, new, cached in prefill)
-        self.calls.append(Call(chunks, n_decode, decode_context, rows, shape, after_prefill))
-        return shape
+        self.calls.append(Call(chunks, n_decode, decode_context, rows, cost, after_prefill))
+        return cost
 
 
-class Replayed(NamedTuple):
+class EngineRun(NamedTuple):
     """One run on the real engine. calls: its passes, in the order of `real.routing`, as the step model that cut them
     saw them. visits: those of a calibration that was made in it."""
 
@@ -86,7 +86,7 @@ class Replayed(NamedTuple):
 
 
 @dataclass
-class Compared:
+class Comparison:
     """One run in both worlds. calls: the real run's passes, in the order of `real.routing`, as `steps` predicts them.
 
     passes: what each real pass took and what is predicted for it. at_speed: simulated once more at the speed that the
@@ -100,7 +100,7 @@ class Compared:
     trace: RequestTrace
     real: RunResult
     simulated: RunResult
-    steps: StepModel
+    steps: PassCostModel
     calls: list[Call] = field(repr=False)
     passes: list[PassSeconds] = field(repr=False)
     speed: Speed
@@ -125,7 +125,7 @@ def request_rows(run: Run, trace: RequestTrace, result: RunResult, world: str) -
     return per_request(table.assign(policy=run.title, world=world))[list(COLUMNS)]
 
 
-def compare(run: Run, model: PreTrainedModel) -> Compared:
+def compare(run: Run, model: PreTrainedModel) -> Comparison:
     """Replay one run of a configuration on the real engine and simulate it with the configuration's timing trace.
 
     Raises what `replay` and `simulate` raise.
@@ -133,7 +133,7 @@ def compare(run: Run, model: PreTrainedModel) -> Compared:
     return simulate_run(replay_run(run, model), load_timings(run.config.timings))
 
 
-def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None = None) -> Replayed:
+def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None = None) -> EngineRun:
     """Replay one run on the real clock. The configuration's timing trace cuts the engine's passes. The engine polls
     while idle, as in a calibration.
 
@@ -154,7 +154,7 @@ def replay_run(run: Run, model: PreTrainedModel, visits: Iterator[Visit] | None 
         with calibrated_in(engine, clock, visits, trace, visited):
             real = replay(engine, trace, priorities=config.priorities, seed=run.seed)
         calls = list(asked.calls)
-    return Replayed(run, trace, limits, real, calls, visited)
+    return EngineRun(run, trace, limits, real, calls, visited)
 
 
 def calibrated_in(
@@ -181,7 +181,7 @@ def calibrated_in(
     return asides(engine, clock, stretches(), float(np.ptp(trace.arrival)) * AT_ONCE / max(AT_ONCE, left))
 
 
-def simulate_run(replayed: Replayed, timings: Timings, slowed: list[Slowed] | None = None) -> Compared:
+def simulate_run(replayed: EngineRun, timings: Timings, slowed: list[Slowed] | None = None) -> Comparison:
     """Simulate a run that was replayed, with routing like that which was seen there, at the times of `timings` and at
     those of the speed that the machine had. `timings` may be others than those that cut the engine's passes, such as a
     calibration at the time of the run: the simulator's are cut by them. slowed: how slow the machine was in the run
@@ -189,27 +189,27 @@ def simulate_run(replayed: Replayed, timings: Timings, slowed: list[Slowed] | No
     run, trace, limits, real, *_ = replayed
     config, bound = run.config, limits.max_seqs
 
-    def simulation(steps: StepModel, pace: Pace | None = None) -> RunResult:
+    def simulation(steps: PassCostModel, pace: Pace | None = None) -> RunResult:
         return simulate(
             trace,
             priorities=config.priorities,
             policy=config.policies[run.policy].build(),
             limits=limits,
             steps=steps,
-            routing=Resampled(real.routing or [], timings.top_k, steps.layers, run.seed),
+            routing=ResampledRouting(real.routing or [], timings.top_k, steps.layers, run.seed),
             seed=run.seed,
             timeline=True,
             pace=pace,
         )
 
-    average = StepModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
+    average = PassCostModel(timings, max_step=config.max_step, expert_mode=config.expert_mode)
     steps = at_speed(average, mean_speed(slowed, bound)) if slowed else average
-    calls = [call._replace(shape=shape_of_call(steps, call)) for call in replayed.calls]
+    calls = [call._replace(cost=cost_of_call(steps, call)) for call in replayed.calls]
     passes = pass_seconds(real, calls, steps)
     speed = speed_of(passes, steps, bound)
     pace = pace_of(slowed, average, bound) if slowed else None
     followed = simulation(average if pace else at_speed(steps, speed), pace)
-    return Compared(run, trace, real, simulation(steps), steps, calls, passes, speed, followed)
+    return Comparison(run, trace, real, simulation(steps), steps, calls, passes, speed, followed)
 
 
 def real_limits(config: Config, model: PreTrainedModel) -> Limits:
@@ -221,7 +221,7 @@ def real_limits(config: Config, model: PreTrainedModel) -> Limits:
     return scheduler_limits(config, timings)
 
 
-def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[PassSeconds]:
+def pass_seconds(real: RunResult, calls: list[Call], steps: PassCostModel) -> list[PassSeconds]:
     """Each real pass with the seconds that it took and those predicted for the same pass and routing, without what the
     engine's loop takes between two passes (a part of `host_s`)."""
     between_s = steps.timings.engine_between_s
@@ -231,7 +231,7 @@ def pass_seconds(real: RunResult, calls: list[Call], steps: StepModel) -> list[P
         took[s.pass_id] += s.end - s.start
     found = []
     for (id, seconds), call, counts in zip(sorted(took.items()), calls, real.routing or [], strict=True):
-        predicted = steps.total(call.shape, steps.experts_of_pass(call.shape, counts)) + steps.wake_s * (id in rested)
+        predicted = steps.total(call.cost, steps.experts_of_pass(call.cost, counts)) + steps.wake_s * (id in rested)
         found.append(PassSeconds(call, seconds, predicted - between_s, np.asarray(counts)))
     return found
 

@@ -21,7 +21,7 @@ from qllm.scheduler import Limits
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.timings import Timings
 
-LIMITS = Limits(max_seqs=4, max_tokens=32, kv_blocks=60)
+LIMITS = Limits(max_seqs=4, max_batched_tokens=32, kv_blocks=60)
 EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
 
 

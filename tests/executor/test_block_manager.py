@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from qllm.executor.engine.block_manager import KVMemory
+from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.errors import ExecutorError
 
 BLOCK = 4
 
 
-def memory(blocks: int) -> KVMemory:
-    return KVMemory(SimpleNamespace(n_blocks=blocks, block_size=BLOCK))
+def memory(blocks: int) -> BlockManager:
+    return BlockManager(SimpleNamespace(n_blocks=blocks, block_size=BLOCK))
 
 
 def job() -> SimpleNamespace:

@@ -33,7 +33,7 @@ from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.runner import Runner
 from qllm.executor.testing import tiny_config, tiny_model
 from qllm.scheduler import Limits
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
 from qllm.traces.step_times.timings import TimingError, Timings, affine_timings
 
@@ -89,7 +89,7 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
     """With a clock that counts readings, a pass of L layers takes 4 L + 2 intervals, whatever its size; what the
     engine's loop takes comes on top."""
     monkeypatch.setattr("qllm.executor.calibration.calibrate.loop_seconds", lambda *_: LoopSeconds(5e-3, 1e-3))
-    steps = StepModel(calibrate(subject, tmp_path / "tiny.csv", EXTENT))
+    steps = PassCostModel(calibrate(subject, tmp_path / "tiny.csv", EXTENT))
     for prefill, batch, context in (([(None, 16, 0)], 0, 0), ([(None, 8, 32)], 0, 0), ([], 3, 30)):
         tokens = sum(new for _, new, _ in prefill) + batch
         shape = steps.shape(prefill, batch, context, batch or 1)
@@ -196,7 +196,7 @@ def test_repeats_make_a_mean_more_certain():
 
 
 def test_between_two_visits_of_a_calibration_the_model_serves(subject, tmp_path):
-    limits = Limits(max_seqs=2, max_tokens=16, kv_blocks=8)
+    limits = Limits(max_seqs=2, max_batched_tokens=16, kv_blocks=8)
 
     def served() -> list[int]:
         with Engine(subject.model, limits=limits) as engine:
@@ -330,9 +330,9 @@ def test_what_cutting_an_attention_costs_is_its_own_number(tmp_path):
     timings = affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), query_block_s=found)
     timings.save(tmp_path / "t.csv")
     for known in (timings, Timings.load(tmp_path / "t.csv")):
-        shape = StepModel(known, max_step=0.25).shape([(None, 64, 0)], 0, 0, 1)
+        shape = PassCostModel(known, max_step=0.25).shape([(None, 64, 0)], 0, 0, 1)
         assert (shape.pieces, shape.attention) == (4, pytest.approx(0.25 + 0.01))
-    told_nothing = StepModel(affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), launch_s=0.02), max_step=0.25)
+    told_nothing = PassCostModel(affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), launch_s=0.02), max_step=0.25)
     assert told_nothing.shape([(None, 64, 0)], 0, 0, 1).attention == pytest.approx(0.27)
 
 
@@ -411,7 +411,7 @@ def test_timings_of_another_model_or_device_are_refused(subject, trace):
 
 def test_checked_passes_are_cut_and_predicted_by_the_steps_that_they_are_compared_with(subject):
     runner = Runner(subject.model, 16, 16)
-    steps = StepModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64), max_step=4e-4)
+    steps = PassCostModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64), max_step=4e-4)
     mix = [(12, 20), (1, 30)]
     passes = run_passes(runner, steps, [mix], repeats=1)
     assert next(passes) is None  # the pass that warms up
@@ -425,7 +425,9 @@ def test_checked_passes_are_cut_and_predicted_by_the_steps_that_they_are_compare
     assert found.shape.groups > 1
     times = steps.times(found.shape, routing)
     assert predict(steps, [found]) == pytest.approx([times.sum()])
-    slower = StepModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64, host_s=1.0))  # cuts nothing by itself
+    slower = PassCostModel(
+        affine_timings(layers=2, experts=8, top_k=2, hidden=64, host_s=1.0)
+    )  # cuts nothing by itself
     assert predict(slower, [found])[0] == pytest.approx(1.0 + times.sum(), rel=1e-3)
 
 

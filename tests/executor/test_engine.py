@@ -45,7 +45,9 @@ def expected():
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "chunked", "layer", "qllm", "hybrid"])
 def test_tokens_are_those_of_generate_whatever_the_policy(model, expected, policy):
-    with Engine(model, policy=policy, limits=Limits(max_seqs=4, max_tokens=64, kv_blocks=100, block_size=4)) as engine:
+    with Engine(
+        model, policy=policy, limits=Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=100, block_size=4)
+    ) as engine:
         asked = prompts(10, seed=1)
         streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 3, stop=()) for i, p in enumerate(asked)]
         assert [s.result().tokens for s in streams] == [expected(p) for p in asked]
@@ -75,7 +77,7 @@ def test_an_engine_that_polls_never_sleeps_and_hears_of_requests(model, expected
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
 def test_tokens_are_the_same_when_memory_is_short(model, expected, evict):
-    limits = Limits(max_seqs=6, max_tokens=64, kv_blocks=14, block_size=4, evict=evict)
+    limits = Limits(max_seqs=6, max_batched_tokens=64, kv_blocks=14, block_size=4, evict=evict)
     asked = prompts(12, seed=2)
     with Engine(model, policy="qllm", limits=limits) as engine:
         streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked)]
@@ -89,7 +91,7 @@ def test_tokens_are_the_same_when_memory_is_short(model, expected, evict):
 def test_many_threads_stream_and_cancel(model, expected):
     asked = prompts(16, seed=3)
     got: dict[int, list[int]] = {}
-    with Engine(model, policy="qllm", limits=Limits(max_seqs=8, max_tokens=64, kv_blocks=200)) as engine:
+    with Engine(model, policy="qllm", limits=Limits(max_seqs=8, max_batched_tokens=64, kv_blocks=200)) as engine:
 
         def client(i: int) -> None:
             stream = engine.submit(asked[i], max_new_tokens=NEW, priority=i % 2, stop=())
@@ -237,7 +239,7 @@ assert torch.ones(1 << 20).exp().sum() > 0
 
 
 def test_a_second_engine_on_the_cpu_is_warned_of_and_one_after_another_is_not(model):
-    limits = Limits(max_seqs=2, max_tokens=16, kv_blocks=10)
+    limits = Limits(max_seqs=2, max_batched_tokens=16, kv_blocks=10)
     with Engine(model, limits=limits), pytest.warns(RuntimeWarning, match="one engine a process"):
         Engine(model, limits=limits).close()
     with warnings.catch_warnings():

@@ -56,9 +56,9 @@ def states(texts, block_size=4):
     return [SequenceState(list(t), list(range(i, i + 9 * len(texts), len(texts)))) for i, t in enumerate(texts)]
 
 
-def served(model, cutter):
+def served(model, splitter):
     with torch.inference_mode():
-        return run_batch(Runner(model, kv_blocks=40, block_size=4, cutter=cutter), states(prompts()), NEW_TOKENS)
+        return run_batch(Runner(model, kv_blocks=40, block_size=4, splitter=splitter), states(prompts()), NEW_TOKENS)
 
 
 @pytest.mark.parametrize("package", sorted(set(FAMILIES) - REFUSED))

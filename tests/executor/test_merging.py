@@ -18,7 +18,7 @@ from qllm.executor import Engine  # noqa: E402
 from qllm.executor.model.packed_batch import SequenceState  # noqa: E402
 from qllm.executor.model.passes import RunningPass  # noqa: E402
 from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
-from qllm.executor.model.split import Cut, StepCosts  # noqa: E402
+from qllm.executor.model.split import LinearSplitter, Split  # noqa: E402
 from qllm.executor.testing import tiny_model  # noqa: E402
 from qllm.scheduler import Limits, make_policy  # noqa: E402
 from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve  # noqa: E402
@@ -39,7 +39,7 @@ def shared(monkeypatch):
     original = qllm.executor.model.experts.run_tile
 
     def spy(module, tile, queues, others=()):
-        rows = sum(q.waiting[e] for q in others for e in tile if q.lends(e))
+        rows = sum(q.waiting[e] for q in others for e in tile if q.can_merge(e))
         original(module, tile, queues, others)
         if rows:
             seen.append(rows)
@@ -60,10 +60,11 @@ class Scene(NamedTuple):
 
 def scene(model, rows=1000) -> Scene:
     """A BE pass over 20 tokens and an LS pass over 6 that may share launches of up to `rows` waiting rows."""
-    runner = Runner(model, kv_blocks=12, block_size=4, cutter=lambda _: Cut(experts=2, pieces=1, merge_rows=rows))
+    split = Split(experts_per_group=2, query_blocks=1, merge_rows=rows)
+    runner = Runner(model, kv_blocks=12, block_size=4, splitter=lambda _: split)
     be = runner.begin([(SequenceState(tokens(20, 1), [0, 2, 4, 6, 8]), 20)])
     ls = runner.begin([(SequenceState(tokens(6, 2), [1, 3]), 6)])
-    ls.companions = (be,)
+    ls.partners = (be,)
     return Scene(runner, be, ls)
 
 
@@ -113,7 +114,7 @@ def test_groups_of_which_nothing_is_left_are_passed_over(model, alone):
         pass
     layer = be.layer
     other = scene(model).be
-    other.companions = (be,)
+    other.partners = (be,)
     run_to_end(other)
     assert be.queues is not None
     assert sum(be.queues.waiting) == 0
@@ -175,10 +176,10 @@ def test_a_pass_that_breaks_in_a_shared_launch_leaves_the_other_right(model, sha
 
 
 def test_the_engines_own_cutter_lends_as_many_rows_as_cost_one_reading(model):
-    costs = StepCosts(n_experts=8, top_k=2, expert=1e-4, row=1e-5)
-    runner = Runner(model, kv_blocks=12, block_size=4, cutter=costs)
-    assert runner.begin([(SequenceState([3], [0]), 1)]).batch.cut.merge_rows == 10
-    assert Cut().merge_rows == 0
+    costs = LinearSplitter(n_experts=8, top_k=2, expert=1e-4, row=1e-5)
+    runner = Runner(model, kv_blocks=12, block_size=4, splitter=costs)
+    assert runner.begin([(SequenceState([3], [0]), 1)]).batch.split.merge_rows == 10
+    assert Split().merge_rows == 0
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +235,8 @@ def test_on_the_real_clock_tokens_are_those_of_generate_too(model, shared, expec
     with Engine(
         model,
         policy=make_policy("qllm", fill_tokens=0, merge=True),
-        limits=Limits(max_seqs=8, max_tokens=256, kv_blocks=500, block_size=4),
-        cutter=lambda _: Cut(1, 1, 1000),
+        limits=Limits(max_seqs=8, max_batched_tokens=256, kv_blocks=500, block_size=4),
+        splitter=lambda _: Split(1, 1, 1000),
     ) as engine:
         streams = [engine.submit(p, max_new_tokens=3, priority=1, stop=()) for p in be]
         streams += [engine.submit(p, max_new_tokens=3, priority=0, stop=()) for p in ls]

@@ -15,7 +15,7 @@ from qllm.executor.model.loading import prepare_model  # noqa: E402
 from qllm.executor.model.packed_batch import SequenceState  # noqa: E402
 from qllm.executor.model.passes import Point  # noqa: E402
 from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
-from qllm.executor.model.split import Cut, StepCosts, finest, whole  # noqa: E402
+from qllm.executor.model.split import LinearSplitter, Split, finest, whole  # noqa: E402
 from qllm.executor.testing import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +38,8 @@ def tokens(n, seed):
 
 def scene(model):
     """A runner with three sequences: `a` decodes, `b` has half its prompt computed, `c` is a newcomer."""
-    runner = Runner(model, kv_blocks=24, block_size=4, cutter=lambda batch: Cut(experts=3, pieces=2))
+    split = Split(experts_per_group=3, query_blocks=2)
+    runner = Runner(model, kv_blocks=24, block_size=4, splitter=lambda batch: split)
     a = SequenceState(tokens(6, 1), [0, 3, 6])
     b = SequenceState(tokens(20, 2), [1, 4, 7, 10, 13])
     c = SequenceState(tokens(9, 3), [2, 5, 8])
@@ -106,9 +107,9 @@ def test_many_passes_resume_in_any_order(model):
 
 def test_points_change_no_bits_of_a_decode_pass(model):
     results = []
-    for cutter in (finest, whole):
+    for splitter in (finest, whole):
         runner, a, _, _ = scene(model)
-        runner.cutter = cutter
+        runner.splitter = splitter
         results.append(run_to_end(runner.begin([(a, 1)])))
     assert torch.equal(*results)
 
@@ -207,12 +208,12 @@ def test_a_pass_that_does_not_fit_is_refused(model, sequence, n, message):
 
 
 def test_steps_are_cut_below_the_longest_step(model):
-    costs = StepCosts(n_experts=8, top_k=2, max_step=1.0, expert=0.1, row=0.01, cell=0.01)
-    runner = Runner(model, kv_blocks=24, block_size=4, cutter=costs)
+    costs = LinearSplitter(n_experts=8, top_k=2, max_step=1.0, expert=0.1, row=0.01, cell=0.01)
+    runner = Runner(model, kv_blocks=24, block_size=4, splitter=costs)
     short, long = (runner.begin([(SequenceState(tokens(n, 1), list(range(24))), n)]).batch for n in (2, 64))
-    assert short.cut == Cut(experts=8, pieces=1, merge_rows=10)
-    assert long.cut.experts == 2  # 16 rows on average, 28 at three standard deviations: 0.38 s each
-    assert long.cut.pieces == 21  # 64 * 65 / 2 cells at 0.01 s
+    assert short.split == Split(experts_per_group=8, query_blocks=1, merge_rows=10)
+    assert long.split.experts_per_group == 2  # 16 rows on average, 28 at three standard deviations: 0.38 s each
+    assert long.split.query_blocks == 21  # 64 * 65 / 2 cells at 0.01 s
     groups = long.plan(None).groups
     assert [number for number, _ in groups] == list(range(21))
     rows = [row for _, blocks in groups for block in blocks for row in range(block.first, block.last)]

@@ -67,7 +67,7 @@ def test_be_gives_the_same_bits_when_ls_preempts_it_at_each_point(model, logits)
 
 
 def steps_in_prefill(steps, n):
-    return len(steps.points(steps.shape([(None, n, 0)], 0, 0, 1), "expert"))
+    return len(steps.points(steps.cost([(None, n, 0)], 0, 0, 1), "expert"))
 
 
 def crowd():
@@ -79,7 +79,7 @@ def crowd():
 
 
 def tight(evict):
-    return Limits(max_seqs=4, max_tokens=48, kv_blocks=14, block_size=4, evict=evict)
+    return Limits(max_seqs=4, max_batched_tokens=48, kv_blocks=14, block_size=4, evict=evict)
 
 
 def points_and_tokens(model, evict):

@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from qllm.executor.engine.sampling import Sampling, draw, sample, uniform  # noqa: E402
+from qllm.executor.engine.sampling import SamplingParams, draw, sample, uniform  # noqa: E402
 from qllm.executor.errors import SamplingError  # noqa: E402
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
@@ -21,28 +21,28 @@ GRID = [i / 200 for i in range(200)]
 
 
 def test_greedy_takes_the_largest_logit():
-    assert sample(LOGITS, [Sampling()], [0], [0]) == [0]
+    assert sample(LOGITS, [SamplingParams()], [0], [0]) == [0]
 
 
 def test_the_draw_follows_the_distribution():
-    drawn = tokens_at(Sampling(temperature=1.0), GRID)
+    drawn = tokens_at(SamplingParams(temperature=1.0), GRID)
     assert [drawn.count(t) / len(GRID) for t in range(4)] == pytest.approx([0.5, 0.05, 0.25, 0.2], abs=0.011)
 
 
 def test_temperature_sharpens_and_flattens():
-    cold, hot = (tokens_at(Sampling(temperature=t), GRID).count(0) for t in (0.1, 10.0))
+    cold, hot = (tokens_at(SamplingParams(temperature=t), GRID).count(0) for t in (0.1, 10.0))
     assert cold > 195
     assert 45 < hot < 70
 
 
 def test_top_k_keeps_the_k_likeliest():
-    assert set(tokens_at(Sampling(temperature=1.0, top_k=2), GRID)) == {0, 2}
-    assert set(tokens_at(Sampling(temperature=1.0, top_k=99), GRID)) == {0, 1, 2, 3}
+    assert set(tokens_at(SamplingParams(temperature=1.0, top_k=2), GRID)) == {0, 2}
+    assert set(tokens_at(SamplingParams(temperature=1.0, top_k=99), GRID)) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, {0}), (0.6, {0, 2}), (0.9, {0, 2, 3}), (1.0, {0, 1, 2, 3})])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
-    assert set(tokens_at(Sampling(temperature=1.0, top_p=top_p), GRID)) == kept
+    assert set(tokens_at(SamplingParams(temperature=1.0, top_p=top_p), GRID)) == kept
 
 
 @settings(max_examples=30, deadline=None)
@@ -51,7 +51,7 @@ def test_a_request_draws_the_same_whoever_shares_its_batch(seed, step, data):
     n = data.draw(st.integers(1, 5))
     logits = torch.randn(n, 50, generator=torch.Generator().manual_seed(seed % 2**63))
     params = [
-        Sampling(
+        SamplingParams(
             temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])), top_k=data.draw(st.integers(0, 60)), top_p=0.9
         )
         for _ in range(n)
@@ -68,9 +68,9 @@ def test_uniform_numbers_differ_by_seed_and_by_step_and_are_uniform():
 
 
 def test_no_stop_token_before_min_tokens():
-    params = Sampling(min_tokens=2, stop=frozenset({0, 2}))
+    params = SamplingParams(min_tokens=2, stop=frozenset({0, 2}))
     logits = LOGITS.clone()
-    assert sample(logits, [params, Sampling()][:1], [1], [0]) == [3]
+    assert sample(logits, [params, SamplingParams()][:1], [1], [0]) == [3]
     assert sample(logits, [params], [2], [0]) == [0]
     assert torch.equal(logits, LOGITS)
 
@@ -81,4 +81,4 @@ def test_no_stop_token_before_min_tokens():
 )
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(SamplingError, match=name):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})

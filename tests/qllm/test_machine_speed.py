@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 from qllm.validation.machine_speed import Call, PassSeconds, Speed, at_speed, seconds_by, speed_of
 
 BOUND = 8
-STEPS = StepModel(affine_timings(layers=3, experts=4, host_s=1e-4))
+STEPS = PassCostModel(affine_timings(layers=3, experts=4, host_s=1e-4))
 
 
-def passes_on(steps: StepModel, prompts: bool = True, decoding: bool = True) -> list[PassSeconds]:
+def passes_on(steps: PassCostModel, prompts: bool = True, decoding: bool = True) -> list[PassSeconds]:
     """Passes that took what `steps` says, and what STEPS predicts for them."""
     asked = [((), n, 40 * n, n) for n in (1, 4, 8)] * decoding
     asked += [(((200, 0),), 0, 0, 1), (((64, 128), (30, 0)), 3, 100, 5)] * prompts
@@ -23,15 +23,15 @@ def passes_on(steps: StepModel, prompts: bool = True, decoding: bool = True) -> 
         routing = np.full((3, 4), tokens * 2 // 4 + 1)
         times = []
         for model in (steps, STEPS):
-            shape = model.shape([(None, *chunk) for chunk in chunks], n, context, rows)
-            times.append(model.total(shape, model.experts_of_pass(shape, routing)))
-        found.append(PassSeconds(Call(chunks, n, context, rows, shape), *times, routing))
+            cost = model.cost([(None, *chunk) for chunk in chunks], n, context, rows)
+            times.append(model.total(cost, model.experts_of_pass(cost, routing)))
+        found.append(PassSeconds(Call(chunks, n, context, rows, cost), *times, routing))
     return found
 
 
 @given(few=st.floats(0.7, 1.4), many=st.floats(0.7, 1.4))
 def test_both_numbers_are_found(few, many):
-    real = StepModel(STEPS.timings.scaled(few, many, BOUND))
+    real = PassCostModel(STEPS.timings.scaled(few, many, BOUND))
     passes = passes_on(real)
     slower = at_speed(STEPS, speed_of(passes, STEPS, BOUND))
     for p, again in zip(passes, passes_on(slower), strict=True):
@@ -44,7 +44,7 @@ def test_the_speed_of_the_calibration_is_one():
 
 @pytest.mark.parametrize("kind", ["prompts", "decoding"])
 def test_one_kind_of_pass_alone_is_explained(kind):
-    real = StepModel(STEPS.timings.scaled(1.25))
+    real = PassCostModel(STEPS.timings.scaled(1.25))
     passes = passes_on(real, **{"prompts": False, "decoding": False, kind: True})
     speed = speed_of(passes, STEPS, BOUND)
     assert speed == pytest.approx((1.25, 1.25, BOUND), rel=0.01)
@@ -60,11 +60,11 @@ def test_small_and_large_steps_are_slowed_for_themselves():
 
 
 def test_at_one_speed_passes_are_cut_as_they_were():
-    steps = StepModel(STEPS.timings, max_step=1e-4)
+    steps = PassCostModel(STEPS.timings, max_step=1e-4)
     slower = at_speed(steps, Speed(1.3, 1.3, BOUND))
     for p in passes_on(STEPS):
         chunks = [(None, *chunk) for chunk in p.call.chunks]
         asked = (chunks, p.call.n_decode, p.call.decode_context, p.call.rows)
-        before, after = steps.shape(*asked), slower.shape(*asked)
+        before, after = steps.cost(*asked), slower.cost(*asked)
         assert (after.group, after.pieces) == (before.group, before.pieces)
         assert seconds_by(slower, p) == pytest.approx(1.3 * seconds_by(steps, p), rel=1e-3)

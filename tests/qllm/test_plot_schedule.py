@@ -11,22 +11,26 @@ from matplotlib.figure import Figure
 from qllm.config.config import load_config
 from qllm.plots.perfetto import record, timeline_runs
 from qllm.plots.schedule import plot_timeline, save_timeline
-from qllm.sim import Slice
+from qllm.sim import PassSlice
 from tests.cli_support import write_config
 
 
-def piece(start: float, end: float, pass_id: int, level: int, layers: tuple[int, int], decodes: int = 0) -> Slice:
+def pass_slice(
+    start: float, end: float, pass_id: int, priority: int, layers: tuple[int, int], decodes: int = 0
+) -> PassSlice:
     first, last = layers
     stopped = last < 8
     prefills = 0 if decodes else 1
-    return Slice(start, end, pass_id, level, prefills, decodes, 100, first, last, first, last, "experts", stopped)
+    return PassSlice(
+        start, end, pass_id, priority, prefills, decodes, 100, first, last, first, last, "experts", stopped
+    )
 
 
 SCHEDULE = [
-    piece(0.0, 1.0, 0, 1, (0, 3)),
-    piece(1.0, 1.5, 1, 0, (0, 8)),
-    piece(1.5, 1.6, 2, 0, (0, 8), decodes=2),
-    piece(1.6, 3.0, 0, 1, (3, 8)),
+    pass_slice(0.0, 1.0, 0, 1, (0, 3)),
+    pass_slice(1.0, 1.5, 1, 0, (0, 8)),
+    pass_slice(1.5, 1.6, 2, 0, (0, 8), decodes=2),
+    pass_slice(1.6, 3.0, 0, 1, (3, 8)),
 ]
 
 

@@ -37,13 +37,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ran: list[str] = []
     real = points.outcome
 
-    def outcome(run: Run) -> pd.DataFrame:
+    def run_table(run: Run) -> pd.DataFrame:
         if ran[:1] == ["stop"] and len(ran) == 5:
             raise KeyboardInterrupt
         ran.append(str(run))
         return real(run)
 
-    monkeypatch.setattr(points, "outcome", outcome)
+    monkeypatch.setattr(points, "run_table", run_table)
     return ran
 
 
@@ -151,7 +151,11 @@ def test_a_failed_simulation_is_reported_and_does_not_stop_the_others(tmp_path: 
 
 def test_warnings_are_told_again_by_a_sweep_that_goes_on(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    longer = ["classes.be.prompt.uniform=[200000, 200001]", "limits.max_tokens=300000", "limits.kv_blocks=100000"]
+    longer = [
+        "classes.be.prompt.uniform=[200000, 200001]",
+        "limits.max_batched_tokens=300000",
+        "limits.kv_blocks=100000",
+    ]
     messages = []
     for _ in range(2):
         with pytest.warns(points.ExtrapolationWarning) as caught:

@@ -15,10 +15,10 @@ from qllm.executor import Engine, VirtualClock, replay  # noqa: E402
 from qllm.executor.model.loading import prepare_model  # noqa: E402
 from qllm.executor.testing import tiny_model  # noqa: E402
 from qllm.scheduler import POLICIES, Limits, Policy, make_policy  # noqa: E402
-from qllm.sim import Recorded, simulate  # noqa: E402
+from qllm.sim import RecordedRouting, simulate  # noqa: E402
 from qllm.traces.requests.trace import RequestTrace  # noqa: E402
 from qllm.traces.results import RunResult, Status  # noqa: E402
-from qllm.traces.step_times.cost_model import StepModel  # noqa: E402
+from qllm.traces.step_times.cost_model import PassCostModel  # noqa: E402
 from qllm.traces.step_times.timings import affine_timings  # noqa: E402
 from qllm.validation.validate import after_rest  # noqa: E402
 from tests.worlds import Stack  # noqa: E402
@@ -59,13 +59,13 @@ def workload(seed: int, n: int = 40, gap: float = 0.002) -> RequestTrace:
     return RequestTrace(np.cumsum(gaps), prompts, rng.integers(1, 12, n), rng.integers(0, 3, n), tuple(PRIORITIES))
 
 
-def step_model(max_step: float = 1e-4, expert_mode: str = "fused", layers: int = LAYERS, **costs) -> StepModel:
+def step_model(max_step: float = 1e-4, expert_mode: str = "fused", layers: int = LAYERS, **costs) -> PassCostModel:
     header = {"host_s": 1e-4, "suspend_s": 1e-5, "resume_s": 7e-6, "wake_s": 3e-4, "kv_bytes_per_token": 1 << 20}
     timings = affine_timings(layers=layers, experts=EXPERTS, top_k=2, **header | costs)
-    return StepModel(timings, max_step=max_step, expert_mode=expert_mode)
+    return PassCostModel(timings, max_step=max_step, expert_mode=expert_mode)
 
 
-def both(model, trace, policy: Policy, limits: Limits, steps: StepModel) -> tuple[RunResult, RunResult]:
+def both(model, trace, policy: Policy, limits: Limits, steps: PassCostModel) -> tuple[RunResult, RunResult]:
     with Engine(model, policy=policy, limits=limits, clock=VirtualClock(steps)) as engine:
         real = replay(engine, trace, priorities=PRIORITIES, seed=3)
     assert real.routing is not None
@@ -75,7 +75,7 @@ def both(model, trace, policy: Policy, limits: Limits, steps: StepModel) -> tupl
         policy=policy,
         limits=limits,
         steps=steps,
-        routing=Recorded(real.routing),
+        routing=RecordedRouting(real.routing),
         timeline=True,
     )
     return real, simulated
@@ -107,7 +107,7 @@ def test_after_each_pause_both_wake_up(model, name):
 
 @pytest.mark.parametrize("name", ["fcfs", "qllm", "hybrid"])
 def test_after_prompts_decodes_take_longer_in_both(model, name):
-    trace, limits = workload(seed=8), Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
+    trace, limits = workload(seed=8), Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4)
     spent = []
     for after_prefill in (None, (2e-4, 1e-5)):
         real, simulated = both(model, trace, make_policy(name), limits, step_model(after_prefill=after_prefill))
@@ -137,7 +137,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
 def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, lenders, name, settings):
-    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4)
+    limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4)
     real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
     assert (real.status == Status.FINISHED).sum() == 39
@@ -149,7 +149,7 @@ def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, lenders, 
 def test_engine_and_simulator_merge_several_suspended_passes_alike(lenders):
     """One layer, so that all who are suspended wait at the same experts; up to 52 or 6 rows run along."""
     model = prepare_model(tiny_model("qwen3_moe", num_hidden_layers=1))
-    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=80, block_size=4)
+    limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=80, block_size=4)
     for expert_s, max_step, mode in ((5e-5, 1e-5, "separate"), (5e-5, 1e-4, "fused"), (4e-6, 3e-5, "fused")):
         steps = step_model(max_step, mode, layers=1, expert=(expert_s, 1e-6))
         for seed in (6, 7, 8, 14):
@@ -161,7 +161,7 @@ def test_engine_and_simulator_merge_several_suspended_passes_alike(lenders):
 def test_a_pass_lends_nothing_before_its_time_has_come_to_the_experts(model):
     """LS stops a decode pass all along. The real pass has no points inside that attention, so it waits at the experts
     already while the step model's still stands between query blocks."""
-    limits, steps = Limits(max_seqs=4, max_tokens=64, kv_blocks=40, block_size=4), step_model(4e-6)
+    limits, steps = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4), step_model(4e-6)
     lone = RequestTrace(np.zeros(1), np.array([20]), np.array([3]), np.ones(1, dtype=int), tuple(PRIORITIES))
     policy = make_policy("qllm", fill_tokens=0, merge=True)
     slices = both(model, lone, policy, limits, steps)[1].slices
@@ -181,7 +181,7 @@ def test_a_pass_lends_nothing_before_its_time_has_come_to_the_experts(model):
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
 def test_engine_and_simulator_decide_alike_when_memory_is_short(model, name, settings, evict):
-    limits = Limits(max_seqs=4, max_tokens=64, kv_blocks=20, block_size=4, evict=evict, max_suspended_tokens=90)
+    limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=20, block_size=4, evict=evict, max_suspended_tokens=90)
     real, simulated = both(model, workload(2), make_policy(name, **settings), limits, step_model(5e-5))
     assert_same(real, simulated)
     assert real.evictions.sum() > 0
@@ -190,14 +190,14 @@ def test_engine_and_simulator_decide_alike_when_memory_is_short(model, name, set
 @pytest.mark.parametrize("max_step", [1e-5, 3e-4, float("inf")])
 @pytest.mark.parametrize("expert_mode", ["fused", "separate"])
 def test_engine_and_simulator_cut_passes_alike(model, max_step, expert_mode):
-    limits = Limits(max_seqs=3, max_tokens=32, kv_blocks=80, block_size=4, urgent_blocks=8)
+    limits = Limits(max_seqs=3, max_batched_tokens=32, kv_blocks=80, block_size=4, urgent_blocks=8)
     steps = step_model(max_step, expert_mode)
     assert_same(*both(model, workload(3, 24), make_policy("qllm"), limits, steps))
 
 
 def test_a_second_replay_on_the_same_engine_starts_anew(model):
     trace, steps = workload(4, 10), step_model()
-    limits = Limits(max_seqs=3, max_tokens=64, kv_blocks=40, block_size=4)
+    limits = Limits(max_seqs=3, max_batched_tokens=64, kv_blocks=40, block_size=4)
     with Engine(model, policy="qllm", limits=limits, clock=VirtualClock(steps)) as engine:
         first, second = (replay(engine, trace, priorities=PRIORITIES) for _ in range(2))
     for column in (*COLUMNS, *COUNTS):

@@ -21,7 +21,7 @@ from qllm.experiment.run import runs
 from qllm.scheduler import Limits, make_policy
 from qllm.sim import simulate
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import Timings, affine_timings
 from qllm.validation.attribution import by_pass, by_step
 from qllm.validation.machine_speed import Visited, at_speed, mean_speed, pace_of, seconds_by, slowed_in
@@ -30,7 +30,7 @@ from qllm.validation.validate import (
     AT_SPEED,
     REAL,
     SIMULATED,
-    Compared,
+    Comparison,
     after_rest,
     compare,
     errors,
@@ -46,7 +46,7 @@ classes:
   be: {priority: 1, prompt: {uniform: [10, 40]}, output: {fixed: 4}}
 rate: 200
 requests: 12
-limits: {max_seqs: 4, max_tokens: 32, kv_blocks: 60}
+limits: {max_seqs: 4, max_batched_tokens: 32, kv_blocks: 60}
 policies: [fcfs, qllm]
 """
 
@@ -69,7 +69,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def compared(folder, model) -> list[Compared]:
+def compared(folder, model) -> list[Comparison]:
     return [compare(run, model) for run in runs(load_config(folder / "config.yaml"))]
 
 
@@ -88,7 +88,7 @@ def test_passes_after_a_pause_are_told_from_those_that_follow_one(noted):
     """Also where a request's end is noted a moment after its pass's, as on the real clock."""
     ones = np.ones(4, dtype=int)
     trace = RequestTrace(np.array([0.0, 1.0, 1.0, 2.0]), 8 * ones, ones, 0 * ones, ("all",))
-    limits, steps = Limits(max_seqs=1), StepModel(affine_timings(host_s=1e-4))
+    limits, steps = Limits(max_seqs=1), PassCostModel(affine_timings(host_s=1e-4))
     result = simulate(
         trace, priorities={"all": 0}, policy=make_policy("fcfs"), limits=limits, steps=steps, timeline=True
     )
@@ -150,12 +150,12 @@ def test_a_simulation_follows_the_speed_that_visits_saw(folder, model):
         for cell in cells
     ]
     (slowed,) = slowed_in([visits], 4)
-    pace = pace_of(slowed, StepModel(timings), 4)
+    pace = pace_of(slowed, PassCostModel(timings), 4)
     most = int(timings.range("dense_pre")[1])
-    decoding, prefill = (lambda s: s.shape((), 1, 20, 1).pre), (lambda s: s.shape([(None, most, 0)], 0, 0, 1).pre)
+    decoding, prefill = (lambda s: s.cost((), 1, 20, 1).pre), (lambda s: s.cost([(None, most, 0)], 0, 0, 1).pre)
     for now, expected in ((-5, 2 / 3), (10, 2 / 3), (50, 4 / 3), (1000, 4 / 3)):
-        assert decoding(pace(now)) / decoding(StepModel(timings)) == pytest.approx(expected, rel=0.01)
-        assert prefill(pace(now)) == pytest.approx(prefill(StepModel(timings)), rel=1e-4)
+        assert decoding(pace(now)) / decoding(PassCostModel(timings)) == pytest.approx(expected, rel=0.01)
+        assert prefill(pace(now)) == pytest.approx(prefill(PassCostModel(timings)), rel=1e-4)
     replayed = replay_run(runs(load_config(folder / "config.yaml"))[0], model)
     followed = simulate_run(replayed, timings, slowed)
     assert followed.at_speed.makespan < followed.simulated.makespan  # all of the run lies in the fast half

@@ -88,7 +88,7 @@ def test_nobody_and_no_block_is_lost_whatever_happens(data, policy, limits):
             assert (running is None) == (not s.requests), "I6: idle while somebody is in the system"
             if running is not None:
                 assert running.n_decode + len(running.prefill) <= limits.max_seqs
-                assert running.tokens <= limits.max_tokens
+                assert running.tokens <= limits.max_batched_tokens
         elif choice == "yield" and running is not None:
             if s.should_yield(running, now):
                 kept = s.suspended(running, now)
@@ -383,7 +383,7 @@ def test_policy_settings_are_checked():
     with pytest.raises(UnknownPolicy, match="prefill or idle"):
         make_policy("layer", resume="never")
     with pytest.raises(SchedulerError, match="max_tokens is 4"):
-        Limits(max_seqs=8, max_tokens=4)
+        Limits(max_seqs=8, max_batched_tokens=4)
 
 
 def test_every_policy_says_what_it_does():

@@ -10,19 +10,19 @@ import pytest
 from qllm.scheduler import Limits, Policy, Request, Scheduler, UnknownPolicy, make_policy
 from qllm.sim import Routing, uniform
 from qllm.sim.merging import Merging
-from qllm.sim.passes import GpuModel, Run
+from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import TICK, StepModel
+from qllm.traces.step_times.cost_model import TICK, PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 from tests.worlds import PRIORITIES, Stack, run
 
-LIMITS = Limits(max_seqs=6, max_tokens=64, kv_blocks=200, block_size=4)
+LIMITS = Limits(max_seqs=6, max_batched_tokens=64, kv_blocks=200, block_size=4)
 EXPERT_S, ROW_S = 50e-6, 1e-6  # f(m) = EXPERT_S + m * ROW_S
 
 
-def step_model(expert_s: float = EXPERT_S, max_step: float = 1e-5, mode: str = "fused", **header) -> StepModel:
+def step_model(expert_s: float = EXPERT_S, max_step: float = 1e-5, mode: str = "fused", **header) -> PassCostModel:
     timings = affine_timings(experts=8, top_k=2, expert=(expert_s, ROW_S), **header)
-    return StepModel(timings, max_step=max_step, expert_mode=mode)
+    return PassCostModel(timings, max_step=max_step, expert_mode=mode)
 
 
 @pytest.mark.parametrize(("expert_s", "rows"), [(50e-6, 52), (4e-6, 6), (0.5e-6, 2)])
@@ -37,7 +37,7 @@ def test_what_joins_are_short_queues_at_experts_where_the_running_pass_has_token
     steps = step_model(4e-6)
     own = np.array([3, 0, 3, 3, 200, 0])
     waiting = np.array([6, 6, 7, 0, 1, 0])
-    assert steps.joins(own, waiting).tolist() == [True, False, False, False, True, False]
+    assert steps.mergeable(own, waiting).tolist() == [True, False, False, False, True, False]
     assert steps.merged(own, [waiting, waiting]).tolist() == [15, 0, 3, 3, 202, 0]
     assert own.tolist() == [3, 0, 3, 3, 200, 0]
 
@@ -45,14 +45,14 @@ def test_what_joins_are_short_queues_at_experts_where_the_running_pass_has_token
 @pytest.mark.parametrize("mode", ["fused", "separate"])
 def test_a_group_of_which_nothing_is_left_is_passed_over(mode):
     steps = step_model(max_step=200e-6, mode=mode)
-    shape = steps.shape([(None, 3, 0)], 0, 0, 1)
-    assert (shape.group, shape.groups) == (2, 4)
-    seconds = steps.groups(shape, np.array([0, 0, 0, 0, 0, 0, 1, 0]))
+    cost = steps.cost([(None, 3, 0)], 0, 0, 1)
+    assert (cost.experts_per_group, cost.n_groups) == (2, 4)
+    seconds = steps.group_seconds(cost, np.array([0, 0, 0, 0, 0, 0, 1, 0]))
     one = float(steps.experts(np.array(1)))
-    assert seconds.tolist() == [shape.base, 0.0, 0.0, one + shape.per_group]  # of the first, the shared cost remains
+    assert seconds.tolist() == [cost.experts_base_s, 0.0, 0.0, one + cost.group_launch_s]  # of the first, its base
 
 
-def stopped_prefill(steps: StepModel, group: int, prompt: int = 40) -> tuple[Scheduler, GpuModel, Run]:
+def stopped_prefill(steps: PassCostModel, group: int, prompt: int = 40) -> tuple[Scheduler, GpuModel, SimulatedPass]:
     """A BE prefill that an LS prompt has stopped before that group of experts in layer 0."""
     gpu = GpuModel(steps, Routing(uniform(steps), 2, seed=1), "expert")
     scheduler = Scheduler(make_policy("qllm", fill_tokens=0, merge=True), Limits())
@@ -61,7 +61,7 @@ def stopped_prefill(steps: StepModel, group: int, prompt: int = 40) -> tuple[Sch
     assert p is not None
     be = p.cursor = gpu.start(p, 0.0)
     scheduler.add(Request(1, 5, 1, 0), 0.0)
-    be.done = be.piece(0) + group
+    be.done = be.first_group(0) + group
     be.at = be.ends()[be.done - 1]
     assert be.place() == (0, "experts", group)
     assert scheduler.suspended(p, be.at)
@@ -101,7 +101,7 @@ def test_a_pass_that_stops_has_run_along_only_what_it_came_to():
     ls = gpu.start(p, 0.0)
     merging = Merging(scheduler)
     merging.begin(ls)
-    ls.done = ls.piece(0) + 5  # groups 0 to 4 are done
+    ls.done = ls.first_group(0) + 5  # groups 0 to 4 are done
     merging.end(ls, 0, ls.done)
     joined = (ls.tokens(0) > 0) & (np.arange(8) < 5)
     assert (before[joined] > 0).any()
@@ -123,7 +123,7 @@ def test_queues_longer_than_merge_rows_wait_for_their_own_pass():
     assert be.expert_queues().tolist() == before.tolist()
 
 
-def busy(trace: RequestTrace, policy: Policy, steps: StepModel) -> float:
+def busy(trace: RequestTrace, policy: Policy, steps: PassCostModel) -> float:
     slices = run(trace, policy, LIMITS, steps, timeline=True).slices
     assert slices is not None
     return sum(s.end - s.start for s in slices)
@@ -159,7 +159,7 @@ MERGING = {
 def test_fast_device_merges_like_the_step_by_step_device(name, monkeypatch):
     """Random workloads under tight limits, up to 6 or 52 rows running along, both expert modes, various cuts."""
     seen: Counter[str] = Counter()
-    begin, ran_along = Merging.begin, Run.ran_along
+    begin, mark_merged = Merging.begin, SimulatedPass.mark_merged
 
     def watched(merging, run):
         begin(merging, run)
@@ -167,10 +167,10 @@ def test_fast_device_merges_like_the_step_by_step_device(name, monkeypatch):
 
     def count(run, experts):
         seen["shared"] += 1
-        ran_along(run, experts)
+        mark_merged(run, experts)
 
     monkeypatch.setattr(Merging, "begin", watched)
-    monkeypatch.setattr(Run, "ran_along", count)
+    monkeypatch.setattr(SimulatedPass, "mark_merged", count)
     for seed in range(24):
         steps = step_model(
             (4e-6, EXPERT_S)[seed % 2],

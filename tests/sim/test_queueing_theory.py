@@ -13,11 +13,11 @@ from scipy import stats
 from qllm.scheduler import Limits, Policy, make_policy
 from qllm.sim import isolated_ttft
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import StepModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 from tests.worlds import run
 
-STEPS = StepModel(
+STEPS = PassCostModel(
     affine_timings(layers=40, experts=8, top_k=8, head=(1e-6, 0.0), dense_pre=(1e-6, 1e-7), dense_post=(1e-6, 1e-7)),
     max_step=50e-6,
 )

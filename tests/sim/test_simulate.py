@@ -14,7 +14,7 @@ from qllm.scheduler import Limits, Request, RequestTooLarge, Scheduler, Schedule
 from qllm.sim import Routing, Status, isolated_ttft, uniform
 from qllm.sim.passes import GpuModel
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.step_times.cost_model import TICK, StepModel
+from qllm.traces.step_times.cost_model import TICK, PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 from tests.worlds import limits, policies, run, step_models, traces
 
@@ -33,8 +33,8 @@ def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy
     assert fast.passes == slow.passes
 
 
-def slower(steps: StepModel, factor: float) -> StepModel:
-    return StepModel(steps.timings.scaled(factor), max_step=steps.max_step, expert_mode=steps.mode)
+def slower(steps: PassCostModel, factor: float) -> PassCostModel:
+    return PassCostModel(steps.timings.scaled(factor), max_step=steps.max_step, expert_mode=steps.mode)
 
 
 @settings(max_examples=100, deadline=None)
@@ -42,7 +42,7 @@ def slower(steps: StepModel, factor: float) -> StepModel:
 def test_both_devices_agree_on_a_machine_whose_speed_changes(trace, policy, limits, steps, factors):
     models = [slower(steps, factor) for factor in factors]
 
-    def pace(now: float) -> StepModel:
+    def pace(now: float) -> PassCostModel:
         return models[int(now / 0.004) % len(models)]
 
     fast = run(trace, policy, limits, steps, pace=pace, timeline=True)
@@ -54,7 +54,7 @@ def test_both_devices_agree_on_a_machine_whose_speed_changes(trace, policy, limi
 def test_a_pass_has_the_speed_of_the_time_when_it_began():
     """Three decode passes at twice the time, after a prefill that began before the machine became slower."""
     timings = affine_timings(layers=2, experts=4)
-    steps, twice = StepModel(timings), StepModel(timings.scaled(2.0))
+    steps, twice = PassCostModel(timings), PassCostModel(timings.scaled(2.0))
     trace = RequestTrace(np.array([0.0]), np.array([20]), np.array([4]), np.array([0]), ("ls",))
     plain = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True).slices
     paced = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True, pace=lambda now: twice if now else steps)
@@ -130,8 +130,8 @@ def world(n: int = 200, seed: int = 1, rate: float = 100.0) -> RequestTrace:
 
 @pytest.mark.parametrize("name", ["fcfs", "priority", "chunked", "layer", "qllm", "hybrid"])
 def test_same_arguments_same_result_and_seed_matters(name):
-    steps = StepModel(affine_timings(layers=3, experts=8))
-    limits = Limits(max_seqs=8, max_tokens=256, kv_blocks=1000)
+    steps = PassCostModel(affine_timings(layers=3, experts=8))
+    limits = Limits(max_seqs=8, max_batched_tokens=256, kv_blocks=1000)
     a, b = (run(world(), make_policy(name), limits, steps, seed=5) for _ in range(2))
     for column in COLUMNS:
         np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
@@ -144,8 +144,8 @@ def test_same_arguments_same_result_and_seed_matters(name):
 def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(name, resume_s):
     """An LS prompt that arrives exactly at a preemption point stops the pass there, and one that arrives while a
     suspended pass is being brought back lets it reach its next point; both devices agree."""
-    steps = StepModel(affine_timings(layers=3, experts=4, resume_s=resume_s, suspend_s=1e-4), max_step=1e-6)
-    limits = Limits(max_tokens=64)
+    steps = PassCostModel(affine_timings(layers=3, experts=4, resume_s=resume_s, suspend_s=1e-4), max_step=1e-6)
+    limits = Limits(max_batched_tokens=64)
     gpu = GpuModel(steps, Routing(uniform(steps), 2, seed=0), make_policy(name).granularity)
     scheduler = Scheduler(make_policy(name), limits)
     scheduler.add(Request(0, 60, 3, 1), 0.0)
@@ -172,8 +172,8 @@ def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(nam
 
 
 def test_lone_request_takes_its_isolated_ttft():
-    steps = StepModel(affine_timings(layers=4, experts=8, expert=(50e-6, 1e-6)))
-    limits = Limits(max_tokens=64)
+    steps = PassCostModel(affine_timings(layers=4, experts=8, expert=(50e-6, 1e-6)))
+    limits = Limits(max_batched_tokens=64)
     for prompt in (1, 63, 64, 65, 200):
         trace = RequestTrace(np.array([0.5]), np.array([prompt]), np.array([2]), np.array([0]), ("ls",))
         result = run(trace, make_policy("qllm"), limits, steps)
@@ -190,7 +190,7 @@ def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
     trace = RequestTrace(arrivals, 8 * ones, ones, 0 * ones, ("ls",))
     took = []
     for wake_s in (0.0, 0.01):
-        steps = StepModel(affine_timings(wake_s=wake_s))
+        steps = PassCostModel(affine_timings(wake_s=wake_s))
         result = run(trace, make_policy("fcfs"), Limits(max_seqs=1), steps, step_by_step=step_by_step, timeline=True)
         took.append(np.array([s.end - s.start for s in result.slices or []]))
     assert took[1] - took[0] == pytest.approx([0.0, 0.01, 0.0, 0.01], abs=1e-8)
@@ -198,7 +198,7 @@ def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
 
 def test_requests_that_cannot_fit_are_rejected_with_a_reason():
     trace = RequestTrace(np.zeros(2), np.array([1000, 10]), np.array([1, 1]), np.array([0, 0]), ("ls",))
-    result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), StepModel(affine_timings()))
+    result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), PassCostModel(affine_timings()))
     assert result.status.tolist() == [Status.REJECTED, Status.FINISHED]
     assert "1000 prompt" in result.reasons[0]
     assert "63 KV blocks" in result.reasons[0]
@@ -206,7 +206,7 @@ def test_requests_that_cannot_fit_are_rejected_with_a_reason():
 
 def test_expert_queues_hold_what_a_suspended_pass_has_left():
     """An LS prompt stops a BE prefill between two experts; the queues hold exactly the tokens of those not yet run."""
-    steps = StepModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)
+    steps = PassCostModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)
     gpu = GpuModel(steps, Routing(uniform(steps), 2), "expert")
     scheduler = Scheduler(make_policy("qllm"), Limits())
     scheduler.add(Request(0, 50, 5, 1), 0.0)

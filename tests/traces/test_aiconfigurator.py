@@ -9,7 +9,7 @@ import pytest
 
 from qllm.traces.step_times.aiconfigurator import decode_points, import_aiconfigurator, prefill_points
 from qllm.traces.step_times.aiconfigurator_tables import Tables, gemm_seconds
-from qllm.traces.step_times.expert_fit import balanced_counts, fit_experts
+from qllm.traces.step_times.expert_fit import balanced_counts, fit_balanced
 from qllm.traces.step_times.file_format import TimingError
 from qllm.traces.step_times.model_shapes import SHAPES, ModelShape
 from qllm.traces.step_times.timings import Timings
@@ -161,7 +161,7 @@ def test_an_unreadable_or_absent_folder_is_named(tmp_path):
 
 def test_a_table_without_rows_of_few_assignments_cannot_give_the_base():
     with pytest.raises(TimingError, match="the base needs 2 rows of at most 8 assignments"):
-        fit_experts(pd.Series({16: 1e-3, 32: 2e-3}), experts=8, top_k=2)
+        fit_balanced(pd.Series({16: 1e-3, 32: 2e-3}), experts=8, top_k=2)
 
 
 def test_a_row_far_off_the_line_does_not_move_the_base(tmp_path):
@@ -177,7 +177,7 @@ def test_a_tile_makes_f_step_up_after_each_block():
     layer = pd.Series(
         {n: 1e-5 + (2e-5 * blocks(balanced_counts(n, 2, 8))).sum() for n in (1, 2, 4, 64, 192, 320, 1024)}
     )
-    fit = fit_experts(layer, 8, 2, tile=64)
+    fit = fit_balanced(layer, 8, 2, tile=64)
     sizes = np.array([16, 48, 64, 65, 80, 128, 129, 200, 256])
     assert np.interp(sizes, fit.tokens, fit.seconds) == pytest.approx(2e-5 * blocks(sizes))
     assert dict(zip(fit.tokens.tolist(), fit.measured.tolist(), strict=True))[65] is False

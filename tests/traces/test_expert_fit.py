@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm.traces.step_times.file_format import TimingError
-from qllm.traces.step_times.layer_fit import fit_layers, nonnegative
+from qllm.traces.step_times.layer_fit import fit_routed, nonnegative
 
 
 def layers(rng: np.random.Generator, n: int = 200) -> np.ndarray:
@@ -18,7 +18,7 @@ def layers(rng: np.random.Generator, n: int = 200) -> np.ndarray:
 def test_base_and_f_are_found_again():
     counts = layers(np.random.default_rng(0))
     true = np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0)
-    fit = fit_layers(30e-6 + true.sum(axis=1), counts)
+    fit = fit_routed(30e-6 + true.sum(axis=1), counts)
     assert fit.base == pytest.approx(30e-6, rel=1e-3)
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=1e-3)
     assert fit.tokens[0] == 1
@@ -29,7 +29,7 @@ def test_the_mean_of_several_passes_is_that_of_their_layers():
     rng = np.random.default_rng(5)
     counts = [layers(rng, int(passes)) for passes in rng.integers(1, 6, 200)]
     seconds = [np.where(one > 0, 50e-6 + 2e-6 * one, 0.0).sum(axis=1).mean() + 30e-6 for one in counts]
-    fit = fit_layers(seconds, counts)
+    fit = fit_routed(seconds, counts)
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=1e-3)
     assert fit.predicted(counts) == pytest.approx(np.array(seconds), rel=1e-3)
 
@@ -39,7 +39,7 @@ def test_disturbed_layers_do_not_move_the_fit():
     counts = layers(rng)
     seconds = 30e-6 + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
     seconds[:10] *= 3
-    fit = fit_layers(seconds, counts)
+    fit = fit_routed(seconds, counts)
     assert not fit.kept[:10].any()
     assert np.allclose(fit.seconds, 50e-6 + 2e-6 * fit.tokens, rtol=0.05)
 
@@ -49,7 +49,7 @@ def test_noise_does_not_make_the_fit_faster_than_the_mean():
     rng = np.random.default_rng(3)
     counts = layers(rng, 3000)
     true = 30e-6 + np.where(counts > 0, 50e-6 + 2e-6 * counts, 0.0).sum(axis=1)
-    fit = fit_layers(true * rng.normal(1, 0.1, len(true)), counts)
+    fit = fit_routed(true * rng.normal(1, 0.1, len(true)), counts)
     assert fit.predicted(counts).sum() == pytest.approx(true.sum(), rel=0.005)
 
 
@@ -60,7 +60,7 @@ def test_layers_of_little_weight_have_little_say():
     seconds, weights = true.copy(), np.ones(len(true))
     seconds[::2] *= 0.85
     weights[::2] = 0.1
-    alike, weighed = fit_layers(seconds, counts), fit_layers(seconds, counts, weights)
+    alike, weighed = fit_routed(seconds, counts), fit_routed(seconds, counts, weights)
     assert alike.predicted(counts).sum() < 0.95 * true.sum()
     assert weighed.predicted(counts).sum() == pytest.approx(true.sum(), rel=0.01)
 
@@ -68,7 +68,7 @@ def test_layers_of_little_weight_have_little_say():
 def test_f_never_falls_and_nothing_is_negative_on_noise():
     rng = np.random.default_rng(2)
     counts = layers(rng, 40)
-    fit = fit_layers(rng.random(40) + 0.1, counts)
+    fit = fit_routed(rng.random(40) + 0.1, counts)
     assert fit.base >= 0
     assert (np.diff(fit.seconds) >= 0).all()
 
@@ -76,7 +76,7 @@ def test_f_never_falls_and_nothing_is_negative_on_noise():
 @pytest.mark.parametrize("counts", [[[3, 0]], [[0, 0], [0, 0]]])
 def test_too_few_layers_are_refused(counts):
     with pytest.raises(TimingError, match="at least 2 measured layers"):
-        fit_layers([1.0] * len(counts), counts)
+        fit_routed([1.0] * len(counts), counts)
 
 
 @given(st.integers(0, 10_000))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from qllm.traces.step_times.aiconfigurator_tables import LICENCE, Memory, Tables, add, gemm_seconds, series
-from qllm.traces.step_times.expert_fit import fit_experts
+from qllm.traces.step_times.expert_fit import fit_balanced
 from qllm.traces.step_times.file_format import Point, TimingError
 from qllm.traces.step_times.interpolate import isotonic
 from qllm.traces.step_times.model_shapes import ModelShape
@@ -178,7 +178,7 @@ def import_aiconfigurator(
     layers, moe_of = tables.read("moe", moe, moe_dtype=moe_dtype, **experts, **alone)
     kernels = sorted(layers["kernel_source"].unique().tolist())
     tile = TILES.get(kernels[0]) if len(kernels) == 1 else None
-    fit = fit_experts(series(layers, "num_tokens"), shape.experts, shape.top_k, tile)
+    fit = fit_balanced(series(layers, "num_tokens"), shape.experts, shape.top_k, tile)
 
     memory = Memory(tables.system)
     points = dense_points(gemm, shape, memory, "imported")

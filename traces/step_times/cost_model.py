@@ -1,8 +1,8 @@
-"""The steps of a pass: where it can be cut, and how long each piece takes by a timing trace.
+"""The steps of a pass: where it can be cut, and how long each step takes by a timing trace.
 
 The simulator and the engine's virtual clock both take their times from here, so they cannot drift apart.
 
-A layer is the sequence ``pre | attention piece 1 | ... | piece P, post | group 1 | ... | group G``: preemption points
+A layer is the sequence ``pre | query block 1 | ... | query block P, post | group 1 | ... | group G``: preemption points
 (``|``) lie before the attention, between query blocks of a long attention, before the experts and between groups of
 experts. What lies between two points is a *step* and cannot be interrupted. P and G follow from the timings so that
 no step exceeds `max_step`, and from nothing else: the cuts are the same whether or not anyone waits.
@@ -10,14 +10,15 @@ no step exceeds `max_step`, and from nothing else: the cuts are the same whether
 Times are multiples of 2^-30 s (0.93 ns). Sums of such numbers are exact in float64 up to 97 days, so a pass takes the
 same time to the last bit whether its steps are added up one by one or all at once.
 
-Merging (`merged`, `joins`) says which tokens of suspended passes run along at the experts of the pass that runs.
+Merging (`merged`, `mergeable`) says which tokens of suspended passes run along at the experts of the pass that runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -36,34 +37,54 @@ def ticks(seconds: Any) -> Any:
 
 
 @dataclass(slots=True)
-class Shape:
-    """Times (seconds, whole ticks) of a pass but for its experts, and how each layer is cut.
+class PassCost:
+    """What a pass takes but for its experts, in seconds (whole ticks), and how each layer is split.
 
-    lead: before the first layer; `StepModel.wake_s` more where the device stood idle before the pass, and
-    `after_prefill` where a decode pass follows prompts. pre: norm and QKV. attention: one query block of `pieces`.
-    post: output projection, norm, router. base: shared cost of the experts, in front of the first group. per_group:
-    extra of each further group with tokens. head: after the last layer. group: experts in a group; groups: groups in a
-    layer.
+    Attributes:
+        prologue_s: Before the first layer. It holds `PassCostModel.wake_s` too where the device stood idle before the
+            pass, and `after_prefill` where a decode pass follows prompts.
+        pre_s: Norm and QKV.
+        query_block_s: Attention, each of `query_blocks` blocks.
+        query_blocks: Blocks of query rows that a layer's attention is split into.
+        post_s: Output projection, norm, router.
+        experts_base_s: Shared cost of a layer's experts, in front of the first group.
+        group_launch_s: Extra of each further group of experts that has tokens.
+        head_s: After the last layer.
+        experts_per_group: Consecutive experts in a group.
+        n_groups: Groups of experts in a layer.
     """
 
-    lead: float
-    pre: float
-    attention: float
-    pieces: int
-    post: float
-    base: float
-    per_group: float
-    head: float
-    group: int
-    groups: int
+    prologue_s: float
+    pre_s: float
+    query_block_s: float
+    query_blocks: int
+    post_s: float
+    experts_base_s: float
+    group_launch_s: float
+    head_s: float
+    experts_per_group: int
+    n_groups: int
 
     @property
     def steps_per_layer(self) -> int:
-        """Pieces that a layer is listed as in `StepModel.times`: pre, query blocks, post, groups."""
-        return 2 + self.pieces + self.groups
+        """Steps that a layer has in `PassCostModel.times`: pre, query blocks, post, groups."""
+        return 2 + self.query_blocks + self.n_groups
+
+    def step_s(self, stage: str) -> float:
+        """Seconds of a step of `stage`, which is not "experts"."""
+        return _STAGE_SECONDS[stage](self)
 
 
-class StepModel:
+_STAGE_SECONDS: dict[str, Callable[[PassCost], float]] = {
+    "prologue": attrgetter("prologue_s"),
+    "pre": attrgetter("pre_s"),
+    "attention": attrgetter("query_block_s"),
+    "post": attrgetter("post_s"),
+    "head": attrgetter("head_s"),
+}
+
+
+class PassCostModel:
     """Step times of passes for one model on one GPU.
 
     max_step: seconds that a step should not exceed where it can be cut.
@@ -128,17 +149,17 @@ class StepModel:
             self._table = self._expert_table(int(counts.max()))
             return self._table.take(counts)
 
-    def experts_of_pass(self, shape: Shape, routing: Any) -> float:
+    def experts_of_pass(self, cost: PassCost, routing: Any) -> float:
         """Seconds of all experts of a pass and of its further groups, for the tokens that each expert got in each MoE
         layer, int[MoE layers, experts]. A trace takes all layers to be alike: where some have no experts, each counts
         for its share."""
         counts = np.asarray(routing)
         seconds = float(self.experts(counts).sum())
-        if shape.groups > 1 and shape.per_group:
-            seconds += shape.per_group * int(np.count_nonzero(self.by_group(shape, counts)[..., 1:]))
+        if cost.n_groups > 1 and cost.group_launch_s:
+            seconds += cost.group_launch_s * int(np.count_nonzero(self.by_group(cost, counts)[..., 1:]))
         return seconds * (self.layers / len(counts))
 
-    def shape(
+    def cost(
         self,
         prefill: Sequence[tuple[Any, int, int]],
         n_decode: int,
@@ -146,7 +167,7 @@ class StepModel:
         rows: int,
         moved_tokens: int = 0,
         after_prefill: bool = False,
-    ) -> Shape:
+    ) -> PassCost:
         """Times of a pass over prefill chunks (anything, new tokens, tokens cached before) and `n_decode` decoding
         sequences that hold `decode_context` tokens in all, of which `rows` sequences get a new token.
         `moved_tokens`: tokens whose KV is moved to or from host memory first. `after_prefill`: the pass before it had
@@ -172,31 +193,33 @@ class StepModel:
         cuts = self._cuts.get(tokens)
         if cuts is None:
             cuts = self._cuts[tokens] = self._experts_cut(tokens)
-        block, pieces = self._query_blocks(attention)
-        lead = t.host_s
+        block, query_blocks = self._query_blocks(attention)
+        prologue = t.host_s
         if moved_tokens:
-            lead += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
+            prologue += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
         if after_prefill and not prefill:
-            lead += t.after_prefill(n_decode)
-        per_group, group, groups = cuts
-        return Shape(ticks(lead), dense[0], block, pieces, dense[1], self._base, per_group, head, group, groups)
+            prologue += t.after_prefill(n_decode)
+        group_launch_s, group, groups = cuts
+        return PassCost(
+            ticks(prologue), dense[0], block, query_blocks, dense[1], self._base, group_launch_s, head, group, groups
+        )
 
     def decode_total(self, n_decode: int, decode_context: int, after_prefill: bool = False) -> float:
         """`total` of a pass that only decodes, without its experts' times: the fast path of the simulator."""
         fixed = self._decode_fixed.get((n_decode, after_prefill))
         if fixed is None:
-            shape = self.shape((), n_decode, decode_context, n_decode, after_prefill=after_prefill)
-            attention = self.layers * shape.attention * shape.pieces
-            fixed = self._decode_fixed[n_decode, after_prefill] = self.total(shape, 0.0) - attention
-        block, pieces = self._query_blocks(self.timings.attention_decode(n_decode, decode_context / n_decode))
-        return fixed + self.layers * block * pieces
+            cost = self.cost((), n_decode, decode_context, n_decode, after_prefill=after_prefill)
+            attention = self.layers * cost.query_block_s * cost.query_blocks
+            fixed = self._decode_fixed[n_decode, after_prefill] = self.total(cost, 0.0) - attention
+        block, query_blocks = self._query_blocks(self.timings.attention_decode(n_decode, decode_context / n_decode))
+        return fixed + self.layers * block * query_blocks
 
     def _query_blocks(self, attention: float) -> tuple[float, int]:
         """(seconds of each, number) of the blocks that an attention of so many seconds is cut into."""
         if attention <= self.max_step:
             return round(attention * TICKS_PER_S) * TICK, 1
-        pieces = math.ceil(attention / self.max_step)
-        return round((attention / pieces + self._block) * TICKS_PER_S) * TICK, pieces
+        query_blocks = math.ceil(attention / self.max_step)
+        return round((attention / query_blocks + self._block) * TICKS_PER_S) * TICK, query_blocks
 
     def _experts_cut(self, tokens: int) -> tuple[float, int, int]:
         """(seconds of a further group, experts in a group, groups): as many as keep a group below `max_step` with the
@@ -204,27 +227,27 @@ class StepModel:
         mean = tokens * self._peak_share
         most = min(tokens, math.ceil(mean + 3 * math.sqrt(mean)))
         t = self.timings
-        per_group = ticks(t.launches_per_expert * t.launch(tokens)) if self.mode == "fused" else 0.0
-        room = self.max_step - self._base - per_group
+        group_launch_s = ticks(t.launches_per_expert * t.launch(tokens)) if self.mode == "fused" else 0.0
+        room = self.max_step - self._base - group_launch_s
         each = max(float(self.experts(np.array(most))), TICK)
         group = int(min(max(room / each, 1), self.n_experts))
-        return per_group, group, -(-self.n_experts // group)
+        return group_launch_s, group, -(-self.n_experts // group)
 
-    def groups(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
+    def group_seconds(self, cost: PassCost, counts: np.ndarray) -> np.ndarray:
         """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts]. A group
         without tokens is passed over; of the first, the shared `base` remains."""
-        out = self.by_group(shape, self.experts(counts))
-        out[..., 0] += shape.base
-        out[..., 1:] += shape.per_group * (self.by_group(shape, counts)[..., 1:] > 0)
+        out = self.by_group(cost, self.experts(counts))
+        out[..., 0] += cost.experts_base_s
+        out[..., 1:] += cost.group_launch_s * (self.by_group(cost, counts)[..., 1:] > 0)
         return out
 
-    def by_group(self, shape: Shape, each: np.ndarray) -> np.ndarray:
+    def by_group(self, cost: PassCost, each: np.ndarray) -> np.ndarray:
         """Sums of what `each` expert has, [..., experts], over the groups, [..., groups]."""
-        if shape.group == 1:
+        if cost.experts_per_group == 1:
             return each
-        return np.add.reduceat(each, np.arange(0, self.n_experts, shape.group), axis=-1)
+        return np.add.reduceat(each, np.arange(0, self.n_experts, cost.experts_per_group), axis=-1)
 
-    def joins(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
+    def mergeable(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
         """Where tokens of a suspended pass run along, bool[...]: at experts at which the running pass has tokens of
         its `own` and at most `merge_rows` are `waiting`, int[...] both."""
         return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
@@ -234,49 +257,49 @@ class StepModel:
         joins the running pass's `own`."""
         out = own.copy()
         for waiting in suspended:
-            out += np.where(self.joins(own, waiting), waiting, 0)
+            out += np.where(self.mergeable(own, waiting), waiting, 0)
         return out
 
-    def total(self, shape: Shape, experts_s: float) -> float:
+    def total(self, cost: PassCost, experts_s: float) -> float:
         """Seconds of the whole pass; `experts_s`: its experts' times (`experts_of_pass`)."""
-        layer = shape.pre + shape.attention * shape.pieces + shape.post + shape.base
-        return shape.lead + self.layers * layer + experts_s + shape.head
+        layer = cost.pre_s + cost.query_block_s * cost.query_blocks + cost.post_s + cost.experts_base_s
+        return cost.prologue_s + self.layers * layer + experts_s + cost.head_s
 
-    def times(self, shape: Shape, counts: np.ndarray) -> np.ndarray:
-        """Seconds of each piece of the pass in order, float64[2 + layers * steps_per_layer]: lead, the layers, head.
+    def times(self, cost: PassCost, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each step of the pass in order, float64[2 + layers * steps_per_layer]: prologue, the layers, head.
         `counts`: tokens per expert, int[layers, experts]."""
-        steps = np.empty((self.layers, shape.steps_per_layer))
-        steps[:, 0] = shape.pre
-        steps[:, 1 : 1 + shape.pieces] = shape.attention
-        steps[:, 1 + shape.pieces] = shape.post
-        steps[:, 2 + shape.pieces :] = self.groups(shape, counts)
-        return np.concatenate(([shape.lead], steps.ravel(), [shape.head]))
+        steps = np.empty((self.layers, cost.steps_per_layer))
+        steps[:, 0] = cost.pre_s
+        steps[:, 1 : 1 + cost.query_blocks] = cost.query_block_s
+        steps[:, 1 + cost.query_blocks] = cost.post_s
+        steps[:, 2 + cost.query_blocks :] = self.group_seconds(cost, counts)
+        return np.concatenate(([cost.prologue_s], steps.ravel(), [cost.head_s]))
 
-    def points(self, shape: Shape, granularity: str) -> np.ndarray:
-        """The pieces (indices into `times`) after which a pass may stop: all the points of each layer ("expert"), only
-        the one before its attention ("layer"), none ("iteration"). int64, increasing."""
+    def points(self, cost: PassCost, granularity: str) -> np.ndarray:
+        """The query_blocks (indices into `times`) after which a pass may stop: all the points of each layer ("expert"),
+        only the one before its attention ("layer"), none ("iteration"). int64, increasing."""
         if granularity == "iteration":
             return np.empty(0, dtype=np.int64)
-        n = shape.steps_per_layer
+        n = cost.steps_per_layer
         inside = [0]
         if granularity == "expert":
-            post = 1 + shape.pieces
-            inside += [*range(1, shape.pieces), post, *range(post + 1, n - 1)]
+            post = 1 + cost.query_blocks
+            inside += [*range(1, cost.query_blocks), post, *range(post + 1, n - 1)]
         starts = 1 + n * np.arange(self.layers)
         return (starts[:, None] + np.array(inside)).ravel()
 
-    def where(self, shape: Shape, done: int) -> tuple[int, str, int]:
-        """(layer, stage, index in the stage) of the piece that comes after `done` pieces; stages are lead, pre,
-        attention, post, experts, head."""
+    def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
+        """(layer, stage, index in the stage) of the step that comes after `done` query_blocks; stages are prologue,
+        pre, attention, post, experts, head."""
         if done == 0:
-            return 0, "lead", 0
-        layer, k = divmod(done - 1, shape.steps_per_layer)
+            return 0, "prologue", 0
+        layer, k = divmod(done - 1, cost.steps_per_layer)
         if layer >= self.layers:
             return self.layers, "head", 0
         if k == 0:
             return layer, "pre", 0
-        if k <= shape.pieces:
+        if k <= cost.query_blocks:
             return layer, "attention", k - 1
-        if k == shape.pieces + 1:
+        if k == cost.query_blocks + 1:
             return layer, "post", 0
-        return layer, "experts", k - shape.pieces - 2
+        return layer, "experts", k - cost.query_blocks - 2

@@ -40,7 +40,7 @@ def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
     return np.array([share + 1] * rest + [share] * (experts - rest))
 
 
-def fit_experts(layer: pd.Series, experts: int, top_k: int, tile: int | None = None) -> ExpertFit:
+def fit_balanced(layer: pd.Series, experts: int, top_k: int, tile: int | None = None) -> ExpertFit:
     """Fit base and f to a table of evenly spread tokens: `layer` is seconds by number of tokens.
 
     Rows with at most `experts` assignments have one token in each of tokens x top_k experts, so their times lie on a

@@ -31,12 +31,12 @@ class LayerFit:
     kept: np.ndarray
 
     def predicted(self, counts: Sequence[Counts]) -> np.ndarray:
-        """Seconds of layers, float64[layers], for `counts` as those of `fit_layers`."""
+        """Seconds of layers, float64[layers], for `counts` as those of `fit_routed`."""
         passes, starts = _stacked(counts)
         return self.base + _means(by_tokens(self.tokens, self.seconds, passes).sum(axis=1), starts)
 
 
-def fit_layers(
+def fit_routed(
     seconds: Sequence[float],
     counts: Sequence[Counts],
     weights: Sequence[float] | None = None,

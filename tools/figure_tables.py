@@ -1,0 +1,310 @@
+"""The tables of numbers in the documents, each a function that returns Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pandas as pd
+from figure_results import caption, load
+
+METRICS = ("ttft", "tpot", "turnaround")
+STATISTICS = ("mean", "p50", "p99")
+RATE = 0.4  #: requests/s of the table about long prompts
+BEST_VLLM = "vllm-priority"
+MIXED_LOAD_ROWS = {
+    "fcfs": "`fcfs`",
+    "priority": "`priority`",
+    "chunked": "`chunked`, 512 tokens",
+    "layer": "`layer`, fill_tokens 0",
+    "qllm": "`qllm`, fill_tokens 0",
+    "hybrid": "`hybrid`, 2048 tokens",
+    "vllm-fcfs": "vLLM, fcfs",
+    "vllm-priority": "vLLM, priority",
+    "vllm-priority-256": "vLLM, priority, prefills cut to 256",
+}
+LONG_PREFILL_ROWS = {name: MIXED_LOAD_ROWS[name] for name in ("fcfs", "priority", "chunked", "layer", "qllm", "hybrid")}
+PAPER_ROWS = {
+    "qllm": "`qllm` (Algorithm 1 as printed)",
+    "qllm-fill0": "`qllm`, fill_tokens 0",
+    "priority": "`priority`, no preemption at all",
+    "chunked": "`chunked`, no preemption at all",
+    "layer": "`layer`",
+    "hybrid": "`hybrid`",
+}
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], source: str = "") -> str:
+    """A table, and the line below it that says where it is from."""
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines + (["", source] if source else []))
+
+
+def headline() -> str:
+    """The README's only table: what was found, who says so, which script."""
+    long = _long_prefill()
+    ratios = load("paper")["to_fcfs"].set_index("policy")["LS TTFT ratio mean"]
+    paper = load("paper")["paper"]["LS TTFT ratio mean"].iloc[0]
+    mixed = load("mixed_load")["rows"].set_index("row")["ls_ttft_p99"]
+    speed = load("throughput")["rows"].set_index("engine")["tokens_per_s"]
+    held = load("validation")["held"].set_index("statistic")
+    passes = load("sim_speed")["passes"]["passes_per_s"]
+    names = ("priority", "chunked", "layer", "qllm", "hybrid")
+    p99 = ", ".join(f"`{name}` {_ms(long['p99 s'][name])}" for name in names)
+    stops = ", ".join(f"`{name}` {_digits(long['blocking p99 ms'][name])}" for name in ("priority", "layer", "qllm"))
+    paid = ", ".join(f"`{name}` {_digits(long['BE turnaround s'][name])}" for name in ("fcfs", "qllm", "hybrid"))
+    close = f"{held['followed']['mean']} of {held['of']['mean']}"
+    gain = ", ".join(f"`{name}` {ratios[name]:.0f}x" for name in ("qllm", "priority"))
+    served = ", ".join(f"`{name}` {_ms(mixed[name])}" for name in ("qllm", "priority"))
+    imported, modelled = (f"simulated on {kind} step times" for kind in ("imported", "modelled"))
+    measured = "measured on two CPU cores"
+    rows = [
+        ("long BE prompts: LS TTFT, p99, ms", p99, imported, "ablation.py"),
+        ("the same: LS waits for its first launch, p99, ms", stops, imported, "ablation.py"),
+        ("the same: what BE pays, turnaround, s", paid, imported, "ablation.py"),
+        ("the paper's set-up: LS TTFT, `fcfs` over it", f"{gain}; paper {paper}x", modelled, "paper.py"),
+        ("mixed load: LS TTFT, p99, ms", f"{served}, vLLM {_ms(mixed[BEST_VLLM])}", measured, "mixed_load.py"),
+        ("tokens/s", f"{speed['qllm']:.0f}, vLLM {speed['vLLM']:.0f}", measured, "throughput.py"),
+        ("simulated means within 5 % of a real run", close, "measured on one CPU thread", "fidelity/validate_cpu.py"),
+        ("decode passes simulated per second", f"{passes.min():,.0f}", "measured on one CPU core", "sim_speed.py"),
+    ]
+    rows = [(*cells, f"`benchmarks/{script}`") for *cells, script in rows]
+    return markdown(("what", "result", "source", "script"), rows)
+
+
+def paper_rates() -> str:
+    """What `make demo` prints, at two of its ten rates."""
+    summary = load("paper")["summary"]
+    ls = summary[summary["class"] == "ls"]
+    rows = []
+    for rate in (1, 7):
+        at = ls[ls["rate"] == rate].set_index("policy")
+        for name in ("fcfs", "priority", "chunked", "layer", "qllm", "qllm-fill0", "hybrid"):
+            r = at.loc[name]
+            cells = [f"{r['ttft_mean_s']:.3f}", f"{r['ttft_p99_s']:.3f}", f"{1e3 * r['tpot_mean_s']:.0f}"]
+            cells += [f"{r['turnaround_mean_s']:.1f}", f"{r['slo_attainment']:.1%}", f"{r['throughput_rps']:.2f}"]
+            rows.append((f"{rate}", f"`{name}`", *cells))
+    columns = ("requests/s", "policy", "LS TTFT mean s", "p99 s", "TPOT ms", "turnaround s", "SLO met", "LS done/s")
+    return markdown(columns, rows, caption("paper"))
+
+
+def paper() -> str:
+    """The paper's five results beside ours."""
+    found = load("paper")
+    theirs, ours = found["paper"].iloc[0], found["to_fcfs"].set_index("policy")
+    rows = [
+        (
+            "paper, measured on an A100",
+            f"{theirs['LS TTFT ratio mean']}x, {theirs['max']}x",
+            f"{theirs['rate within 3 s (mean)']:g}/s",
+            f"{theirs['LS turnaround ratio max']}x",
+            f"{theirs['BE turnaround mean']}x, {theirs['BE max']}x",
+            theirs["throughput"],
+        )
+    ]
+    for name, shown in PAPER_ROWS.items():
+        r = ours.loc[name]
+        rows.append(
+            (
+                shown,
+                f"{r['LS TTFT ratio mean']:.0f}x, {r['max']:.0f}x",
+                f"{r['rate within 3 s (mean)']:g}/s; {r['(p99)']:g}/s",
+                f"{r['LS turnaround ratio max']:.1f}x",
+                f"{r['BE turnaround mean']:.2f}x, {r['BE max']:.2f}x",
+                f"{r['throughput min']:.2f}-{r['throughput max']:.2f}x",
+            )
+        )
+    columns = (
+        "",
+        "LS TTFT lower by (mean, max)",
+        "SLO of 3 s held up to (mean; p99)",
+        "LS turnaround lower by, at most",
+        "BE turnaround (mean, max)",
+        "throughput",
+    )
+    return markdown(columns, rows, caption("paper"))
+
+
+def long_prefill() -> str:
+    """Long BE prompts at one rate, a row per policy."""
+    rows = []
+    for name, r in _long_prefill().loc[list(LONG_PREFILL_ROWS)].iterrows():
+        cells = [f"{_ms(r['LS TTFT mean s'])}, {_ms(r['p99 s'])}", _digits(r["p99 / isolated"])]
+        cells += [_digits(r["blocking p99 ms"]), f"{r['LS TPOT ms']:.0f}", _digits(r["BE turnaround s"])]
+        rows.append((LONG_PREFILL_ROWS[str(name)], *cells, f"{r['req/s']:.3f}"))
+    return markdown(
+        (
+            "policy",
+            "LS TTFT mean, p99 (ms)",
+            "p99 / isolated",
+            "blocking p99 (ms)",
+            "LS TPOT (ms)",
+            "BE turnaround (s)",
+            "requests/s",
+        ),
+        rows,
+        caption("long_prefill"),
+    )
+
+
+def throughput() -> str:
+    """Tokens per second of several engines."""
+    rows = []
+    for _, r in load("throughput")["rows"].iterrows():
+        ratio = "-"
+        if pd.notna(r["ratio"]) and r["engine"] != "qllm":
+            ratio = f"{r['ratio']:.2f} ({r['ratio_lowest']:.2f}-{r['ratio_highest']:.2f})"
+        speed = "-" if pd.isna(r["tokens_per_s"]) else f"{r['tokens_per_s']:.0f}"
+        rows.append((r["engine"], speed, ratio))
+    return markdown(("engine", "tokens/s", "qllm / it, run by run"), rows, caption("throughput"))
+
+
+def mixed_load() -> str:
+    """Long BE prompts beside short LS ones on the real engine, and on vLLM."""
+    rows = []
+    for _, r in load("mixed_load")["rows"].iterrows():
+        ttft = " / ".join(_ms(r[f"ls_ttft_{name}"]) for name in STATISTICS)
+        blocking = "-" if pd.isna(r["blocking_p99"]) else _ms(r["blocking_p99"])
+        cells = [ttft, _digits(r["p99_to_alone"]), blocking, _ms(r["ls_tpot"]), f"{r['be_turnaround']:.0f}"]
+        rows.append((MIXED_LOAD_ROWS[r["row"]], *cells, f"{r['requests_per_s']:.2f}"))
+    return markdown(
+        (
+            "",
+            "LS TTFT mean / p50 / p99 (ms)",
+            "p99 / alone",
+            "blocking p99 (ms)",
+            "LS TPOT (ms)",
+            "BE turnaround (s)",
+            "requests/s",
+        ),
+        rows,
+        caption("mixed_load"),
+    )
+
+
+def merging() -> str:
+    """What shared expert queues buy."""
+    rows = []
+    for config in ("paper", "long_prefill"):
+        for _, r in load("merging")[config].iterrows():
+            cells = [f"{r['LS TTFT mean ms']:.1f}", f"{r['BE turnaround s']:.2f}", f"{r['over seeds s']:.2f}"]
+            rows.append((f"{config}, {r['rate']:g}/s", r["policy"], *cells))
+    columns = ("configuration", "policy", "LS TTFT mean (ms)", "BE turnaround (s)", "its deviation over seeds (s)")
+    return markdown(columns, rows, caption("merging"))
+
+
+def theory() -> str:
+    """The simulator against queueing theory."""
+    rows = []
+    for _, r in load("theory")["rows"].iterrows():
+        rows.append(
+            (r["queue"], r["load"], r["class"], f"{r['theory']:.2f}", f"{r['simulated']:.2f} ± {r['interval']:.2f}")
+        )
+    return markdown(("queue", "load", "class", "theory", "simulated"), rows)
+
+
+def devices() -> str:
+    """Fast device against step-by-step device, and engine against simulator."""
+    found = load("devices")
+    rows = [
+        _same(f"{name}, both devices", mine) for name, mine in found["devices"].groupby("configuration", sort=False)
+    ]
+    rows.append(_same("engine and simulator", found["engine"]))
+    return markdown(("compared", "policies", "passes", "suspensions", "identical schedules"), rows)
+
+
+def _same(name: str, mine: pd.DataFrame) -> tuple[str, ...]:
+    same = (mine["schedules"] == "identical").sum()
+    return name, f"{len(mine)}", f"{mine['passes'].sum():,}", f"{mine['suspensions'].sum()}", f"{same} of {len(mine)}"
+
+
+def held() -> str:
+    """How many errors of the simulation lie within the goals."""
+    found = load("validation")
+    twice = found["two_real_runs_held"].set_index("statistic")["share"]
+    rows = []
+    for _, r in found["held"].iterrows():
+        real = f"{twice[r['statistic']]:.0%}" if r["statistic"] in twice.index else "-"
+        shown = [f"{r[key]} of {r['of']}" for key in ("followed", "average")]
+        rows.append((r["statistic"], f"{r['goal']:.0%}", *shown, real))
+    columns = ("", "goal", "speed followed", "average speed", "two real runs")
+    return markdown(columns, rows, caption("validation"))
+
+
+def validation() -> str:
+    """Simulated over real - 1, the machine's speed followed."""
+    return _errors("followed")
+
+
+def validation_average() -> str:
+    """The same at each run's average speed."""
+    return _errors("average")
+
+
+def _errors(column: str) -> str:
+    found = load("validation")
+    errors = found["errors"].set_index(["policy", "rate", "metric", "statistic"])[column]
+    rows = []
+    for _, r in found["runs"].iterrows():
+        cells = [", ".join(f"{errors[r['policy'], r['rate'], m, s]:+.1%}" for s in STATISTICS) for m in METRICS]
+        stops = f"{r['preemptions_real']}, {r[f'preemptions_{column}']}"
+        rows.append((r["policy"], f"{r['rate']:g}", *cells, f"{r[f'throughput_{column}']:+.1%}", stops))
+    head = [f"{name} mean, p50, p99" for name in ("TTFT", "TPOT", "turnaround")]
+    columns = ("policy", "requests/s", *head, "throughput", "preemptions real, simulated")
+    return markdown(columns, rows, caption("validation"))
+
+
+def two_real_runs() -> str:
+    """How far two real runs of the same requests are apart."""
+    found = load("validation")
+    apart = found["two_real_runs"]
+    value = apart.set_index(["policy", "rate", "metric", "statistic"])["difference"]
+    rows = []
+    for policy, rate in apart[["policy", "rate"]].drop_duplicates().itertuples(index=False):
+        cells = [", ".join(f"{value[policy, rate, m, s]:.1%}" for s in STATISTICS) for m in METRICS]
+        rows.append((policy, f"{rate:g}", *cells))
+    told = found["provenance"]
+    source = f"{told['source'][0].upper()}{told['source'][1:]} (`{told['repeat']}`, {told['date']})."
+    head = [f"{name} mean, p50, p99" for name in ("TTFT", "TPOT", "turnaround")]
+    return markdown(("policy", "requests/s", *head), rows, source)
+
+
+def held_out() -> str:
+    """Imported step times, predicted from the rest."""
+    rows = load("held_out")["rows"].itertuples(index=False)
+    return markdown(("what is left out", "MAPE", "largest"), rows, caption("held_out"))
+
+
+def _long_prefill() -> pd.DataFrame:
+    found = load("long_prefill")["ablation"]
+    return found[found["rate"] == RATE].set_index("policy")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}"
+
+
+def _digits(value: float) -> str:
+    """Two digits at least, none after the point from 10 on."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.95 else f"{value:.2f}".rstrip("0")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        headline,
+        paper_rates,
+        paper,
+        long_prefill,
+        throughput,
+        mixed_load,
+        merging,
+        theory,
+        devices,
+        held,
+        validation,
+        validation_average,
+        two_real_runs,
+        held_out,
+    )
+}

@@ -3,14 +3,12 @@
 if __name__ != "qllm.sim":
     raise ImportError("this package is called qllm.sim: from qllm.sim import ...")
 
-from qllm.sim.passes import Pace
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.sim.simulate import isolated_ttft, simulate, uniform
 from qllm.traces.results import PassSlice, Status
 from qllm.traces.results import RunResult as RunResult
 
 __all__ = [
-    "Pace",
     "PassSlice",
     "RecordedRouting",
     "ResampledRouting",

@@ -75,7 +75,7 @@ class Device:
 
     def launch(self, p: Pass) -> SimulatedPass:
         """`p` begins."""
-        run = self.gpu.start(p, self.env.now)
+        run = self.gpu.start(p)
         if self.rested:
             self.rested = False
             run.wake()

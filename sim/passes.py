@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
 
 import numpy as np
 
@@ -11,8 +10,6 @@ from qllm.scheduler import Pass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
-#: a time (seconds) -> the step times of passes that begin then
-Pace = Callable[[float], PassCostModel]
 _VARIANTS = 32  # routing draws kept per size of a decode pass
 
 
@@ -146,33 +143,28 @@ class SimulatedPass:
 
 
 class GpuModel:
-    """Passes of one model on one GPU: step times, and the routing that its tokens draw.
-
-    pace: the step times of passes that begin at a time (seconds); `steps` at all times where it is None.
-    """
+    """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
 
     def __init__(
         self,
         steps: PassCostModel,
         routing: Routing | RecordedRouting | ResampledRouting,
         granularity: str,
-        pace: Pace | None = None,
     ):
         self.steps = steps
-        self.pace = pace
         self.routing = routing
         self.granularity = granularity
-        self._decodes: dict[tuple[PassCostModel, int], list[tuple[int, float]]] = {}
+        self._decodes: dict[int, list[tuple[int, float]]] = {}
 
-    def start(self, p: Pass, now: float) -> SimulatedPass:
-        """`p` is launched for the first time, at `now`."""
-        steps, draw = self.steps if self.pace is None else self.pace(now), self.routing.draw()
+    def start(self, p: Pass) -> SimulatedPass:
+        """`p` is launched for the first time."""
+        steps, draw = self.steps, self.routing.draw()
         if self.routing.pooled and not p.prefill and p.restored is None and p.offloaded is None:
             n = p.n_decode
-            variants = self._decodes.get((steps, n))
+            variants = self._decodes.get(n)
             if variants is None:
                 cost = steps.cost((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
-                variants = self._decodes[steps, n] = self._variants(steps, n, cost)
+                variants = self._decodes[n] = self._variants(steps, n, cost)
             draw, experts_s = variants[draw % _VARIANTS]
             return SimulatedPass(
                 self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s

@@ -9,7 +9,7 @@ import simpy
 
 from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
-from qllm.sim.passes import GpuModel, Pace, SimulatedPass
+from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, Status
@@ -30,7 +30,6 @@ def simulate(
     timeline: bool = False,
     until: float | None = None,
     step_by_step: bool = False,
-    pace: Pace | None = None,
 ) -> RunResult:
     """Simulate `trace` on one GPU and return what became of each request.
 
@@ -38,9 +37,7 @@ def simulate(
     (`qllm.traces.step_times.cost_model.PassCostModel`). popularity: share of tokens routed to each expert,
     float[layers, experts]; uniform by default. seed: of the routing's draws. routing: recorded routing to use instead
     of draws. timeline: record a PassSlice for each stretch that a pass runs. until: stop at that time (seconds) instead
-    of when everybody is served. step_by_step: use the slow reference device. pace: for a machine whose speed changes,
-    the step times of passes that begin at a time, of a model with as many layers and experts; those of `steps` at all
-    times by default.
+    of when everybody is served. step_by_step: use the slow reference device.
 
     The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
     """
@@ -48,7 +45,7 @@ def simulate(
     workload = _Workload(trace, levels, Scheduler(policy, limits))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
-    gpu = GpuModel(steps, drawn, policy.granularity, pace)
+    gpu = GpuModel(steps, drawn, policy.granularity)
     slices: list[PassSlice] | None = [] if timeline else None
     env = simpy.Environment()
     device = Device(env, workload.scheduler, gpu, workload.record, None if slices is None else _observer(gpu, slices))

@@ -59,7 +59,7 @@ def stopped_prefill(steps: PassCostModel, group: int, prompt: int = 40) -> tuple
     scheduler.add(Request(0, prompt, 2, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    be = p.cursor = gpu.start(p, 0.0)
+    be = p.cursor = gpu.start(p)
     scheduler.add(Request(1, 5, 1, 0), 0.0)
     be.done = be.first_group(0) + group
     be.at = be.ends()[be.done - 1]
@@ -75,7 +75,7 @@ def test_what_ran_along_waits_no_more_and_saves_the_reading_of_its_expert(group)
     before, total = be.expert_queues(), be.total
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p, 0.0)
+    ls = gpu.start(p)
     alone, own = ls.total, ls.tokens(0).copy()
     merging = Merging(scheduler)
     merging.begin(ls)
@@ -98,7 +98,7 @@ def test_a_pass_that_stops_has_run_along_only_what_it_came_to():
     before = be.expert_queues()
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p, 0.0)
+    ls = gpu.start(p)
     merging = Merging(scheduler)
     merging.begin(ls)
     ls.done = ls.first_group(0) + 5  # groups 0 to 4 are done
@@ -115,7 +115,7 @@ def test_queues_longer_than_merge_rows_wait_for_their_own_pass():
     assert before.min() > steps.merge_rows
     p = scheduler.next(be.at)
     assert p is not None
-    ls = gpu.start(p, 0.0)
+    ls = gpu.start(p)
     alone, merging = ls.total, Merging(scheduler)
     merging.begin(ls)
     merging.end(ls, 0, None)

@@ -33,37 +33,6 @@ def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy
     assert fast.passes == slow.passes
 
 
-def slower(steps: PassCostModel, factor: float) -> PassCostModel:
-    return PassCostModel(steps.timings.scaled(factor), max_step=steps.max_step, expert_mode=steps.mode)
-
-
-@settings(max_examples=100, deadline=None)
-@given(traces(), policies, limits(), step_models(), st.lists(st.sampled_from([0.5, 1.0, 1.7, 30.0]), min_size=2))
-def test_both_devices_agree_on_a_machine_whose_speed_changes(trace, policy, limits, steps, factors):
-    models = [slower(steps, factor) for factor in factors]
-
-    def pace(now: float) -> PassCostModel:
-        return models[int(now / 0.004) % len(models)]
-
-    fast = run(trace, policy, limits, steps, pace=pace, timeline=True)
-    slow = run(trace, policy, limits, steps, pace=pace, timeline=True, step_by_step=True)
-    assert fast.slices == slow.slices
-    np.testing.assert_array_equal(fast.finish, slow.finish)
-
-
-def test_a_pass_has_the_speed_of_the_time_when_it_began():
-    """Three decode passes at twice the time, after a prefill that began before the machine became slower."""
-    timings = affine_timings(layers=2, experts=4)
-    steps, twice = PassCostModel(timings), PassCostModel(timings.scaled(2.0))
-    trace = RequestTrace(np.array([0.0]), np.array([20]), np.array([4]), np.array([0]), ("ls",))
-    plain = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True).slices
-    paced = run(trace, make_policy("fcfs"), Limits(), steps, timeline=True, pace=lambda now: twice if now else steps)
-    assert plain is not None
-    assert paced.slices is not None
-    ratios = [(b.end - b.start) / (a.end - a.start) for a, b in zip(plain, paced.slices, strict=True)]
-    assert ratios == pytest.approx([1, 2, 2, 2], rel=1e-4)
-
-
 @settings(max_examples=150, deadline=None)
 @given(traces(), policies, limits(), step_models())
 def test_conservation_causality_and_time_that_adds_up(trace, policy, limits, steps):
@@ -151,7 +120,7 @@ def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(nam
     scheduler.add(Request(0, 60, 3, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    run_ = gpu.start(p, 0.0)
+    run_ = gpu.start(p)
     at = [run_.ends()[point] for point in run_.points()]
     for point in (0, 1, len(at) - 1):
         for second in (at[point] + 0.5 * resume_s + 2e-3, at[point] + 1e-3):
@@ -212,7 +181,7 @@ def test_expert_queues_hold_what_a_suspended_pass_has_left():
     scheduler.add(Request(0, 50, 5, 1), 0.0)
     p = scheduler.next(0.0)
     assert p is not None
-    run_ = gpu.start(p, 0.0)
+    run_ = gpu.start(p)
     seen = set()
     for point in run_.points():
         run_.done = point + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 
 import pandas as pd
 from figure_results import caption, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from qllm.plots.curves import COLOURS, add_caption, finish_axes, lines_of
 from qllm.plots.schedule import plot_timeline, timeline_key
@@ -48,11 +50,13 @@ def _against_rate(name: str, tail: str, title: str, slo: float, told: str) -> Fi
             ax.axhline(slo, color="0.3", linestyle="--", linewidth=1, label=told)
         ax.set_yscale("log")
         ax.set_ylabel(shown)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         finish_axes(ax, "rate")
     entries = {label: line for ax in (left, right) for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    add_caption(figure, caption(name))
+    add_caption(figure, _plain(name))
     return figure
 
 
@@ -76,8 +80,13 @@ def timeline(name: str) -> Figure:
     long, short = be["prompt_tokens"], ls["prompt_tokens"]
     told = f"Two BE prompts of {long.iloc[0]:,} tokens arrive at 0 and {be['arrival'].iloc[1]:.1f} s, "
     told += f"three LS prompts of {short.min():,} to {short.max():,} tokens while they run."
-    figure.supxlabel(f"{told}\n{caption(name)}", fontsize=7, color="0.35")
+    figure.supxlabel(f"{told}\n{textwrap.fill(_plain(name), 150)}", fontsize=7, color="0.35")
     return figure
+
+
+def _plain(name: str) -> str:
+    """The caption of a results file without Markdown."""
+    return caption(name).replace("`", "")
 
 
 def _slices(rows: pd.DataFrame) -> list[PassSlice]:
@@ -99,7 +108,7 @@ def validation(name: str) -> Figure:
     figure.axes[0].invert_yaxis()
     shown = figure.axes[0].get_legend_handles_labels()
     figure.legend(*shown, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    add_caption(figure, caption(name))
+    add_caption(figure, _plain(name))
     return figure
 
 
@@ -120,6 +129,5 @@ PICTURES: dict[str, tuple[str, Callable[[str], Figure]]] = {
     "ttft.png": ("paper", ttft),
     "long_prefill_ttft.png": ("long_prefill", long_prefill_ttft),
     "timeline.png": ("timeline", timeline),
-    "timeline_engine.png": ("timeline_engine", timeline),
     "validation_cpu.png": ("validation", validation),
 }

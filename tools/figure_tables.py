@@ -51,13 +51,12 @@ def headline() -> str:
     passes = load("sim_speed")["passes"]["passes_per_s"]
     names = ("priority", "chunked", "layer", "qllm", "hybrid")
     p99 = ", ".join(f"`{name}` {_ms(long['p99 s'][name])}" for name in names)
-    stops = ", ".join(f"`{name}` {_digits(long['blocking p99 ms'][name])}" for name in ("priority", "layer", "qllm"))
+    stops = ", ".join(f"`{name}` {long['blocking p99 ms'][name]:.1f}" for name in ("priority", "layer", "qllm"))
     paid = ", ".join(f"`{name}` {_digits(long['BE turnaround s'][name])}" for name in ("fcfs", "qllm", "hybrid"))
     close = f"{held['followed']['mean']} of {held['of']['mean']}"
     gain = ", ".join(f"`{name}` {ratios[name]:.0f}x" for name in ("qllm", "priority"))
     served = ", ".join(f"`{name}` {_ms(mixed[name])}" for name in ("qllm", "priority"))
-    imported, modelled = (f"simulated on {kind} step times" for kind in ("imported", "modelled"))
-    measured = "measured on two CPU cores"
+    imported, modelled, measured = "simulated, imported", "simulated, modelled", "measured, two CPU cores"
     rows = [
         ("long BE prompts: LS TTFT, p99, ms", p99, imported, "ablation.py"),
         ("the same: LS waits for its first launch, p99, ms", stops, imported, "ablation.py"),
@@ -65,11 +64,11 @@ def headline() -> str:
         ("the paper's set-up: LS TTFT, `fcfs` over it", f"{gain}; paper {paper}x", modelled, "paper.py"),
         ("mixed load: LS TTFT, p99, ms", f"{served}, vLLM {_ms(mixed[BEST_VLLM])}", measured, "mixed_load.py"),
         ("tokens/s", f"{speed['qllm']:.0f}, vLLM {speed['vLLM']:.0f}", measured, "throughput.py"),
-        ("simulated means within 5 % of a real run", close, "measured on one CPU thread", "fidelity/validate_cpu.py"),
-        ("decode passes simulated per second", f"{passes.min():,.0f}", "measured on one CPU core", "sim_speed.py"),
+        ("simulated means within 5 % of a real run", close, "measured, one CPU thread", "fidelity/validate_cpu.py"),
+        ("decode passes simulated per second", f"{passes.min():,.0f}", "measured, one CPU core", "sim_speed.py"),
     ]
-    rows = [(*cells, f"`benchmarks/{script}`") for *cells, script in rows]
-    return markdown(("what", "result", "source", "script"), rows)
+    rows = [(*cells, f"`{script}`") for *cells, script in rows]
+    return markdown(("what", "result", "source of times", "script"), rows)
 
 
 def paper_rates() -> str:
@@ -197,10 +196,9 @@ def theory() -> str:
     """The simulator against queueing theory."""
     rows = []
     for _, r in load("theory")["rows"].iterrows():
-        rows.append(
-            (r["queue"], r["load"], r["class"], f"{r['theory']:.2f}", f"{r['simulated']:.2f} ± {r['interval']:.2f}")
-        )
-    return markdown(("queue", "load", "class", "theory", "simulated"), rows)
+        simulated = f"{r['simulated']:.2f} ± {r['interval']:.2f}"
+        rows.append((r["queue"], r["load"], r["class"], f"{r['theory']:.2f}", simulated))
+    return markdown(("queue", "load", "class", "theory (ms)", "simulated (ms)"), rows, caption("theory"))
 
 
 def devices() -> str:

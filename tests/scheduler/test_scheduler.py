@@ -382,7 +382,7 @@ def test_policy_settings_are_checked():
         make_policy("qllm", fill_tokens=-1)
     with pytest.raises(UnknownPolicy, match="prefill or idle"):
         make_policy("layer", resume="never")
-    with pytest.raises(SchedulerError, match="max_tokens is 4"):
+    with pytest.raises(SchedulerError, match="max_batched_tokens is 4"):
         Limits(max_seqs=8, max_batched_tokens=4)
 
 

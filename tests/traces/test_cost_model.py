@@ -42,7 +42,7 @@ def test_only_a_pass_that_decodes_alone_takes_longer_after_a_prompt():
 
     def longer(prefill: list, n_decode: int) -> float:
         asked = prefill, n_decode, 10 * n_decode, 1
-        return steps.cost(*asked, after_prefill=True).lead - steps.cost(*asked).lead
+        return steps.cost(*asked, after_prefill=True).prologue_s - steps.cost(*asked).prologue_s
 
     assert longer([], 4) == pytest.approx(1.4e-3, rel=1e-5)
     assert longer([(None, 8, 0)], 4) == longer([(None, 8, 0)], 0) == 0
@@ -50,13 +50,13 @@ def test_only_a_pass_that_decodes_alone_takes_longer_after_a_prompt():
 
 def test_what_a_further_group_costs_may_fall_with_the_tokens():
     steps = PassCostModel(affine_timings(launch=(1e-4, -1e-6), launches_per_expert=1, tokens=64), max_step=1e-4)
-    found = [steps.cost([(None, n, 0)], 0, 0, 1).per_group for n in (1, 50, 64)]
+    found = [steps.cost([(None, n, 0)], 0, 0, 1).group_launch_s for n in (1, 50, 64)]
     assert found == pytest.approx([9.9e-5, 5e-5, 3.6e-5], rel=1e-4)
 
 
 @settings(deadline=None)
 @given(step_models(), st.integers(1, 2000), st.integers(0, 2000))
-def test_points_lie_between_stages_and_where_names_them(steps, tokens, context):
+def test_points_lie_between_stages_and_position_names_them(steps, tokens, context):
     cost = steps.cost([(None, tokens, context)], 0, 0, 1)
     every = steps.points(cost, "expert")
     layer = steps.points(cost, "layer")
@@ -71,7 +71,7 @@ def test_points_lie_between_stages_and_where_names_them(steps, tokens, context):
         for i in range(count)
     ]
     assert [steps.position(cost, int(p) + 1)[1:] for p in layer] == [("attention", 0)] * steps.layers
-    assert steps.position(cost, 0)[1] == "lead"
+    assert steps.position(cost, 0)[1] == "prologue"
     assert steps.position(cost, len(steps.times(cost, draw_counts(steps, tokens, 0))) - 1)[1] == "head"
 
 

@@ -55,7 +55,7 @@ def experts_one_out(layer: pd.Series, shape: ModelShape, tile: int | None) -> li
     errors = []
     for n in layer.index[1:-1]:
         fit = fit_balanced(layer.drop(n), shape.experts, shape.top_k, tile)
-        errors.append(fit.layer(balanced_counts(int(n), shape.top_k, shape.experts)) / layer[n] - 1)
+        errors.append(float(fit.predicted([balanced_counts(int(n), shape.top_k, shape.experts)])[0]) / layer[n] - 1)
     return errors
 
 
@@ -63,7 +63,8 @@ def experts_half_out(layer: pd.Series, shape: ModelShape, tile: int | None) -> l
     """Every second row of more assignments than experts predicted from the rest."""
     out = [n for n in layer.index[:-1] if n * shape.top_k > shape.experts][::2]
     fit = fit_balanced(layer.drop(out), shape.experts, shape.top_k, tile)
-    return [fit.layer(balanced_counts(int(n), shape.top_k, shape.experts)) / layer[n] - 1 for n in out]
+    predicted = fit.predicted([balanced_counts(int(n), shape.top_k, shape.experts) for n in out])
+    return (predicted / layer[out].to_numpy() - 1).tolist()
 
 
 def attention_one_out(frame: pd.DataFrame) -> tuple[list[float], list[float]]:

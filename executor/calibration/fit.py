@@ -13,8 +13,8 @@ import numpy as np
 
 from qllm.executor.calibration.grid import ALL, Cell
 from qllm.executor.calibration.store import CalibrationError, Measured
+from qllm.traces.step_times.expert_fit import ExpertFit, fit_routed
 from qllm.traces.step_times.file_format import Point
-from qllm.traces.step_times.layer_fit import LayerFit, fit_routed
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
 #: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
@@ -85,7 +85,7 @@ def attention_points(cells: Cells, layers: int, beyond: Mapping[tuple[int, int],
 
 
 def beyond_steps(
-    cells: Cells, dense: list[Point], fit: LayerFit, layers: int, host_s: float
+    cells: Cells, dense: list[Point], fit: ExpertFit, layers: int, host_s: float
 ) -> dict[tuple[int, int], float]:
     """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero, by
     (sequences, context).
@@ -180,7 +180,7 @@ def _continued(known: list[tuple[int, float]], at: int) -> float:
     return ys[-1] + slope * (at - xs[-1])
 
 
-def expert_fit(cells: Cells) -> LayerFit:
+def expert_fit(cells: Cells) -> ExpertFit:
     """base and f from every measured layer whose experts ran as one group, but those right after a prompt.
     CalibrationError where no expert was reached."""
     seconds: list[float] = []
@@ -197,7 +197,7 @@ def expert_fit(cells: Cells) -> LayerFit:
     return fit_routed(seconds, counts, weights)
 
 
-def expert_points(fit: LayerFit, share: float) -> list[Point]:
+def expert_points(fit: ExpertFit, share: float) -> list[Point]:
     """f as points; `share`: MoE layers among the layers, which a trace takes to be all alike."""
     return [
         Point("expert", int(tokens), None, float(seconds) * share)
@@ -239,7 +239,7 @@ def wide(cells: Cells) -> list[tuple[Cell, float]]:
     return sorted((pair for pair in shares if pair[1] > WIDE), key=lambda pair: -pair[1])
 
 
-def fit_quality(fit: LayerFit) -> dict[str, Any]:
+def fit_quality(fit: ExpertFit) -> dict[str, Any]:
     """How well the expert model holds on the layers that it was fitted to."""
     size = np.abs(fit.errors)
     return {

@@ -178,7 +178,9 @@ def import_aiconfigurator(
     layers, moe_of = tables.read("moe", moe, moe_dtype=moe_dtype, **experts, **alone)
     kernels = sorted(layers["kernel_source"].unique().tolist())
     tile = TILES.get(kernels[0]) if len(kernels) == 1 else None
-    fit = fit_balanced(series(layers, "num_tokens"), shape.experts, shape.top_k, tile)
+    rows = series(layers, "num_tokens")
+    fit = fit_balanced(rows, shape.experts, shape.top_k, tile)
+    errors, dropped = np.abs(fit.errors), tuple(rows.index[~fit.kept].tolist())
 
     memory = Memory(tables.system)
     points = dense_points(gemm, shape, memory, "imported")
@@ -216,8 +218,8 @@ def import_aiconfigurator(
         host_bandwidth=float(tables.system["node"]["pcie_bw"]),
         conditions={
             "timed": "kernel time: CUDA-graph replays between CUDA events; repeats and spread not stated",
-            "expert_fit": f"relative error on its own rows: mean {fit.error_mean:.4f}, largest {fit.error_max:.4f}",
-            **({"expert_fit_dropped": f"rows of {fit.dropped} tokens, far off the line"} if fit.dropped else {}),
+            "expert_fit": f"relative error on its own rows: mean {errors.mean():.4f}, largest {errors.max():.4f}",
+            **({"expert_fit_dropped": f"rows of {dropped} tokens, far off the line"} if dropped else {}),
         },
         modelled={
             "dense_pre, dense_post, head": "measured GEMMs plus norm, rotary embedding, KV write, sampling as memory "

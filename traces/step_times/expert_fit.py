@@ -1,37 +1,54 @@
-"""The expert-layer model t = base + sum_e f(m_e), fitted to measured MoE layers."""
+"""The expert-layer model t = base + sum_e f(m_e), fitted to measured MoE layers.
+
+`fit_balanced` takes a published table of evenly spread tokens, `fit_routed` layers of real passes with any routing.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from qllm.traces.step_times.file_format import TimingError
 from qllm.traces.step_times.interpolate import by_tokens, isotonic
 
-OUTLIER = 0.25  # a row further than this from the line through the others does not take part in the base
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: tokens of each expert in a layer of one pass, int[experts], or of several, int[passes, experts]
+Counts = Sequence[int] | np.ndarray
+FITS = 4  # one after another, each with errors relative to what the one before predicts
+OUTLIER = 0.25  # a layer further than this from one fit does not take part in the next
 
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """base: seconds a layer call; tokens int64[n], seconds float64[n]: f; measured bool[n]: False for a stair's edge.
+    """base and f, fitted to measured layers.
 
-    error_mean, error_max: relative error on the rows of the fit; dropped: rows (tokens a layer) that it left out.
+    Attributes:
+        base: seconds a layer call.
+        tokens: sizes of f, int64[n], ascending.
+        seconds: f at these sizes, float64[n], non-decreasing.
+        errors: predicted / measured - 1 of every layer given, float64[layers].
+        kept: whether a layer took part in the fit, bool[layers].
+        measured: whether a size was measured, bool[n]; False for the edge of a stair between two that were.
     """
 
     base: float
     tokens: np.ndarray
     seconds: np.ndarray
+    errors: np.ndarray
+    kept: np.ndarray
     measured: np.ndarray
-    error_mean: float
-    error_max: float
-    dropped: tuple[int, ...]
 
-    def layer(self, counts: np.ndarray) -> float:
-        """Seconds of one MoE layer whose experts get `counts` tokens (int[experts])."""
-        return self.base + float(by_tokens(self.tokens, self.seconds, counts).sum())
+    def predicted(self, counts: Sequence[Counts]) -> np.ndarray:
+        """Seconds of layers, float64[layers], for `counts` as those of `fit_routed`."""
+        passes, starts = _stacked(counts)
+        seconds: np.ndarray = self.base + _means(by_tokens(self.tokens, self.seconds, passes).sum(axis=1), starts)
+        return seconds
 
 
 def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
@@ -41,15 +58,21 @@ def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
 
 
 def fit_balanced(layer: pd.Series, experts: int, top_k: int, tile: int | None = None) -> ExpertFit:
-    """Fit base and f to a table of evenly spread tokens: `layer` is seconds by number of tokens.
+    """Fit base and f to a table of evenly spread tokens.
 
     Rows with at most `experts` assignments have one token in each of tokens x top_k experts, so their times lie on a
     line: base + active x f(1), fitted by least squares on relative errors. From every other row,
     f(m) = (t - base) / experts; then f is made non-decreasing.
 
-    tile: rows of one block of the kernel. The kernel passes over an expert's weights once a block, so f is made to step
-    up after each multiple of `tile` instead of rising between two measured sizes. TimingError without two rows of few
-    assignments.
+    Args:
+        layer: seconds of a layer by number of tokens.
+        experts: experts of the layer.
+        top_k: experts of a token.
+        tile: rows of one block of the kernel. The kernel passes over an expert's weights once a block, so f is made to
+            step up after each multiple of `tile` instead of rising between two measured sizes.
+
+    Raises:
+        TimingError: without two rows of few assignments, or without one of many.
     """
     tokens = layer.index.to_numpy(dtype=np.int64)
     seconds = layer.to_numpy(dtype=float)
@@ -57,10 +80,10 @@ def fit_balanced(layer: pd.Series, experts: int, top_k: int, tile: int | None = 
     few = assigned <= experts
     if few.sum() < 2:
         raise TimingError(f"the base needs 2 rows of at most {experts} assignments (tokens x top_k), got {few.sum()}")
-    base, one, kept = _line(assigned[few], seconds[few])
-    full = assigned > experts
-    sizes = np.concatenate([[1], assigned[full] // experts])
-    times = np.concatenate([[one], (seconds[full] - base) / experts])
+    kept = np.ones(len(tokens), dtype=bool)
+    base, one, kept[few] = _line(assigned[few], seconds[few])
+    sizes = np.concatenate([[1], assigned[~few] // experts])
+    times = np.concatenate([[one], (seconds[~few] - base) / experts])
     sizes, at = np.unique(sizes, return_index=True)
     if len(sizes) < 2:
         raise TimingError(f"f needs a row of more than {experts} assignments (tokens x top_k), got none")
@@ -70,9 +93,7 @@ def fit_balanced(layer: pd.Series, experts: int, top_k: int, tile: int | None = 
         sizes, f, measured = _stairs(sizes, f, tile)
     spread = np.array([balanced_counts(int(n), top_k, experts) for n in tokens])
     predicted = base + by_tokens(sizes, f, spread).sum(axis=1)
-    errors = np.abs(predicted / seconds - 1)
-    dropped = tuple(int(n) for n in tokens[few][~kept])
-    return ExpertFit(base, sizes, f, measured, float(errors.mean()), float(errors.max()), dropped)
+    return ExpertFit(base, sizes, f, predicted / seconds - 1, kept, measured)
 
 
 def _line(active: np.ndarray, seconds: np.ndarray) -> tuple[float, float, np.ndarray]:
@@ -101,3 +122,94 @@ def _stairs(sizes: np.ndarray, f: np.ndarray, tile: int) -> tuple[np.ndarray, np
             points.setdefault(blocks * tile + 1, (fa + share[1] * (fb - fa), False))
     order = sorted(points)
     return np.array(order), np.array([points[m][0] for m in order]), np.array([points[m][1] for m in order])
+
+
+def fit_routed(
+    seconds: Sequence[float],
+    counts: Sequence[Counts],
+    weights: Sequence[float] | None = None,
+) -> ExpertFit:
+    """Fit base and f by least squares on relative errors, none of them below zero.
+
+    f is piecewise linear between sizes that grow by half, as far as a size was seen. Errors are relative to what the
+    fit before predicts. Relative to the measured time, a layer that was measured too fast would count for more than one
+    that was measured too slow, and the fit would lie below the mean by twice the variance.
+
+    Args:
+        seconds: of each measured layer, whose experts ran as one group.
+        counts: tokens of each expert in each layer; of several passes, where `seconds` is their mean.
+        weights: of each layer's error; 1 by default.
+
+    Raises:
+        TimingError: without two layers with tokens.
+    """
+    times = np.asarray(seconds, dtype=float)
+    rows, starts = _stacked(counts)
+    if len(times) < 2 or rows.max(initial=0) < 1:
+        raise TimingError(f"the times of experts need at least 2 measured layers with tokens, got {len(times)}")
+    knots = _knots(int(rows.max()))
+    active = (rows > 0).sum(axis=1)
+    ramps = [np.clip((rows - a) / (b - a), 0, 1).sum(axis=1) for a, b in itertools.pairwise(knots)]
+    design = np.stack([np.ones(len(times)), *(_means(column, starts) for column in (active, *ramps))], axis=1)
+    kept, scale = np.ones(len(times), dtype=bool), times
+    shares = np.ones(len(times)) if weights is None else np.asarray(weights, dtype=float)
+    for _ in range(FITS):
+        factor = (shares / scale)[kept]
+        x = nonnegative(design[kept] * factor[:, None], times[kept] * factor)
+        predicted = design @ x
+        scale = np.maximum(predicted, 1e-3 * times)  # 0 where a layer without tokens took time
+        inside = np.abs(times / scale - 1) <= OUTLIER
+        if inside.sum() < max(2, 0.5 * len(times)):
+            break
+        kept = inside
+    measured = np.ones(len(knots), dtype=bool)
+    return ExpertFit(float(x[0]), np.array(knots), np.cumsum(x[1:]), predicted / times - 1, kept, measured)
+
+
+def _stacked(counts: Sequence[Counts]) -> tuple[np.ndarray, np.ndarray]:
+    """The passes of all layers, int64[passes, experts], and where those of each layer begin, int64[layers]."""
+    passes = [np.atleast_2d(np.asarray(one, dtype=np.int64)) for one in counts]
+    return np.concatenate(passes or [np.empty((0, 0), np.int64)]), np.cumsum([0, *map(len, passes)])[:-1]
+
+
+def _means(of_passes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Each layer's mean over its passes, float64[layers]."""
+    return np.add.reduceat(of_passes, starts) / np.diff([*starts, len(of_passes)])
+
+
+def _knots(largest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to `largest`, which is the last (2 where it is 1: f needs two sizes)."""
+    knots = [1, 2]
+    while knots[-1] < largest:
+        step = knots[-1]
+        knots.append(step + step // 2 if step & (step - 1) == 0 else step + step // 3)
+    if len(knots) > 2:
+        knots[-1] = largest
+    return knots
+
+
+def nonnegative(design: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """x >= 0 that minimises |design x - target| (Lawson and Hanson 1974, chapter 23), float64[columns]."""
+    n = design.shape[1]
+    gram, right = design.T @ design, design.T @ target
+    x, free = np.zeros(n), np.zeros(n, dtype=bool)
+    tolerance = 1e-10 * max(1.0, float(np.abs(right).max()))
+    for _ in range(10 * n):
+        gradient = right - gram @ x
+        candidates = np.where(free, -np.inf, gradient)
+        best = int(candidates.argmax())
+        if candidates[best] <= tolerance:
+            break
+        free[best] = True
+        while True:
+            trial = np.zeros(n)
+            trial[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
+            if (trial[free] > 0).all():
+                x = trial
+                break
+            falling = free & (trial <= 0)
+            share = x[falling] / np.maximum(x[falling] - trial[falling], 1e-300)
+            x = x + share.min() * (trial - x)
+            free &= x > 1e-15
+            x[~free] = 0.0
+    return x

@@ -2,7 +2,7 @@
 
 python tools/check_hf_iteration.py [BATCH] [CONTEXT]
 
-Nothing here is fitted: every term follows from a measured kernel or a stated cost (traces/step_times/timing_eager.py).
+Nothing here is fitted: every term follows from a measured kernel or a stated cost (tools/eager_4bit.py).
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from eager_4bit import model_eager_4bit
+
 from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
 from qllm.traces.step_times.model_shapes import SHAPES
-from qllm.traces.step_times.timing_eager import model_eager_4bit
 from qllm.traces.step_times.timings import Timings
 
 ROOT = Path(__file__).resolve().parents[1]

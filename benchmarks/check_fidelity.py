@@ -1,6 +1,6 @@
 """Print how the simulator stands to theory, its fast device to the step-by-step one, and the engine to the simulator.
 
-    python benchmarks/fidelity/check_fidelity.py [--quick]
+    python benchmarks/check_fidelity.py [--quick]
 
 Step times are made-up straight lines (theory, engine) or shipped timing traces (devices): nothing here is measured on
 a GPU. The engine part needs the extra `executor` and is left out without it. How step times compare with measured ones:
@@ -27,7 +27,7 @@ from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 PRIORITIES = {"ls": 0, "be": 1}
 COLUMNS = ("first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions", "evictions")
 

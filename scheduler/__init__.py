@@ -6,7 +6,8 @@ if __name__ != "qllm.scheduler":
 from qllm.scheduler.memory import Limits
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Chunk, Pass
-from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Layer, Policy, Priority, Qllm, build_policy, make_policy
+from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Hybrid, Layer, Priority, Qllm, build_policy, make_policy
+from qllm.scheduler.policy import Granularity, Policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
 from qllm.scheduler.scheduler import Scheduler
 
@@ -16,6 +17,8 @@ __all__ = [
     "Chunk",
     "Chunked",
     "Fcfs",
+    "Granularity",
+    "Hybrid",
     "Layer",
     "Limits",
     "Pass",

@@ -1,13 +1,14 @@
 """Sequences that decode together.
 
 A decode pass moves every member on by one token. Touching each of them each time would cost a simulation most of its
-time, so the batch counts *steps* and keeps sums: a member's progress follows from the step at which it joined, the
-members that end are found in a heap keyed by the step at which they end, and the KV blocks that a step needs are
+time, so the batch counts *passes* and keeps sums: a member's progress follows from the pass at which it joined, the
+members that end are found in a heap keyed by the pass at which they end, and the KV blocks that a pass needs are
 counted by the phase of each member's length modulo the block size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush, nlargest
 
 from qllm.scheduler.request import Request, State
@@ -24,17 +25,17 @@ class DecodeBatch:
         "level",
         "levels",
         "members",
+        "passes",
         "preemptions",
         "running_s",
-        "step",
         "suspended_s",
     )
 
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.members: dict[int, Request] = {}
-        self.step = 0  #: decode passes done
-        self.context = 0  #: tokens in KV, summed over members, before the next step
+        self.passes = 0  #: decode passes done
+        self.context = 0  #: tokens in KV, summed over members, before the next pass
         self.levels: dict[int, int] = {}  #: members by level
         self.level: float = float("inf")  #: most urgent level among the members
         self._ends: list[tuple[int, int, Request]] = []
@@ -48,25 +49,25 @@ class DecodeBatch:
         return len(self.members)
 
     def add(self, r: Request) -> None:
-        """`r` joins: it decodes from the next step on."""
-        step = self.step
+        """`r` joins: it decodes from the next pass on."""
+        passes = self.passes
         self.members[r.id] = r
         self.context += r.computed
-        self._phase[(r.computed - step) % self.block_size] += 1
+        self._phase[(r.computed - passes) % self.block_size] += 1
         level = r.level
         self.levels[level] = self.levels.get(level, 0) + 1
         if level < self.level:
             self.level = level
-        r.batch, r.joined, r.end_step = self, step, step + r.max_tokens - r.generated
+        r.batch, r.joined, r.last_pass = self, passes, passes + r.max_tokens - r.generated
         r.running_s -= self.running_s
         r.suspended_s -= self.suspended_s
         r.preemptions -= self.preemptions
-        heappush(self._ends, (r.end_step, r.admitted, r))
+        heappush(self._ends, (r.last_pass, r.admitted, r))
 
     def sync(self, r: Request) -> None:
         """Write the progress of member `r` (not its record of times) into it."""
-        done = self.step - r.joined
-        r.joined = self.step
+        done = self.passes - r.joined
+        r.joined = self.passes
         r.generated += done
         r.computed += done
         r.blocks = -(-r.computed // self.block_size)
@@ -76,7 +77,7 @@ class DecodeBatch:
         self.sync(r)
         del self.members[r.id]
         self.context -= r.computed
-        self._phase[(r.computed - self.step) % self.block_size] -= 1
+        self._phase[(r.computed - self.passes) % self.block_size] -= 1
         level = r.level
         left = self.levels[level] - 1
         if left:
@@ -90,27 +91,29 @@ class DecodeBatch:
         r.batch = None
 
     def blocks_needed(self) -> int:
-        """KV blocks that the next step takes: one for each member whose last block is full."""
-        return self._phase[-self.step % self.block_size]
+        """KV blocks that the next pass takes: one for each member whose last block is full."""
+        return self._phase[-self.passes % self.block_size]
 
     def advance(self) -> list[Request]:
-        """One step was done: every member has one token more. The members that have all their tokens leave."""
-        self.step = step = self.step + 1
+        """A pass was done: every member has one token more. Returns those that have all their tokens: they leave."""
+        self.passes = passes = self.passes + 1
         self.context += len(self.members)
         ends = self._ends
         out: list[Request] = []
-        while ends and ends[0][0] <= step:
+        while ends and ends[0][0] <= passes:
             end, _, r = heappop(ends)
-            if r.batch is self and r.end_step == end:  # else: it left before
+            if r.batch is self and r.last_pass == end:  # else: it left before
                 self.remove(r)
                 out.append(r)
         return out
 
 
 class DecodePool:
-    """The requests that are ready to decode: at most `size` in the batch, most urgent level first and within a level
-    the first admitted first; the others sit idle beside it. A pass borrows the batch (:meth:`check_out`) and gives it
-    back (:meth:`check_in`)."""
+    """The requests that are ready to decode.
+
+    At most `size` are in the batch, most urgent level first and within a level the first admitted first; the others
+    sit idle beside it. A pass borrows the batch (:meth:`check_out`) and gives it back (:meth:`check_in`).
+    """
 
     __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "size")
 
@@ -125,7 +128,7 @@ class DecodePool:
     def __len__(self) -> int:
         return len(self.batch.members) + len(self._idle)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Request]:
         yield from self.batch.members.values()
         yield from self._idle.values()
 

@@ -1,7 +1,7 @@
 """Memory: the limits of one GPU, who holds KV blocks, and who has to give them up.
 
 Rules: victims are strictly less urgent than the request that needs their blocks (else equals evict each other in turn),
-and nobody is evicted unless that frees enough. Only a decode step that is short of blocks evicts within a level, the
+and nobody is evicted unless that frees enough. Only a decode pass that is short of blocks evicts within a level, the
 last admitted first; ranks are kept for good, so the first admitted always gets on.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qllm.scheduler.decode import DecodePool, rank
-from qllm.scheduler.kv import KVBudget
 from qllm.scheduler.passes import NEVER
 from qllm.scheduler.request import Request, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
@@ -20,11 +19,20 @@ from qllm.scheduler.waiting import WaitingQueues
 class Limits:
     """What one GPU can hold.
 
-    max_seqs: sequences in a pass (the paper's batch size B). max_batched_tokens: tokens in a pass; a longer prompt runs
-    as several passes. kv_blocks, block_size: the KV budget, in blocks of block_size tokens. urgent_blocks: blocks that
-    only requests of level <= 0 may be admitted to. max_suspended_tokens: tokens in suspended passes, whose activations
-    are kept; a pass that would exceed it does not yield. evict: what happens to the KV of a request that has to give
-    way, "recompute" (dropped) or "offload" (moved to host memory and back)."""
+    Attributes:
+        max_seqs: Sequences in a pass (the paper's batch size B).
+        max_batched_tokens: Tokens in a pass; a longer prompt runs as several passes.
+        kv_blocks: The KV budget, in blocks.
+        block_size: Tokens in a KV block.
+        urgent_blocks: KV blocks that only requests of the policy's `urgent` levels may be admitted to.
+        max_suspended_tokens: Tokens in suspended passes, whose activations are kept; a pass that would exceed it does
+            not yield. None: no bound.
+        evict: What happens to the KV of a request that has to give way: "recompute" (dropped) or "offload" (moved to
+            host memory and back).
+
+    Raises:
+        SchedulerError: A limit is out of its range; the message names it.
+    """
 
     max_seqs: int = 32
     max_batched_tokens: int = 8192
@@ -49,12 +57,52 @@ class Limits:
             raise SchedulerError(f"limits.evict is {self.evict!r}, must be recompute or offload")
 
 
+class KVBudget:
+    """How many KV blocks there are and how many are free. Which block is whose is the engine's business.
+
+    `total` blocks of `block_size` tokens; `reserve` of them are for urgent requests only (level <= `urgent`).
+    """
+
+    __slots__ = ("block_size", "free", "reserve", "total", "urgent")
+
+    def __init__(self, total: int, block_size: int, reserve: int, urgent: int):
+        self.total = total
+        self.block_size = block_size
+        self.reserve = reserve
+        self.urgent = urgent
+        self.free = total
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_size)
+
+    def capacity(self, level: int) -> int:
+        """Blocks that a request of `level` may hold at most."""
+        return self.total if level <= self.urgent else self.total - self.reserve
+
+    def room(self, level: int) -> int:
+        """Free blocks that a request of `level` may be admitted to."""
+        return self.free if level <= self.urgent else self.free - self.reserve
+
+    def take(self, n: int) -> None:
+        """Take `n` blocks; raises SchedulerError where that many are not free (invariant I4)."""
+        if n > self.free:
+            raise SchedulerError(f"{n} KV blocks asked for, {self.free} free")
+        self.free -= n
+
+    def give(self, n: int) -> None:
+        """Give `n` blocks back; raises SchedulerError where more come back than were taken (invariant I4)."""
+        if self.free + n > self.total:
+            raise SchedulerError(f"{n} KV blocks given back, but only {self.total - self.free} were taken")
+        self.free += n
+
+
 class Memory:
     """Admission, eviction and return of requests under a KV budget."""
 
-    def __init__(self, limits: Limits, waiting: WaitingQueues, ready: DecodePool):
+    def __init__(self, limits: Limits, urgent: int, waiting: WaitingQueues, ready: DecodePool):
         self.limits = limits
-        self.kv = KVBudget(limits.kv_blocks, limits.block_size, limits.urgent_blocks)
+        self.kv = KVBudget(limits.kv_blocks, limits.block_size, limits.urgent_blocks, urgent)
         self.waiting = waiting
         self.ready = ready
         self.decoding = 0  #: requests that decode in running or suspended passes
@@ -67,6 +115,10 @@ class Memory:
     def holders(self, level: float) -> int:
         """Requests of `level` or more urgent that hold blocks."""
         return sum([n for lv, n in self._admitted.items() if lv <= level])
+
+    def has_slot(self, level: float) -> bool:
+        """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
+        return self.holders(level) < self.limits.max_seqs
 
     def admit(self, r: Request) -> bool:
         """Take the KV blocks that the prefill of `r` needs, evicting strictly less urgent requests where that frees

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from qllm.scheduler.memory import Memory
 from qllm.scheduler.passes import NEVER, Chunk
-
-if TYPE_CHECKING:
-    from qllm.scheduler.scheduler import Scheduler
 
 
 class PassBuilder:
-    """The next pass in the making. The limits (sequences, tokens, KV blocks) are kept here, not in the policies."""
+    """The next pass in the making. The limits (sequences, tokens, KV blocks) are kept here, not in the policies.
 
-    __slots__ = ("_memory_short", "_s", "chunks", "decoding", "growth", "prefill_tokens")
+    Attributes:
+        chunks: Prefills taken so far.
+        prefill_tokens: Tokens in them.
+        decoding: Whether the decode batch is taken.
+        growth: KV blocks taken for the decode batch.
+    """
 
-    def __init__(self, scheduler: Scheduler):
-        self._s = scheduler
+    __slots__ = ("_limits", "_memory", "_memory_short", "_ready", "chunks", "decoding", "growth", "prefill_tokens")
+
+    def __init__(self, memory: Memory):
+        """Take requests out of the queues of `memory`, and KV blocks from its budget."""
+        self._memory = memory
+        self._limits = memory.limits
+        self._ready = memory.ready
         self.chunks: list[Chunk] = []
         self.prefill_tokens = 0
         self.decoding = False
-        self.growth = 0  #: KV blocks taken for the decode step
+        self.growth = 0
         self._memory_short = False
 
     def __bool__(self) -> bool:
@@ -29,24 +35,29 @@ class PassBuilder:
     @property
     def tokens(self) -> int:
         """Tokens in the pass so far."""
-        return self.prefill_tokens + (len(self._s.ready.batch) if self.decoding else 0)
+        return self.prefill_tokens + (len(self._ready.batch) if self.decoding else 0)
 
     def decode(self) -> bool:
-        """Take the decode batch: the most urgent of those ready to decode, as many as the limits leave room for beside
-        the prefills taken so far. Where the KV blocks for their next tokens are short, the least urgent, last admitted
-        requests give theirs up. Returns whether anything is decoded."""
-        s = self._s
-        ready = s.ready
+        """Take the decode batch: the most urgent of those ready to decode.
+
+        It takes as many as the limits leave room for beside the prefills taken so far. Where the KV blocks for their
+        next tokens are short, the least urgent, last admitted requests give theirs up.
+
+        Returns:
+            Whether anything is decoded.
+        """
+        ready = self._ready
         if self.decoding or not ready.batch.members:
             return self.decoding
         if self.chunks:
-            limits = s.limits
+            limits = self._limits
             ready.trim(min(limits.max_seqs - len(self.chunks), limits.max_batched_tokens - self.prefill_tokens))
         need = ready.batch.blocks_needed()
         if need:
-            kv = s.kv
+            memory = self._memory
+            kv = memory.kv
             while need > kv.free and ready.batch.members:
-                s.memory.evict_last()
+                memory.evict_last()
                 need = ready.batch.blocks_needed()
             kv.take(need)
             self.growth = need
@@ -56,23 +67,26 @@ class PassBuilder:
     def prefill(
         self, up_to: float = NEVER, *, tokens: float = NEVER, chunk: bool = False, overcommit: bool = False
     ) -> bool:
-        """Take waiting prefills, most urgent level first, in queue order, at most `tokens` tokens of them.
+        """Take waiting prefills, most urgent level first, in queue order.
 
-        up_to: levels above (less urgent than) this one are left alone.
-        chunk: a prompt that does not fit whole is cut. Without it only a prompt longer than `limits.max_batched_tokens`
-        is,
-            and runs as several passes of that length.
-        overcommit: admit requests although `limits.max_seqs` others, at their level or more urgent, are under way;
-            the surplus sits idle between its prefill and its decoding.
+        Once a request had to be left waiting for KV blocks, only requests that hold theirs already are taken, so that
+        nobody less urgent eats what it waits for.
 
-        Returns whether anything was taken. Once a request had to be left waiting for KV blocks, only requests that
-        hold theirs already are taken, so that nobody less urgent eats what it waits for.
+        Args:
+            up_to: Levels above (less urgent than) this one are left alone.
+            tokens: At most so many tokens are taken.
+            chunk: Whether a prompt that does not fit whole is cut. Without it, only a prompt longer than
+                `limits.max_batched_tokens` is, and runs as several passes of that length.
+            overcommit: Whether requests are admitted although `limits.max_seqs` others, at their level or more urgent,
+                are under way. The surplus sits idle between its prefill and its decoding.
+
+        Returns:
+            Whether anything was taken.
         """
-        s = self._s
-        limits = s.limits
-        waiting = s.waiting
+        memory, limits = self._memory, self._limits
+        waiting = memory.waiting
         taken = len(self.chunks)
-        places = limits.max_seqs - taken - (len(s.ready.batch) if self.decoding else 0)
+        places = limits.max_seqs - taken - (len(self._ready.batch) if self.decoding else 0)
         room = min(tokens, limits.max_batched_tokens - self.tokens)
         for level in waiting.levels():
             if level > up_to:
@@ -81,7 +95,7 @@ class PassBuilder:
                 r = waiting.peek(level)
                 if r is None:
                     break
-                if not r.blocks and (self._memory_short or not (overcommit or s.has_slot(level))):
+                if not r.blocks and (self._memory_short or not (overcommit or memory.has_slot(level))):
                     break
                 n = r.remaining
                 if n > room:
@@ -89,7 +103,7 @@ class PassBuilder:
                         places = 0
                         break
                     n = int(room)
-                if not r.blocks and not s.memory.admit(r):
+                if not r.blocks and not memory.admit(r):
                     self._memory_short = True
                     break
                 waiting.pop(level)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qllm.scheduler.decode import DecodeBatch
 from qllm.scheduler.request import Request
@@ -77,7 +77,7 @@ class Pass:
         self.aborted: list[Request] | None = None
         self.restored: list[Request] | None = None
         self.offloaded: list[Request] | None = None
-        self.cursor: object = None
+        self.cursor: Any = None
 
     @property
     def rows(self) -> int:

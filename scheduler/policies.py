@@ -1,59 +1,17 @@
-"""Policies: who is batched next, what preempts what and at which points, when a suspended pass comes home.
-
-A user's policy is a subclass of :class:`Policy` in a file of its own. What it may ask: `s.waiting` (prefill queues),
-`s.ready` (decode pool), `s.suspended_passes`, `s.has_slot`, `s.can_prefill`, `s.limits`, `s.kv`. What it may do: call
-`batch.prefill(...)` and `batch.decode()`. It keeps no clock.
-"""
+"""The policies that ship, and how one is made from its name and settings."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+import inspect
+from typing import TYPE_CHECKING, Any, get_args
 
+from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.policy import Granularity, Policy
 from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
-    from qllm.scheduler.pass_builder import PassBuilder
     from qllm.scheduler.scheduler import Scheduler
-
-Granularity = Literal["iteration", "layer", "expert"]
-
-
-class Policy:
-    """The questions that the Scheduler asks. As it stands: one class, prefills first, never preempts."""
-
-    #: where a running pass may stop: at its end only, between layers, or at every point inside a layer
-    granularity: Granularity = "iteration"
-    #: whether tokens of suspended passes run along with the running pass's own at the experts where they wait
-    merge: bool = False
-    #: levels up to this one are latency-sensitive (LS), the others best-effort (BE)
-    urgent: ClassVar[int] = 0
-
-    def level(self, r: Request) -> int:
-        """The class that decisions compare; lower is more urgent."""
-        return r.priority
-
-    def order(self, r: Request) -> tuple:
-        """Sort key within a level's prefill queue, fixed at arrival. First come, first served."""
-        return (r.arrival, r.id)
-
-    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
-        """Fill the next pass. Leaving it empty hands the device to a suspended pass."""
-        if not batch.prefill():
-            batch.decode()
-
-    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
-        """Whether what waits makes `running` stop at the preemption point where it stands. O(1)."""
-        return False
-
-    def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
-        """Whether `suspended` (the most urgent such pass) goes on now, before anything new is launched: by default
-        unless what waits would stop it at once."""
-        return not self.preempts(s, suspended, now)
-
-    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
-        """When `preempts` may turn true though nothing happens (seconds); inf: never."""
-        return NEVER
 
 
 class Fcfs(Policy):
@@ -196,17 +154,34 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str, **settings: object) -> Policy:
-    """The policy called `name` with its settings. Raises UnknownPolicy, saying what is allowed."""
+    """Return a policy that ships, by its name in `POLICIES`.
+
+    Args:
+        name: The name that a configuration uses.
+        **settings: Arguments of the policy's class.
+
+    Raises:
+        UnknownPolicy: There is no such policy or setting. The message says what is allowed.
+    """
     if name not in POLICIES:
         raise UnknownPolicy(f"unknown policy {name!r}, must be one of {', '.join(POLICIES)}")
     return build_policy(POLICIES[name], name, settings)
 
 
-def build_policy(cls: type[Policy], name: str, settings: dict) -> Policy:
-    """`cls(**settings)`. Raises UnknownPolicy naming the settings that `cls` has, where one is not among them, and
-    where its granularity or merge is none that there is."""
-    code = cls.__init__.__code__ if cls.__init__ is not object.__init__ else None
-    allowed = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount] if code else ()
+def build_policy(cls: type[Policy], name: str, settings: dict[str, Any]) -> Policy:
+    """Return `cls(**settings)`.
+
+    Args:
+        cls: The policy's class.
+        name: What error messages call it.
+        settings: Arguments by keyword.
+
+    Raises:
+        UnknownPolicy: `cls` has no such setting, or refuses a value; or its `granularity` or `merge` is none that
+            there is. The message says what is allowed.
+    """
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    allowed = [key for key, p in inspect.signature(cls).parameters.items() if p.kind in named]
     for key in settings:
         if key not in allowed:
             raise UnknownPolicy(

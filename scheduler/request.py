@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from enum import IntEnum
 from math import nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qllm.scheduler.decode import DecodeBatch
-    from qllm.scheduler.passes import Pass
 
 
 class State(IntEnum):
@@ -40,7 +39,18 @@ class Request:
     """One request: what was asked for, how far it is, and its record of times (seconds on the caller's clock).
 
     While the request is a member of a decode batch its progress is kept by that batch for all members at once;
-    :meth:`sync` brings `generated`, `computed` and the record up to date.
+    :meth:`sync` brings `generated`, `computed` and `blocks` up to date.
+
+    Args:
+        id: Unique among the requests in the system.
+        prompt_tokens: At least 1.
+        max_tokens: Tokens to generate, at least 1.
+        priority: Lower is more urgent.
+        arrival: Seconds.
+        cls: A label for reports that no decision reads.
+
+    Raises:
+        SchedulerError: There are no tokens in the prompt, or none to generate.
     """
 
     __slots__ = (
@@ -50,7 +60,6 @@ class Request:
         "blocks",
         "cls",
         "computed",
-        "end_step",
         "entry_id",
         "evictions",
         "finish",
@@ -59,13 +68,13 @@ class Request:
         "generated",
         "id",
         "joined",
+        "last_pass",
         "level",
         "max_tokens",
         "order",
         "preemptions",
         "priority",
         "prompt_tokens",
-        "running_pass",
         "running_s",
         "state",
         "suspended_s",
@@ -74,8 +83,6 @@ class Request:
     def __init__(
         self, id: int, prompt_tokens: int, max_tokens: int, priority: int = 0, arrival: float = 0.0, cls: str = ""
     ):
-        """`prompt_tokens` and `max_tokens` (tokens to generate) are at least 1; `priority`: lower is more urgent;
-        `arrival` in seconds; `cls` is a label for reports that no decision reads. Raises SchedulerError."""
         if prompt_tokens < 1 or max_tokens < 1:
             raise SchedulerError(
                 f"request {id}: prompt_tokens is {prompt_tokens}, max_tokens is {max_tokens}; both must be at least 1"
@@ -88,7 +95,7 @@ class Request:
         self.cls = cls
         # what the policy made of it
         self.level = priority  #: class that decisions compare; lower is more urgent
-        self.order: tuple = ()  #: place in its queue
+        self.order: tuple[Any, ...] = ()  #: place in its queue
         # progress
         self.state = State.WAITING
         self.generated = 0  #: tokens generated
@@ -96,10 +103,9 @@ class Request:
         self.blocks = 0  #: KV blocks held (members of a decode batch: derived from `computed`)
         self.admitted = -1  #: rank of its first admission, kept for good; -1: never admitted
         self.batch: DecodeBatch | None = None
-        self.joined = 0  #: the batch's step counter when it joined
-        self.entry_id = 0  #: its place in a prefill queue; 0: in none
-        self.end_step = 0  #: the batch's step counter at which it has all its tokens
-        self.running_pass: Pass | None = None
+        self.joined = 0  #: the batch's `passes` when it joined
+        self.last_pass = 0  #: the batch's `passes` when it has all its tokens
+        self.entry_id = 0  #: of its place in a prefill queue; 0: in none
         # record
         self.first_launch = nan
         self.first_token = nan
@@ -120,7 +126,7 @@ class Request:
         return self.finish - self.arrival - self.running_s - self.suspended_s
 
     def sync(self) -> None:
-        """Bring progress and record up to date if a decode batch keeps them."""
+        """Bring the progress up to date if a decode batch keeps it."""
         if self.batch is not None:
             self.batch.sync(self)
 

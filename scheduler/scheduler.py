@@ -1,4 +1,4 @@
-"""The Scheduler: who runs next, whether a running pass yields, and when a suspended one comes home.
+"""The Scheduler: who runs next, whether a running pass yields, and when a suspended one goes on.
 
 It is sans-IO: time is an argument (`now`, seconds), never read; it starts nothing and waits for nothing. The same
 object drives the simulator on virtual time and the engine on real time. Around it the caller runs this loop::
@@ -30,7 +30,7 @@ from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policies import Policy
+from qllm.scheduler.policy import Policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
@@ -43,7 +43,7 @@ class Scheduler:
         self.limits = limits
         self.waiting = WaitingQueues()
         self.ready = DecodePool(limits.max_seqs, limits.block_size)
-        self.memory = Memory(limits, self.waiting, self.ready)
+        self.memory = Memory(limits, policy.urgent, self.waiting, self.ready)
         self.kv = self.memory.kv
         self.requests: dict[int, Request] = {}  #: everything in the system, by id
         self.suspended_passes: list[Pass] = []
@@ -58,7 +58,7 @@ class Scheduler:
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
         level = self.policy.level(r)
-        capacity = self.kv.total if level <= self.kv.urgent else self.kv.total - self.kv.reserve
+        capacity = self.kv.capacity(level)
         need = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1)
         if need > capacity:
             raise RequestTooLarge(
@@ -114,17 +114,17 @@ class Scheduler:
         if self.memory.offloaded:
             self.memory.restore_offloaded()
         self.ready.refill()
-        home = None
+        candidate = None
         if self.suspended_passes:
-            home = min(self.suspended_passes, key=_resume_order)
-            if self.policy.resume(self, home, now):
-                return self._resume(home, now)
-        batch = PassBuilder(self)
+            candidate = min(self.suspended_passes, key=_resume_order)
+            if self.policy.resume(self, candidate, now):
+                return self._resume(candidate, now)
+        batch = PassBuilder(self.memory)
         self.policy.select(self, batch, now)
         if batch.decoding or batch.chunks:
             return self._launch(batch, now)
-        if home is not None:
-            return self._resume(home, now)
+        if candidate is not None:
+            return self._resume(candidate, now)
         if self.requests:  # whoever holds blocks goes first, whatever the policy left out (I6)
             if not batch.decode():
                 batch.prefill(overcommit=True)
@@ -205,14 +205,14 @@ class Scheduler:
 
     def has_slot(self, level: float) -> bool:
         """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
-        return self.memory.holders(level) < self.limits.max_seqs
+        return self.memory.has_slot(level)
 
     def can_prefill(self, level: float) -> bool:
         """Whether the first request waiting at `level` could be launched now."""
         r = self.waiting.peek(level)
         if r is None:
             return False
-        return bool(r.blocks) or (self.has_slot(level) and self.memory.room_for(r) is not None)
+        return bool(r.blocks) or (self.memory.has_slot(level) and self.memory.room_for(r) is not None)
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -270,7 +270,7 @@ class Scheduler:
         for r in out:
             if r.batch is not None:
                 r.batch.remove(r)
-                r.blocks = self.kv.blocks(r.computed + 1)  # with the block taken for the step that was not made
+                r.blocks = self.kv.blocks(r.computed + 1)  # with the block taken for the token that was not made
             self._end(r, now, state)
         return out
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from heapq import heappop, heappush
+from typing import Any
 
 from qllm.scheduler.request import Request, State
 
+_Entry = tuple[bool, tuple[Any, ...], int, Request]  # (not admitted yet, the policy's order, entry id, request)
+
 
 class WaitingQueues:
-    """Requests that wait for (more of) their prefill, by level; within a level those already admitted come first
-    (they hold KV blocks), then the policy's order."""
+    """Requests that wait for (more of) their prefill, by level.
+
+    Within a level those already admitted come first (they hold KV blocks), then the policy's order.
+    """
 
     __slots__ = ("_count", "_entry_ids", "_heaps", "holding")
 
     def __init__(self) -> None:
-        self._heaps: dict[int, list] = {}
-        self._count: dict[int, int] = {}
+        self._heaps: dict[float, list[_Entry]] = {}
+        self._count: dict[float, int] = {}
         self._entry_ids = 0
         self.holding: dict[int, Request] = {}  #: those between two chunks of their prompt, which hold KV blocks
 
@@ -28,6 +33,7 @@ class WaitingQueues:
             yield from (e[-1] for e in heap if _valid(e))
 
     def push(self, r: Request) -> None:
+        """`r` waits from now on."""
         r.state = State.WAITING
         level = r.level
         if level not in self._heaps:
@@ -35,7 +41,7 @@ class WaitingQueues:
             self._count[level] = 0
             self._heaps = dict(sorted(self._heaps.items()))
         self._entry_ids += 1
-        r.entry_id = self._entry_ids  # an entry is void once its request has another entry_id
+        r.entry_id = self._entry_ids  # an entry is valid while its request has this id
         heappush(self._heaps[level], (r.blocks == 0, r.order, r.entry_id, r))
         self._count[level] += 1
         if r.blocks:
@@ -43,14 +49,14 @@ class WaitingQueues:
 
     def peek(self, level: float) -> Request | None:
         """The first in `level`'s queue."""
-        heap = self._heaps.get(level)  # type: ignore[call-overload]
+        heap = self._heaps.get(level)
         while heap:
             if _valid(heap[0]):
                 return heap[0][-1]
             heappop(heap)
         return None
 
-    def pop(self, level: int) -> None:
+    def pop(self, level: float) -> None:
         """Take the request that `peek` just gave out of `level`'s queue."""
         r = heappop(self._heaps[level])[-1]
         r.entry_id = 0
@@ -64,7 +70,7 @@ class WaitingQueues:
         self._count[r.level] -= 1
         self.holding.pop(r.id, None)
 
-    def levels(self) -> list[int]:
+    def levels(self) -> list[float]:
         """Levels at which somebody waits, most urgent first."""
         return [level for level in self._heaps if self._count[level]]
 
@@ -75,9 +81,10 @@ class WaitingQueues:
                 return level
         return float("inf")
 
-    def count(self, level: int) -> int:
+    def count(self, level: float) -> int:
+        """How many wait at `level`."""
         return self._count.get(level, 0)
 
 
-def _valid(entry: tuple) -> bool:
+def _valid(entry: _Entry) -> bool:
     return entry[-1].entry_id == entry[-2]

@@ -255,7 +255,7 @@ def test_a_pass_knows_whether_prompts_ran_before_it():
     assert all(after == before for (before, _), (_, after) in pairwise(found))
 
 
-def test_resume_prefill_brings_the_suspended_pass_home_first():
+def test_resume_prefill_goes_on_with_the_suspended_pass_first():
     s, be = suspended_be_prefill("prefill")
     assert s.next(0.5) is be
     assert be.suspended_s == pytest.approx(0.2)
@@ -352,6 +352,18 @@ def test_blocks_taken_for_a_decode_step_come_back_when_a_member_is_evicted_after
     assert be.evictions == 1
     check(s)
     assert s.kv.free == 3
+
+
+def test_the_reserved_blocks_are_for_the_levels_that_the_policy_calls_urgent():
+    class TwoUrgent(Policy):
+        urgent = 1
+
+    limits = Limits(kv_blocks=10, block_size=4, urgent_blocks=4)
+    for policy, level in ((Policy(), 0), (TwoUrgent(), 1)):
+        s = Scheduler(policy, limits)
+        add(s, 0, 40, 1, level)
+        with pytest.raises(RequestTooLarge, match="take 10 KV blocks of 4 tokens; its class may use 6"):
+            add(s, 1, 40, 1, level + 1)
 
 
 def test_aborting_everybody_in_a_suspended_pass_hands_it_back_to_be_discarded():

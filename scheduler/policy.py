@@ -1,0 +1,63 @@
+"""The base of all policies: the questions that the Scheduler asks, and what it does without further answers.
+
+A policy of one's own is a subclass of :class:`Policy` in a file of its own. What it may ask: `s.waiting` (prefill
+queues), `s.ready` (decode pool), `s.suspended_passes`, `s.has_slot`, `s.can_prefill`, `s.limits`, `s.kv`. What it may
+do: call `batch.prefill(...)` and `batch.decode()`. It keeps no clock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from qllm.scheduler.pass_builder import PassBuilder
+from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.request import Request
+
+if TYPE_CHECKING:
+    from qllm.scheduler.scheduler import Scheduler
+
+Granularity = Literal["iteration", "layer", "expert"]
+
+
+class Policy:
+    """The questions that the Scheduler asks. As it stands: one class, prefills first, never preempts.
+
+    Attributes:
+        granularity: Where a running pass may stop: at its end only ("iteration"), between layers ("layer"), or at
+            every point inside a layer ("expert").
+        merge: Whether tokens of suspended passes run in the running pass's launches at the experts where they wait.
+        urgent: Levels up to this one are latency-sensitive (LS), the others best-effort (BE). Only LS requests may
+            use the KV blocks that `Limits.urgent_blocks` reserves.
+    """
+
+    granularity: Granularity = "iteration"
+    merge: bool = False
+    urgent: int = 0
+
+    def level(self, r: Request) -> int:
+        """Return the class that decisions compare; lower is more urgent."""
+        return r.priority
+
+    def order(self, r: Request) -> tuple[Any, ...]:
+        """Return the sort key within a level's prefill queue, fixed at arrival: first come, first served."""
+        return (r.arrival, r.id)
+
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
+        """Fill the next pass. An empty one hands the device to a suspended pass."""
+        if not batch.prefill():
+            batch.decode()
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        """Return whether what waits stops `running` at the preemption point where it stands. Must be O(1)."""
+        return False
+
+    def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
+        """Return whether `suspended`, the most urgent such pass, goes on before anything new is launched.
+
+        By default it does, unless what waits would stop it at once.
+        """
+        return not self.preempts(s, suspended, now)
+
+    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        """Return when (seconds) `preempts` may turn true though nothing happens; inf: never."""
+        return NEVER

@@ -6,7 +6,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-engine test test-all lint clean
+# The packages as they are installed, all inside qllm, for tools that read source files: in build/typed.
+AS_INSTALLED = rm -rf build/typed && mkdir -p build/typed/qllm && \
+	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
+
+.PHONY: demo demo-engine test test-all lint figures docs clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
@@ -20,13 +24,20 @@ test: .venv/.installed-dev
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
-# mypy reads the packages as they are installed: all inside qllm.
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed/qllm
-	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
+	$(AS_INSTALLED)
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+
+# Pictures and tables of README.md and docs/, from docs/results.
+figures: .venv/.installed
+	$(BIN)/python tools/figures.py
+
+# The documents as web pages in build/site, with API pages from docstrings. A warning is an error.
+docs: .venv/.installed-docs
+	$(AS_INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -43,6 +54,10 @@ clean:
 # With torch and transformers, for the engine.
 .venv/.installed-executor: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
 	$(PIP) -c constraints.txt -e '.[executor]'
+	touch $@ .venv/.installed
+
+.venv/.installed-docs: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@ .venv/.installed
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp

@@ -62,10 +62,11 @@ def main() -> None:
         print(f"\n{Path(config).stem} at {rate or 'all'} requests/s ({told}); merge_rows: {most}")
         rows = table(results.requests)
         print(rows.round(4).to_string())
-        sources.append(f"{Path(config).stem}: step times {told}; merge_rows {most}")
+        name, kind = told.split(";")[0].split(": ")
+        sources.append(f"{Path(config).stem} on {kind} step times ({name}; merge_rows {most})")
         tables[Path(config).stem] = rows.rename_axis("policy").reset_index().assign(rate=rate)
     if args.out:
-        save(args.out, source="simulated; " + "; ".join(sources), tables=tables)
+        save(args.out, source="simulated: " + ", ".join(sources), tables=tables)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Documents keep their word: commands run, links lead somewhere, Python examples give what they say.
 
-Commands are the lines of code blocks that begin with qllm, python or make; those of one document run one after the
-other in a working copy of configs/, with fewer requests. A YAML block whose first line is `# PATH` is written there
-first. A line with a comment that says `needs` or `installs` (a GPU, a download, an extra, packages), and what measures
-on the real engine, is only parsed, as are commands inside sentences.
+Commands are the lines of code blocks that begin with qllm, python or make; the qllm commands of one document run one
+after the other in a working copy of configs/, with fewer requests. A YAML block whose first line is `# PATH` is written
+there first. What NOT_RUN names is only parsed, as are commands inside sentences.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
@@ -29,13 +29,20 @@ from qllm.scheduler import POLICIES
 
 mpl.use("Agg")
 ROOT = Path(__file__).parents[2]
-DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "traces").rglob("*.md"))]
+FOLDERS = ("docs", "traces", "findings", "benchmarks")
+DOCS = [*sorted(ROOT.glob("*.md")), *(path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.md")))]
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:qllm|python|make) [^`\n]*)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FEWER = ["--set", "sweep.rate=[1]", "--set", "requests=30", "--set", "seeds=1", "--jobs", "1"]
-ON_THE_ENGINE = {"run", "calibrate", "validate", "serve"}
+NOT_RUN = {
+    "qllm run": "measures on the real engine, or downloads a model",
+    "qllm calibrate": "measures on the real engine, or downloads a model",
+    "qllm validate": "measures on the real engine, or downloads a model",
+    "qllm timings import": "needs the extra timings",
+}  #: beginnings of commands, and why the tests only parse them
+WORDS = {"README.md": 900, "docs/fidelity.md": 1000}  #: at most; tables count
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
@@ -48,15 +55,16 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return [(language, content) for _, language, content in sorted(found)]
 
 
-def commands(content: str) -> list[tuple[list[str], str]]:
-    """(words, comment) of the lines of a block that are commands."""
+def commands(content: str) -> list[list[str]]:
+    """The words of the lines of a block that are commands."""
     lines = [line.strip() for line in content.splitlines()]
-    found = []
-    for line in lines:
-        if re.match(r"(qllm|python|make|pip|uv)\s", line):
-            bare, _, comment = line.partition("  #")
-            found.append((shlex.split(bare), comment))
-    return found
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(qllm|python|make|pip|uv)\s", line)]
+
+
+def is_run(words: list[str]) -> bool:
+    """Whether the tests run a command, and do not only parse it."""
+    not_run = any(words[: len(start.split())] == start.split() for start in NOT_RUN)
+    return words[0] == "qllm" and not not_run and "FILE" not in words
 
 
 def parse(words: list[str]) -> None:
@@ -69,6 +77,8 @@ def parse(words: list[str]) -> None:
         script = ROOT / rest[0]
         assert script.is_file(), shlex.join(words)
         text = script.read_text(encoding="utf-8")
+        if "add_out(" in text:
+            text += (ROOT / "benchmarks" / "results_file.py").read_text(encoding="utf-8")
         for option in (word for word in rest[1:] if word.startswith("-")):
             assert f'"{option.split("=")[0]}"' in text, f"{rest[0]} has no option {option}"
     elif program == "make":
@@ -106,10 +116,9 @@ def test_commands_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             if target:
                 (tmp_path / target[1]).write_text(content, encoding="utf-8")
             continue
-        for words, comment in commands(content) if language in ("", "sh", "bash") else []:
+        for words in commands(content) if language in ("", "sh", "bash") else []:
             parse(words)
-            runs_here = words[0] == "qllm" and words[1] not in ON_THE_ENGINE
-            if runs_here and "needs" not in comment and "FILE" not in words:
+            if is_run(words):
                 run(words)
 
 
@@ -146,19 +155,46 @@ def test_python_examples_give_what_they_say(path: Path) -> None:
                     exec(line, {})
 
 
+def shown_commands() -> list[list[str]]:
+    """The words of every command in code blocks and inside sentences."""
+    found = []
+    for path in DOCS:
+        text = path.read_text(encoding="utf-8")
+        found += [words for language, content in blocks(text) if language in ("", "sh") for words in commands(content)]
+        found += [words.split() for words in INLINE.findall(FENCE.sub("", text))]
+    return found
+
+
+def offered_commands() -> list[list[str]]:
+    """What the command line offers: the words of every command and of every command of a group."""
+    found = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", {})
+        found += [["qllm", name, sub] for sub in inner] or [["qllm", name]]
+    return found
+
+
 def test_documents_show_every_command() -> None:
-    """What the command line offers stands somewhere in the documents."""
-    shown = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
-    help_text = subprocess.run(
-        [sys.executable, "-c", "from qllm.cli import main; main()", "--help"],
-        capture_output=True,
-        text=True,
-        env={"COLUMNS": "200", "PATH": "", "TERM": "dumb"},
-    ).stdout
-    offered = re.findall(r"^│ (\w+) ", help_text, re.MULTILINE)
-    assert "simulate" in offered
-    for name in offered:
-        assert f"qllm {name}" in shown, name
+    shown = shown_commands()
+    offered = offered_commands()
+    assert ["qllm", "simulate"] in offered
+    assert [wanted for wanted in offered if not any(words[: len(wanted)] == wanted for words in shown)] == []
+
+
+def test_commands_that_are_not_run_are_shown() -> None:
+    shown = shown_commands()
+    assert [start for start in NOT_RUN if not any(w[: len(start.split())] == start.split() for w in shown)] == []
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_pages_stay_short(name: str) -> None:
+    assert len((ROOT / name).read_text(encoding="utf-8").split()) <= WORDS[name]
+
+
+def test_the_index_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page != "README.md" and f"({page})" not in index] == []
 
 
 def test_every_policy_setting_and_metric_is_documented() -> None:
@@ -182,7 +218,7 @@ def test_the_citation_names_the_paper_and_this_version() -> None:
 @pytest.mark.slow
 def test_the_table_of_models_is_that_of_the_installed_transformers() -> None:
     pytest.importorskip("torch")
-    script = ROOT / "benchmarks" / "list_model_families.py"
+    script = ROOT / "tools" / "list_model_families.py"
     told = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     shown = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").replace("`", "")
     for paragraph in told.strip().split("\n\n"):

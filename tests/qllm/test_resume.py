@@ -11,7 +11,7 @@ import pytest
 
 from qllm.config.config import load_config
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment import cache as points
+from qllm.experiment import cache
 from qllm.experiment.cache import keys
 from qllm.experiment.results import REQUESTS, load_results
 from qllm.experiment.run import Run, runs
@@ -35,7 +35,7 @@ class Mine(Policy):
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The simulations that were run, in order; the fifth is interrupted if `stop` is put in front."""
     ran: list[str] = []
-    real = points.outcome
+    real = cache.run_table
 
     def run_table(run: Run) -> pd.DataFrame:
         if ran[:1] == ["stop"] and len(ran) == 5:
@@ -43,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append(str(run))
         return real(run)
 
-    monkeypatch.setattr(points, "run_table", run_table)
+    monkeypatch.setattr(cache, "run_table", run_table)
     return ran
 
 
@@ -158,7 +158,7 @@ def test_warnings_are_told_again_by_a_sweep_that_goes_on(tmp_path: Path) -> None
     ]
     messages = []
     for _ in range(2):
-        with pytest.warns(points.ExtrapolationWarning) as caught:
+        with pytest.warns(cache.ExtrapolationWarning) as caught:
             simulate(config, set=[*longer, "requests=5", "seeds=1"], keep=tmp_path / "points")
         messages.append({str(warning.message) for warning in caught})
     assert messages[0] == messages[1]

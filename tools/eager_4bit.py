@@ -127,7 +127,7 @@ def model_eager_4bit(
         source="modelled",
         dtype="weights nf4, computed in 16 bits; LM head 16 bits",
         framework=f"model of transformers 4.4x with bitsandbytes; GEMM {dense}, attention {attention} (measured)",
-        provenance=f"traces.timing_eager, from NVIDIA aiconfigurator's tables for {gpu}; see docs/timing_traces.md",
+        provenance=f"tools/eager_4bit.py, from NVIDIA aiconfigurator's tables for {gpu}; see docs/timing_traces.md",
         expert_mode="separate",
         experts_base_s=2 * costs.op_s,
         launch_s=costs.op_s,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qllm.config.yaml_lines import ConfigError, suggestion
+from qllm.traces.step_times import import_defaults as defaults
 
 app = typer.Typer(no_args_is_help=True, help="Timing traces: what they hold, where they come from.")
 
@@ -53,17 +54,25 @@ def import_(
     model: Annotated[str, typer.Option(help="Name of a known shape, or YAML '{name: ..., layers: ..., ...}'")],
     source: Annotated[
         str, typer.Option(help="aiconfigurator-core (the installed package) or a folder of its parquet files")
-    ] = "aiconfigurator-core",
-    gpu: Annotated[str, typer.Option(help="GPU as the tables spell it, e.g. a100_sxm, h100_sxm")] = "a100_sxm",
-    moe: Annotated[str, typer.Option(help="Whose MoE kernels: FRAMEWORK or FRAMEWORK:VERSION")] = "sglang",
-    moe_dtype: Annotated[str, typer.Option(help="As the tables spell it: bfloat16, int4_wo, ...")] = "bfloat16",
-    dense: Annotated[str, typer.Option(help="Whose GEMM kernels")] = "sglang",
-    gemm_dtype: Annotated[str, typer.Option(help="As the tables spell it")] = "bfloat16",
-    attention: Annotated[str, typer.Option(help="Whose attention kernels")] = "sglang",
-    expert_weights: Annotated[str, typer.Option(help="bf16, int8, int4, ...: the experts' size in memory")] = "bf16",
-    other_weights: Annotated[str, typer.Option(help="The same for all other weights")] = "bf16",
-    launch_s: Annotated[float, typer.Option(min=0, help="Seconds per kernel launch; not in the tables")] = 5e-6,
-    host_s: Annotated[float, typer.Option(min=0, help="Seconds of host time per pass; not in the tables")] = 1e-3,
+    ] = defaults.SOURCE,
+    gpu: Annotated[str, typer.Option(help="GPU as the tables spell it, e.g. a100_sxm, h100_sxm")] = defaults.GPU,
+    moe: Annotated[str, typer.Option(help="Whose MoE kernels: FRAMEWORK or FRAMEWORK:VERSION")] = defaults.KERNELS,
+    moe_dtype: Annotated[
+        str, typer.Option(help="As the tables spell it: bfloat16, int4_wo, ...")
+    ] = defaults.KERNEL_DTYPE,
+    dense: Annotated[str, typer.Option(help="Whose GEMM kernels")] = defaults.KERNELS,
+    gemm_dtype: Annotated[str, typer.Option(help="As the tables spell it")] = defaults.KERNEL_DTYPE,
+    attention: Annotated[str, typer.Option(help="Whose attention kernels")] = defaults.KERNELS,
+    expert_weights: Annotated[
+        str, typer.Option(help="bf16, int8, int4, ...: the experts' size in memory")
+    ] = defaults.WEIGHTS,
+    other_weights: Annotated[str, typer.Option(help="The same for all other weights")] = defaults.WEIGHTS,
+    launch_s: Annotated[
+        float, typer.Option(min=0, help="Seconds per kernel launch; not in the tables")
+    ] = defaults.LAUNCH_S,
+    host_s: Annotated[
+        float, typer.Option(min=0, help="Seconds of host time per pass; not in the tables")
+    ] = defaults.HOST_S,
 ) -> None:
     """Import measured GEMM, attention and MoE latencies of NVIDIA's aiconfigurator for one GPU and one MoE shape."""
     from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
@@ -106,7 +115,7 @@ def mean(
 
 
 def _shape(model: str) -> Any:
-    """A known shape by name, or one given as YAML with the keys of traces.shapes.ModelShape."""
+    """A known shape by name, or one given as YAML with the keys of `ModelShape`."""
     import yaml
 
     from qllm.traces.step_times.model_shapes import SHAPES, ModelShape

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from qllm.traces.step_times import import_defaults as defaults
 from qllm.traces.step_times.aiconfigurator_tables import LICENCE, Memory, Tables, add, gemm_seconds, series
 from qllm.traces.step_times.expert_fit import fit_balanced
 from qllm.traces.step_times.file_format import Point, TimingError
@@ -135,25 +136,37 @@ def import_aiconfigurator(
     source: str | Path,
     *,
     shape: ModelShape,
-    gpu: str = "a100_sxm",
-    moe: str = "sglang",
-    moe_dtype: str = "bfloat16",
-    dense: str = "sglang",
-    gemm_dtype: str = "bfloat16",
-    attention: str = "vllm",
-    expert_weights: str = "bf16",
-    other_weights: str = "bf16",
+    gpu: str = defaults.GPU,
+    moe: str = defaults.KERNELS,
+    moe_dtype: str = defaults.KERNEL_DTYPE,
+    dense: str = defaults.KERNELS,
+    gemm_dtype: str = defaults.KERNEL_DTYPE,
+    attention: str = defaults.KERNELS,
+    expert_weights: str = defaults.WEIGHTS,
+    other_weights: str = defaults.WEIGHTS,
     name: str | None = None,
-    launch_s: float = 5e-6,
-    host_s: float = 1e-3,
+    launch_s: float = defaults.LAUNCH_S,
+    host_s: float = defaults.HOST_S,
 ) -> Timings:
-    """A timing trace of `shape` on `gpu` from aiconfigurator's tables.
+    """A timing trace of one model's shape on one GPU, from aiconfigurator's tables.
 
-    source: "aiconfigurator-core" (the installed package) or a folder of its parquet files. moe, dense, attention: whose
-    kernels, as FRAMEWORK or FRAMEWORK:VERSION. moe_dtype, gemm_dtype: as the tables spell it ("bfloat16", "int4_wo").
-    expert_weights, other_weights: keys of traces.shapes.WEIGHT_BYTES, for the size in memory. launch_s: seconds per
-    kernel launch; host_s: seconds of host time per pass (neither is in the tables). TimingError where the tables hold
-    no such GPU, kernel or shape; the message lists what they hold.
+    Args:
+        source: "aiconfigurator-core" (the installed package) or a folder of its parquet files.
+        shape: Sizes of the model.
+        gpu: The GPU as the tables spell it.
+        moe: Whose MoE kernels, as FRAMEWORK or FRAMEWORK:VERSION.
+        moe_dtype: Their type as the tables spell it, e.g. "bfloat16" or "int4_wo".
+        dense: Whose GEMM kernels.
+        gemm_dtype: Their type.
+        attention: Whose attention kernels.
+        expert_weights: Key of `model_shapes.WEIGHT_BYTES`: the experts' size in memory.
+        other_weights: The same for all other weights.
+        name: Of the trace; default: made from GPU, model and type.
+        launch_s: Seconds per kernel launch; the tables do not hold it.
+        host_s: Seconds of host time per pass; the tables do not hold it.
+
+    Raises:
+        TimingError: The tables hold no such GPU, kernel or shape; the message lists what they hold.
     """
     tables = Tables(source, gpu)
     if shape.latent_kv:
@@ -200,7 +213,8 @@ def import_aiconfigurator(
         framework=f"MoE {moe_of} ({', '.join(kernels)}), GEMM {gemm_of}, attention {attention_of}",
         date="not stated by the tables",
         licence=LICENCE,
-        provenance=f"NVIDIA aiconfigurator's tables for {gpu}, read by traces.timing_import; see docs/timing_traces.md",
+        provenance=f"NVIDIA aiconfigurator's tables for {gpu}, read by step_times/aiconfigurator.py; "
+        "see docs/timing_traces.md",
         layers=shape.layers,
         hidden=shape.hidden,
         experts=shape.experts,

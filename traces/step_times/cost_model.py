@@ -10,7 +10,7 @@ no step exceeds `max_step`, and from nothing else: the cuts are the same whether
 Times are multiples of 2^-30 s (0.93 ns). Sums of such numbers are exact in float64 up to 97 days, so a pass takes the
 same time to the last bit whether its steps are added up one by one or all at once.
 
-Merging (`merged`, `mergeable`) says which tokens of suspended passes run along at the experts of the pass that runs.
+Merging (`mergeable`, `merged`): the pass that runs takes along tokens of suspended passes that wait at its experts.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PassCostModel:
     launches cannot be used as fused. popularity: float[layers, experts], share of tokens routed to each expert, used
     for the size of groups; uniform by default. Raises ValueError.
 
-    `merge_rows`: most tokens of a suspended pass that run along at an expert, the largest m with f(m) <= 2 f(1) in
+    `merge_rows`: most tokens of a suspended pass that are merged at an expert, the largest m with f(m) <= 2 f(1) in
     the measured range. One token costs the reading of the expert's weights, which merging saves; up to so many, a
     launch gets about one such reading longer at most. More would make the running pass wait for others' compute.
     """
@@ -248,13 +248,21 @@ class PassCostModel:
         return np.add.reduceat(each, np.arange(0, self.n_experts, cost.experts_per_group), axis=-1)
 
     def mergeable(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
-        """Where tokens of a suspended pass run along, bool[...]: at experts at which the running pass has tokens of
-        its `own` and at most `merge_rows` are `waiting`, int[...] both."""
+        """Where the running pass merges tokens of a suspended one, bool[...].
+
+        Args:
+            own: Tokens of the running pass at each expert, int[...]. Where it has none, it merges none.
+            waiting: Tokens of the suspended pass at each expert, int[...]. More than `merge_rows` are not merged.
+        """
         return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
 
     def merged(self, own: np.ndarray, suspended: Iterable[np.ndarray]) -> np.ndarray:
-        """Tokens that go through each expert, int[...], when what each suspended pass has waiting there, int[...],
-        joins the running pass's `own`."""
+        """Tokens that go through each expert when the running pass merges those of suspended passes, int[...].
+
+        Args:
+            own: Tokens of the running pass at each expert, int[...].
+            suspended: For each suspended pass, its tokens that wait at each expert, int[...].
+        """
         out = own.copy()
         for waiting in suspended:
             out += np.where(self.mergeable(own, waiting), waiting, 0)
@@ -276,7 +284,7 @@ class PassCostModel:
         return np.concatenate(([cost.prologue_s], steps.ravel(), [cost.head_s]))
 
     def points(self, cost: PassCost, granularity: str) -> np.ndarray:
-        """The query_blocks (indices into `times`) after which a pass may stop: all the points of each layer ("expert"),
+        """The steps (indices into `times`) after which a pass may stop: all the points of each layer ("expert"),
         only the one before its attention ("layer"), none ("iteration"). int64, increasing."""
         if granularity == "iteration":
             return np.empty(0, dtype=np.int64)
@@ -289,7 +297,7 @@ class PassCostModel:
         return (starts[:, None] + np.array(inside)).ravel()
 
     def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
-        """(layer, stage, index in the stage) of the step that comes after `done` query_blocks; stages are prologue,
+        """(layer, stage, index in the stage) of the step that comes after `done` steps; stages are prologue,
         pre, attention, post, experts, head."""
         if done == 0:
             return 0, "prologue", 0

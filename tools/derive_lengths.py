@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qllm.traces.requests.lengths import BUNDLED, draw_lengths
+from qllm.traces.requests.lengths import draw_lengths
+from qllm.traces.requests.quantile_table import BUNDLED
 from qllm.traces.requests.readers import read_requests
+from qllm.traces.requests.recipe import Length
 from qllm.traces.requests.trace import RequestTrace, TraceError
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +54,7 @@ def main() -> None:
     path.write_text(table(trace), encoding="utf-8")
     print(f"{path.name}: {len(QUANTILES)} quantiles of {len(trace)} requests")
     for column, real in (("prompt", trace.prompt_tokens), ("output", trace.output_tokens)):
-        drawn = draw_lengths(np.random.default_rng(0), 100_000, {"quantiles": path}, column=column, where=column)
+        drawn = draw_lengths(np.random.default_rng(0), 100_000, Length(quantiles=str(path)), column=column)
         for name, statistic in (("mean", np.mean), *((f"p{p}", lambda x, p=p: np.percentile(x, p)) for p in (50, 99))):
             print(f"  {column:6} {name:4}  trace {statistic(real):8.1f}  table {statistic(drawn):8.1f}")
 

@@ -1,4 +1,4 @@
-"""qllm timings: what a timing trace holds and where it comes from; the mean of several; published measurements."""
+"""qllm timings: what a timing trace holds and where it comes from; import of published measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from qllm.config.yaml_lines import ConfigError, suggestion
+from qllm.config.yaml_lines import ConfigError
+from qllm.traces.messages import suggestion
 from qllm.traces.step_times import import_defaults as defaults
 
 app = typer.Typer(no_args_is_help=True, help="Timing traces: what they hold, where they come from.")
@@ -97,21 +98,6 @@ def import_(
     typer.echo(
         f"{out}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}; {len(timings.points)} points"
     )
-
-
-@app.command()
-def mean(
-    files: Annotated[list[Path], typer.Argument(help="Timing traces of one model on one device", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)", show_default=False)],
-) -> None:
-    """Average several calibrations of one model on one device: what a machine that is never quiet needs."""
-    from qllm.traces.step_times.timing_mean import mean_of
-    from qllm.traces.step_times.timings import Timings
-
-    timings = mean_of([Timings.load(file) for file in files])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    timings.save(out)
-    typer.echo(f"{out}: {timings.name}; {len(timings.points)} points")
 
 
 def _shape(model: str) -> Any:

@@ -14,20 +14,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from qllm.config.schema import (
-    Arrival,
+from qllm.config.schema import Arrival, JobClass, LimitsConfig, PolicyConfig, Replay
+from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
+from qllm.traces.messages import KeyPath, dotted, suggestion
+from qllm.traces.requests.recipe import Poisson, Recipe, check_total
+from qllm.traces.requests.strict_model import (
     Count,
-    JobClass,
-    LimitsConfig,
-    Poisson,
-    PolicyConfig,
     Positive,
-    Replay,
     StrictModel,
+    checked,
     existing_file,
+    explain,
     looks_like_path,
 )
-from qllm.config.yaml_lines import ConfigError, KeyPath, YamlFile, kind, load_yaml, parse_dotted, set_path, suggestion
 from qllm.traces.step_times.popularity import bundled_popularity
 from qllm.traces.step_times.timings import bundled as bundled_timings
 
@@ -80,9 +79,7 @@ class Config(StrictModel):
     def _shares(cls, classes: dict[str, JobClass]) -> dict[str, JobClass]:
         if not classes:
             raise ValueError("at least one class is needed, e.g. ls")
-        given = [job.share for job in classes.values() if job.share is not None]
-        if sum(given) > 1 + 1e-9 or (len(given) == len(classes) and abs(sum(given) - 1) > 1e-9):
-            raise ValueError(f"the shares add up to {sum(given):g}; they must add up to 1")
+        check_total({name: job.share for name, job in classes.items()})
         return classes
 
     @field_validator("policies")
@@ -135,14 +132,11 @@ class Config(StrictModel):
             raise ValueError("give requests (how many are sent) or duration (seconds of arrivals)")
         if self.rate is None and RATE not in self.sweep:
             raise ValueError("give rate (requests per second) or sweep.rate")
-        for name, job in self.classes.items():
-            if job.lengths is None and (job.prompt is None or job.output is None):
-                raise ValueError(f"class {name} needs prompt and output, e.g. prompt: {{fixed: 500}}, or lengths")
-        without = [name for name, job in self.classes.items() if job.share is None]
-        if len(without) > 1:
-            raise ValueError(
-                f"classes {', '.join(without)} have no share; one class may leave it out and gets the rest"
-            )
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """What generates the requests. TraceError where the configuration does not say all of it."""
+        return checked(Recipe, {"arrival": self.arrival, "classes": self.classes})
 
     @property
     def priorities(self) -> dict[str, int]:
@@ -203,44 +197,8 @@ def _one_line(
     source: YamlFile, detail: ErrorDetails, data: Any, swept: tuple[KeyPath, KeyPath] | None = None
 ) -> ConfigError:
     """The ConfigError for pydantic's first finding. `swept`: where the value came from and where it was put."""
-    key = _key_path(detail["loc"], data)
-    context = detail.get("ctx", {})
-    problem, value = detail["type"], detail["input"]
-    if problem == "unknown_key":
-        key = (*key, context["key"])
-        text = f"unknown key {context['key']!r}; {context['message']}"
-    elif problem == "missing":
-        text = "this key is missing"
-    elif problem == "value_error":
-        text = str(context["error"])
-    elif problem in ("union_tag_invalid", "literal_error"):
-        given = context.get("tag", value)
-        options = context.get("expected_tags") or context["expected"]
-        names = [name.strip().strip("'") for name in options.replace(" or ", ", ").split(",")]
-        key = (*key, context["discriminator"].strip("'")) if "discriminator" in context else key
-        text = f"{given!r} is unknown; {suggestion(str(given), names)}"
-    elif problem == "union_tag_not_found":
-        text = f"the key {context['discriminator']} is missing"
-    elif problem in ("model_type", "dict_type"):
-        text = f"expected a mapping of keys, got {kind(value)}"
-    else:
-        said = detail["msg"][:1].lower() + detail["msg"][1:]
-        shown = kind(value) if isinstance(value, dict | list) or value is None else repr(value)
-        text = f"{said.replace('input should be', 'must be')}, got {shown}"
+    key, text = explain(detail, data)
     if swept:
-        text = text if key == swept[1] else f"{'.'.join(map(str, key))}: {text}"
+        text = text if key == swept[1] else f"{dotted(key)}: {text}"
         key = swept[0]
     return source.error(key, text)
-
-
-def _key_path(loc: tuple[int | str, ...], data: Any) -> KeyPath:
-    """The part of pydantic's location that stands in the data (it also holds names of the models tried)."""
-    key: list[int | str] = []
-    for depth, part in enumerate(loc):
-        size = len(data) if isinstance(data, list) else 0
-        if part in data if isinstance(data, dict) else isinstance(part, int) and part < size:
-            key.append(part)
-            data = data[part]
-        elif depth == len(loc) - 1 and isinstance(data, dict):
-            key.append(part)
-    return tuple(key)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +12,10 @@ from qllm.config.schema import Replay
 from qllm.config.yaml_lines import ConfigError
 from qllm.scheduler import Limits
 from qllm.sim import isolated_ttft
+from qllm.traces.files import file_stamp
 from qllm.traces.requests.generate import assign_classes, generate
 from qllm.traces.requests.readers import read_requests
+from qllm.traces.requests.recipe import Recipe
 from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
@@ -25,7 +25,7 @@ from qllm.traces.step_times.timings import Timings
 # Files are read once per process, not once per point of a sweep; a file that has changed is read again.
 def load_timings(name: str) -> Timings:
     """The timing trace of that path or bundled name. Raises TimingError."""
-    return _read_timings(name, _stamp(name))
+    return _read_timings(name, file_stamp(name))
 
 
 @lru_cache(maxsize=4)
@@ -43,15 +43,6 @@ def _read_trace(file: str, format: str | None, _: object) -> RequestTrace:
     return read_requests(file, format)
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """What changes with a file's content; None where there is no such file (a bundled name)."""
-    try:
-        stat = Path(path).stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size
-
-
 def request_trace(config: Config, seed: int) -> RequestTrace:
     """The requests of one run. They depend on the workload's keys and the seed alone: every policy sees the same ones.
 
@@ -59,26 +50,20 @@ def request_trace(config: Config, seed: int) -> RequestTrace:
     """
     if isinstance(config.arrival, Replay):
         return _replayed(config, config.arrival, seed)
-    spec = {
-        "arrival": config.arrival.model_dump(exclude_none=True),
-        "classes": {
-            name: job.model_dump(exclude_none=True, include={"share", "prompt", "output", "lengths"})
-            for name, job in config.classes.items()
-        },
-    }
+    recipe = config.recipe()
     if config.rate is None:
         raise ConfigError("rate: this key is missing; give rate (requests per second) or sweep.rate")
     if config.requests is not None:
-        return generate(spec, rate=config.rate, requests=config.requests, seed=seed)
-    return _until(spec, config.rate, config.duration or 0.0, seed)
+        return generate(recipe, rate=config.rate, requests=config.requests, seed=seed)
+    return _until(recipe, config.rate, config.duration or 0.0, seed)
 
 
-def _until(spec: dict[str, Any], rate: float, duration: float, seed: int) -> RequestTrace:
+def _until(recipe: Recipe, rate: float, duration: float, seed: int) -> RequestTrace:
     """The requests that arrive within `duration` seconds (a longer trace begins with the shorter one)."""
     expected = rate * duration
     requests = math.ceil(expected + 6 * math.sqrt(expected)) + 16
     while True:
-        trace = generate(spec, rate=rate, requests=requests, seed=seed)
+        trace = generate(recipe, rate=rate, requests=requests, seed=seed)
         if trace.arrival[-1] > duration:
             return _within(trace, duration)
         requests *= 2
@@ -93,7 +78,7 @@ def _within(trace: RequestTrace, duration: float) -> RequestTrace:
 
 def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     """The recorded trace cut, stretched and given classes as the configuration says."""
-    trace = _read_trace(replay.file, replay.format, _stamp(replay.file))
+    trace = _read_trace(replay.file, replay.format, file_stamp(replay.file))
     if config.duration is not None:
         trace = _within(trace, config.duration)
     if config.requests is not None:
@@ -148,7 +133,7 @@ def limits_with(config: Config, blocks: int) -> Limits:
 def popularity(config: Config) -> np.ndarray:
     """Share of the tokens that go to each expert, float64[layers, experts]. Raises PopularityError."""
     timings = load_timings(config.timings)
-    return _read_popularity(config.popularity, timings.experts, timings.layers, _stamp(config.popularity))
+    return _read_popularity(config.popularity, timings.experts, timings.layers, file_stamp(config.popularity))
 
 
 def step_model(config: Config) -> PassCostModel:
@@ -158,14 +143,14 @@ def step_model(config: Config) -> PassCostModel:
 
 def _device_key(config: Config) -> tuple[str, str, float, str | None, object]:
     """What the step model of a configuration depends on."""
-    stamps = _stamp(config.timings), _stamp(config.popularity)
+    stamps = file_stamp(config.timings), file_stamp(config.popularity)
     return config.timings, config.popularity, config.max_step, config.expert_mode, stamps
 
 
 @lru_cache(maxsize=4)
 def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> PassCostModel:
     loaded = load_timings(timings)
-    shares = _read_popularity(table, loaded.experts, loaded.layers, _stamp(table))
+    shares = _read_popularity(table, loaded.experts, loaded.layers, file_stamp(table))
     try:
         return PassCostModel(loaded, max_step=max_step, expert_mode=expert_mode, popularity=shares)
     except ValueError as error:

@@ -7,8 +7,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qllm.config.yaml_lines import ConfigError, suggestion
+from qllm.config.yaml_lines import ConfigError
 from qllm.scheduler import POLICIES, Policy, SchedulerError, build_policy, make_policy
+from qllm.traces.messages import suggestion
 
 
 def named_policy(name: str, settings: dict[str, Any]) -> Policy:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-KeyPath = tuple[str | int, ...]
+from qllm.traces.messages import KeyPath, dotted, first_line, kind
 
 
 class ConfigError(ValueError):
@@ -67,7 +66,7 @@ class YamlFile:
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {assignment}: the value is not valid YAML: {_first_line(error)}") from None
+            raise ConfigError(f"--set {assignment}: the value is not valid YAML: {first_line(error)}") from None
         key = parse_dotted(name.strip())
         # The sweep's own keys are dotted paths, so that `sweep.limits.max_seqs` is one key of the mapping `sweep`.
         if key[0] == "sweep" and len(key) > 1:
@@ -87,7 +86,7 @@ def load_yaml(path: str | Path) -> YamlFile:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML configuration such as configs/paper.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {_first_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {first_line(error)}") from None
     lines: dict[KeyPath, int] = {}
     rows = text.splitlines()
     loader = _Loader(text)
@@ -102,7 +101,7 @@ def load_yaml(path: str | Path) -> YamlFile:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         content = f" [line: {rows[mark.line].strip()}]" if mark and mark.line < len(rows) else ""
         raise ConfigError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or _first_line(error)}{content}"
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or first_line(error)}{content}"
         ) from None
     finally:
         loader.dispose()
@@ -130,11 +129,6 @@ def _index(path: Path, rows: list[str], node: yaml.Node, key: KeyPath, lines: di
             _index(path, rows, value, (*key, position), lines)
 
 
-def dotted(key: KeyPath) -> str:
-    """('policies', 3, 'name') -> 'policies.3.name'."""
-    return ".".join(str(part) for part in key)
-
-
 def parse_dotted(name: str) -> KeyPath:
     """'policies.3.name' -> ('policies', 3, 'name'); numbers index lists."""
     return tuple(int(part) if part.isdigit() else part for part in name.split("."))
@@ -160,20 +154,3 @@ def set_path(data: dict[str, Any], key: KeyPath, value: Any) -> None:
             place[part] = value
         else:
             place = place[part]
-
-
-def suggestion(word: str, allowed: list[str]) -> str:
-    """'did you mean X? allowed: A, B, C' for a word that is none of `allowed`."""
-    close = get_close_matches(word, allowed, n=1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}allowed: {', '.join(allowed)}"
-
-
-def kind(value: Any) -> str:
-    """The YAML name of a value's type, for messages."""
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

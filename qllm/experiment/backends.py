@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 import joblib
 
-from qllm.config.yaml_lines import ConfigError, suggestion
+from qllm.config.yaml_lines import ConfigError
 from qllm.errors import SweepError
+from qllm.traces.messages import suggestion
 
 Backend = Literal["local", "ray", "dask"]
 

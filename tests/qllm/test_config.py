@@ -35,6 +35,16 @@ BROKEN = {
     ),
     "no process": ("{process: poisson}", "{cv: 2}", 14, ["arrival", "'process' is missing"]),
     "missing setting": ("process: poisson", "process: gamma", 14, ["arrival.cv", "missing"]),
+    "setting of another process": (
+        "process: poisson",
+        "process: poisson, cv: 2",
+        14,
+        ["arrival.cv", "allowed: process"],
+    ),
+    "burst beyond reach": (
+        *("process: poisson", "process: onoff, on_s: 1, off_s: 1, burst: 3", 14),
+        ["arrival", "burst (3.0) must lie between 1 and", "= 2"],
+    ),
     "missing trace": (
         "process: poisson",
         "process: trace, file: azure.csv",

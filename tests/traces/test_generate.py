@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.traces.requests.generate import assign_arrivals, assign_classes, generate
-from qllm.traces.requests.lengths import BUNDLED, bundled_lengths
+from qllm.traces.requests.quantile_table import BUNDLED, bundled_lengths
 from qllm.traces.requests.trace import RequestTrace, TraceError
 from qllm.traces.requests.writers import write_requests
 
@@ -193,33 +193,33 @@ def test_assign_classes_and_arrivals():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"arivals": {}}, "spec: unknown key 'arivals'; allowed: arrival, classes"),
-        (with_arrival(process="gama"), "arrival.process: 'gama' must be one of poisson, gamma, onoff"),
-        (with_arrival(process="gamma"), "arrival: key 'cv' is missing"),
-        (with_arrival(process="gamma", cv=0), "arrival.cv: 0 must be a number > 0"),
+        ({"arivals": {}}, "^arivals: unknown key 'arivals'; did you mean 'arrival'.* allowed: arrival, classes"),
+        (with_arrival(process="gama"), "arrival.process: 'gama' is unknown; .* allowed: poisson, gamma, onoff"),
+        (with_arrival(process="gamma"), "arrival.cv: this key is missing"),
+        (with_arrival(process="gamma", cv=0), "arrival.cv: must be greater than 0, got 0"),
         (with_arrival(process="gamma", cv=1e-200), "arrival.cv: 1e-200 must lie between 0.001 and 100"),
-        (with_arrival(process="poisson", cv=2), "arrival: unknown key 'cv'; allowed: process"),
-        (with_arrival(process="onoff", on_s=1, off_s=1, burst=3), "arrival.burst: 3 must lie between 1 and .* = 2"),
-        (with_arrival(process="onoff", on_s=1, off_s="x"), "arrival.off_s: 'x' must be a number > 0"),
-        ({"arrival": "poisson", **FIXED}, "arrival: 'poisson' must be a mapping"),
-        ({**FIXED, "prompt": {"unifrm": [1, 2]}}, "classes.all.prompt: .* one key of: fixed, uniform"),
-        ({**FIXED, "prompt": {"fixed": 1, "uniform": [1, 2]}}, "classes.all.prompt: .* one key of"),
-        ({**FIXED, "prompt": {"fixed": 0}}, "classes.all.prompt.fixed: 0 must be an integer >= 1"),
-        ({**FIXED, "prompt": {"uniform": [5, 1]}}, "low <= high"),
-        ({**FIXED, "prompt": {"lognormal": {"median": 5}}}, "key 'sigma' is missing"),
-        ({**FIXED, "prompt": {"lognormal": {"sigma": 5}}}, "either median or mean"),
-        ({**FIXED, "prompt": {"lognormal": {"mean": 5, "sigma": 1, "min": 9, "max": 8}}}, "min 9 is above max 8"),
-        ({**FIXED, "prompt": {"lognormal": {"median": 5, "sigma": 101}}}, "sigma: 101 must be at most 10"),
-        ({**FIXED, "prompt": {"lognormal": {"median": 1e15, "sigma": 2}}}, "give a max"),
-        ({**FIXED, "prompt": {"quantiles": "azur"}}, "'azur' is no file; bundled tables: .*azure_conv"),
-        ({"lengths": {"trace": "none.csv"}}, "classes.all.lengths.trace: 'none.csv' is no file"),
-        ({"lengths": {"trace": "none.csv"}, **FIXED}, "both lengths and prompt"),
-        ({"prompt": {"fixed": 1}}, "classes.all: key 'output' is missing"),
-        ({"classes": {"a": {"share": 0.5}, "b": {"share": 0.4}}, **FIXED}, r"shares \(a 0.5, b 0.4\) must sum to 1"),
-        ({"classes": {"a": {}, "b": {}}, **FIXED}, "at most one class may leave its share out"),
-        ({"classes": {"a": {"share": 1.5}}, **FIXED}, "classes.a.share: 1.5 must be a number from 0 to 1"),
-        ({"classes": {"a": {"shre": 1}}, **FIXED}, "classes.a: unknown key 'shre'; allowed: share, prompt"),
-        ({"classes": {}, **FIXED}, "classes: {} must map"),
+        (with_arrival(process="poisson", cv=2), "arrival.cv: unknown key 'cv'; allowed: process"),
+        (with_arrival(process="onoff", on_s=1, off_s=1, burst=3), r"arrival: burst \(3.0\) must lie between 1 .* = 2"),
+        (with_arrival(process="onoff", on_s=1, off_s="x"), "arrival.off_s: must be a valid number, got 'x'"),
+        ({"arrival": "poisson", **FIXED}, "arrival: expected a mapping of keys, got text"),
+        ({**FIXED, "prompt": {"unifrm": [1, 2]}}, "prompt.unifrm: unknown key .* allowed: fixed, uniform"),
+        ({**FIXED, "prompt": {"fixed": 1, "uniform": [1, 2]}}, "prompt: give one of fixed, .*; got fixed, uniform"),
+        ({**FIXED, "prompt": {"fixed": 0}}, "prompt.fixed: must be greater than or equal to 1, got 0"),
+        ({**FIXED, "prompt": {"uniform": [5, 1]}}, r"prompt: uniform: low \(5\) must not exceed high \(1\)"),
+        ({**FIXED, "prompt": {"lognormal": {"median": 5}}}, "prompt.lognormal.sigma: this key is missing"),
+        ({**FIXED, "prompt": {"lognormal": {"sigma": 5}}}, "prompt.lognormal: give either mean or median"),
+        ({**FIXED, "prompt": {"lognormal": {"mean": 5, "sigma": 1, "min": 9, "max": 8}}}, r"min \(9\) must not exceed"),
+        ({**FIXED, "prompt": {"lognormal": {"median": 5, "sigma": 101}}}, "sigma: must be less than or equal to 10"),
+        ({**FIXED, "prompt": {"lognormal": {"median": 1e15, "sigma": 2}}}, "prompt.lognormal: draws .*: give a max"),
+        ({**FIXED, "prompt": {"quantiles": "azur"}}, "prompt.quantiles: unknown .* allowed: .*azure_conv, or a path"),
+        ({"lengths": {"trace": "none.csv"}}, "lengths.trace: no such file: none.csv"),
+        ({"lengths": {"trace": __file__}, **FIXED}, "either lengths .* or prompt and output"),
+        ({"prompt": {"fixed": 1}}, "class all needs prompt and output"),
+        ({"classes": {"a": {"share": 0.5}, "b": {"share": 0.4}}, **FIXED}, r"shares \(a 0.5, b 0.4\) add up to 0.9"),
+        ({"classes": {"a": {}, "b": {}}, **FIXED}, "classes: a, b have no share; one class may leave it out"),
+        ({"classes": {"a": {"share": 1.5}}, **FIXED}, "classes.a.share: must be less than or equal to 1, got 1.5"),
+        ({"classes": {"a": {"shre": 1}}, **FIXED}, "classes.a.shre: unknown key 'shre'; .* allowed: share, prompt"),
+        ({"classes": {}, **FIXED}, "classes: .*at least one class"),
     ],
 )
 def test_wrong_spec_names_the_key_and_what_is_allowed(spec, message):

@@ -5,12 +5,12 @@ Each function draws at rate 1 and then scales, so the same generator state at an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from qllm.traces.requests.trace import TraceError, check_keys, check_positive
+from qllm.traces.requests.recipe import GeneratedArrival
+from qllm.traces.requests.trace import check_positive
 
 
 def poisson(rng: np.random.Generator, requests: int, *, rate: float) -> np.ndarray:
@@ -23,9 +23,6 @@ def gamma(rng: np.random.Generator, requests: int, *, rate: float, cv: float) ->
 
     The Gamma distribution's shape is 1 / cv**2. Returns float64[requests], sorted.
     """
-    check_positive("cv", cv)
-    if not 1e-3 <= cv <= 100:  # beyond, the shape leaves what float64 draws well
-        raise TraceError(f"cv: {cv!r} must lie between 0.001 and 100")
     return np.cumsum(rng.standard_gamma(cv**-2, requests)) * (cv**2 / rate)
 
 
@@ -40,14 +37,8 @@ def onoff(
     common to two rates. Returns float64[requests], sorted: the unit-rate process through the inverse of the
     cumulative rate (time change of a Poisson process).
     """
-    check_positive("on_s", on_s)
-    check_positive("off_s", off_s)
     cycle = on_s + off_s
-    highest = cycle / on_s
-    burst = highest if burst is None else burst
-    check_positive("burst", burst)
-    if not 1 <= burst <= highest * (1 + 1e-9):
-        raise TraceError(f"burst: {burst!r} must lie between 1 and (on_s + off_s) / on_s = {highest:g}")
+    burst = cycle / on_s if burst is None else burst
     on_rate = burst * rate
     off_rate = max(0.0, rate * (cycle - burst * on_s) / off_s)
     cycles, rest = np.divmod(np.cumsum(rng.standard_exponential(requests)), rate * cycle)
@@ -57,24 +48,11 @@ def onoff(
     return np.maximum.accumulate(cycles * cycle + np.minimum(in_on + in_off, cycle))
 
 
-# Process -> its function, the settings that it needs, and those that it may have.
-PROCESSES: dict[str, tuple[Callable[..., np.ndarray], tuple[str, ...], tuple[str, ...]]] = {
-    "poisson": (poisson, (), ()),
-    "gamma": (gamma, ("cv",), ()),
-    "onoff": (onoff, ("on_s", "off_s"), ("burst",)),
-}
+PROCESSES: dict[str, Callable[..., np.ndarray]] = {"poisson": poisson, "gamma": gamma, "onoff": onoff}
 
 
-def draw_arrivals(rng: np.random.Generator, requests: int, spec: Mapping[str, Any], *, rate: float) -> np.ndarray:
-    """Arrivals by {"process": NAME, and that function's settings}; TraceError names the key and what is allowed."""
+def draw_arrivals(rng: np.random.Generator, requests: int, arrival: GeneratedArrival, *, rate: float) -> np.ndarray:
+    """Arrivals by that process. TraceError where `rate` is not above 0."""
     check_positive("rate", rate)
-    process = spec.get("process") if isinstance(spec, Mapping) else spec
-    if process not in PROCESSES:
-        raise TraceError(f"arrival.process: {process!r} must be one of {', '.join(PROCESSES)}")
-    draw, required, optional = PROCESSES[process]
-    check_keys("arrival", spec, ("process", *required), optional)
-    settings = {key: value for key, value in spec.items() if key != "process"}
-    try:
-        return draw(rng, requests, rate=rate, **settings)
-    except TraceError as error:
-        raise TraceError(f"arrival.{error}") from None
+    settings = arrival.model_dump(exclude={"process"})
+    return PROCESSES[arrival.process](rng, requests, rate=rate, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -150,19 +150,6 @@ def check_positive(name: str, value: Any) -> None:
         or not 0 < value < float("inf")
     ):
         raise TraceError(f"{name}: {value!r} must be a number > 0")
-
-
-def check_keys(where: str, mapping: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-    """TraceError unless `mapping`, found at the key `where`, has all `required` keys and else only `optional` ones."""
-    allowed = ", ".join((*required, *optional))
-    if not isinstance(mapping, Mapping):
-        raise TraceError(f"{where}: {mapping!r} must be a mapping with the keys {allowed}")
-    for key in mapping:
-        if key not in required and key not in optional:
-            raise TraceError(f"{where}: unknown key {key!r}; allowed: {allowed}")
-    for key in required:
-        if key not in mapping:
-            raise TraceError(f"{where}: key {key!r} is missing; allowed: {allowed}")
 
 
 def _column(name: str, values: Any, dtype: type) -> np.ndarray:

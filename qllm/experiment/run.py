@@ -50,11 +50,13 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def simulate_run(run: Run, timeline: bool = False) -> RunResult:
-    """Simulate `run`. An exception of a user's policy comes out as a ConfigError that names its file and line."""
+def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunResult:
+    """Simulate `run`, whose requests are `trace`; with `timeline`, its passes are recorded too.
+
+    An exception of a user's policy comes out as a ConfigError that names its file and line.
+    """
     config = run.config
     policy = config.policies[run.policy]
-    trace = request_trace(config, run.seed)
     limits = scheduler_limits(config, load_timings(config.timings))
     try:
         return run_simulation(
@@ -76,7 +78,7 @@ def simulate_run(run: Run, timeline: bool = False) -> RunResult:
 def run_table(run: Run) -> pd.DataFrame:
     """Simulate `run`: a row per request, without what only this sweep calls it (see `sweep_rows`)."""
     trace = request_trace(run.config, run.seed)
-    return request_table(run, trace, simulate_run(run), isolated(run.config, trace.prompt_tokens))
+    return request_table(run, trace, simulate_run(run, trace), isolated(run.config, trace.prompt_tokens))
 
 
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qllm.config.config import Config
+from qllm.config.from_config import request_trace
 from qllm.errors import EXPECTED
 from qllm.experiment.run import Run, runs, simulate_run
 from qllm.sim import PassSlice, RunResult
@@ -30,7 +31,7 @@ def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
     recorded = []
     for run in shown:
         with suppress(*EXPECTED):
-            recorded.append((run, simulate_run(run, timeline=True)))
+            recorded.append((run, simulate_run(run, request_trace(run.config, run.seed), timeline=True)))
     return recorded
 
 

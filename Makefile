@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 AS_INSTALLED = rm -rf build/typed && mkdir -p build/typed/qllm && \
 	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
 
-.PHONY: demo demo-engine test test-all lint figures docs clean
+.PHONY: demo demo-engine test test-all test-lowest test-newest lint figures docs clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
@@ -23,6 +23,19 @@ test: .venv/.installed-dev
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+# The tests of `make test` with the lowest versions that pyproject.toml allows, and with today's newest, each in an
+# environment of its own. Only torch keeps the version of constraints.txt in the second: one of its builds is several GB.
+EVERYTHING := dev,docs,executor,timings,ray,dask,notebooks
+
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		$(shell grep ^torch== constraints.txt) -e '.[$(EVERYTHING)]'
+	.venv-newest/bin/python -m pytest -m "not slow"
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -40,7 +53,7 @@ docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest out build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python >= 3.11 is needed: make PYTHON=python3.12 ...")'
@@ -63,3 +76,9 @@ clean:
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
 	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
 	touch $@ .venv/.installed .venv/.installed-executor
+
+.venv-lowest/.installed: pyproject.toml constraints-lowest.txt executor/cpu/packed_matmul.cpp
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		-e '.[$(EVERYTHING)]'
+	touch $@

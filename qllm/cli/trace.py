@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qllm.config.yaml_lines import ConfigError
+from qllm.traces.messages import first_line
 
 if TYPE_CHECKING:
     from qllm.traces.requests.trace import RequestTrace
@@ -151,7 +152,7 @@ def _yaml(option: str, text: str | None) -> Any:
     try:
         return None if text is None else yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{option} {text}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{option} {text}: not valid YAML: {first_line(error)}") from None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

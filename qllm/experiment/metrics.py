@@ -163,7 +163,8 @@ def _summary_row(mine: pd.DataFrame, makespan: float) -> dict[str, Any]:
     }
 
 
-def percentile(values: pd.Series, percent: float) -> float:
+def percentile(values: pd.Series | np.ndarray, percent: float) -> float:
     """Linear interpolation between order statistics over the values that are not nan; nan if there are none."""
-    present = values.dropna().to_numpy()
+    given = np.asarray(values, dtype=float)
+    present = given[~np.isnan(given)]
     return float(np.percentile(present, percent)) if len(present) else float("nan")

@@ -15,6 +15,7 @@ import yaml
 from qllm.config.config import Config, load_config
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import summarise
+from qllm.traces.messages import first_line
 
 REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
 
@@ -26,7 +27,7 @@ class Results:
     requests  DataFrame, a row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
               prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s,
               suspended_s, preemptions, evictions, isolated_ttft_s, status, reason
-    summary   DataFrame, a row per point and class (see qllm.metrics)
+    summary   DataFrame, a row per point and class (see metrics.py)
     config    the resolved configuration, with provenance
     failures  DataFrame, a row per simulation that failed: policy, swept keys, seed, error; the other tables lack them
     """
@@ -87,7 +88,7 @@ def load_results(folder: str | Path) -> Results:
     try:
         requests = pq.read_table(folder / REQUESTS).to_pandas()
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"{folder / REQUESTS}: not a parquet file: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{folder / REQUESTS}: not a parquet file: {first_line(error)}") from None
     failures = pd.read_csv(folder / FAILURES) if (folder / FAILURES).is_file() else None
     return Results.of(requests, load_config(folder / CONFIG), failures)
 

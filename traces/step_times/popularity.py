@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+
+from qllm.traces.files import HeaderError, read_header
 
 _FOLDER = Path(__file__).parents[1] / "data" / "popularity"
 COLUMNS = ["layer", "expert", "share"]
@@ -66,13 +67,10 @@ def _read(name_or_path: str | Path) -> tuple[Path, dict[str, Any], dict[int, np.
     except (OSError, UnicodeDecodeError):
         names = ", ".join(["uniform", *bundled])
         raise PopularityError(f"{path}: no readable file, and no bundled popularity table; bundled: {names}") from None
-    head = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))
     try:
-        header = yaml.safe_load("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:head])) or {}
-    except yaml.YAMLError as error:
-        raise PopularityError(f"{path}: the header is not YAML after '# ': {error}") from None
-    if not isinstance(header, dict):
-        raise PopularityError(f"{path}: the header must be '# key: value' lines")
+        header, head = read_header(lines)
+    except HeaderError as error:
+        raise PopularityError(f"{path}: {error}") from None
     if head >= len(lines) or lines[head].split(",") != COLUMNS:
         raise PopularityError(f"{path}, row {head + 1}: the columns must be {','.join(COLUMNS)}")
     return path, header, _layers(path, lines, head + 1)

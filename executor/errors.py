@@ -11,6 +11,10 @@ class UnsupportedModelError(ExecutorError, ValueError):
     """A model that cannot be served with preemption points; the message names the model and the reason."""
 
 
+class LoadError(ExecutorError, ValueError):
+    """A model, device or dtype that is not there; the message names the option and what is allowed."""
+
+
 class SamplingError(ExecutorError, ValueError):
     """A sampling parameter outside its range; the message names the parameter and what is allowed."""
 
@@ -29,3 +33,7 @@ class RequestFailed(ExecutorError):
 
 class RequestError(ExecutorError, ValueError):
     """A request that cannot be served: the message names the parameter and what is allowed."""
+
+
+class CalibrationError(ExecutorError, ValueError):
+    """A calibration that cannot be made or gone on with; the message names the file or option."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from qllm.executor.calibration.engine_overhead import loop_seconds, wake_seconds
 from qllm.executor.calibration.fit import (
+    Measured,
     after_prefill_points,
     attention_points,
     beyond_steps,
@@ -26,16 +26,14 @@ from qllm.executor.calibration.fit import (
     query_block_seconds,
     wide,
 )
-from qllm.executor.calibration.grid import Cell, cells
-from qllm.executor.calibration.profiler import PRECISION, ROUNDS, Bench, Visit
-from qllm.executor.calibration.store import CalibrationError, Kept, Measured
+from qllm.executor.calibration.grid import pass_kinds
+from qllm.executor.calibration.profiler import PRECISION, ROUNDS, Profiler, Progress
+from qllm.executor.calibration.store import MeasurementStore
 from qllm.executor.calibration.subject import Subject
+from qllm.executor.errors import CalibrationError
 from qllm.executor.model.info import conditions, device_name, memory_bytes, model_facts, versions
 from qllm.executor.model.runner import max_positions
 from qllm.traces.step_times.timings import Timings
-
-#: called with (visits done, visits planned)
-Progress = Callable[[int, int], None]
 
 KV_SHARE = 0.25  # of the free memory, for the KV that is attended to
 
@@ -46,46 +44,53 @@ class CalibrationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a calibration measures: new tokens in a pass, tokens cached before them, sequences that decode."""
+    """How far a calibration measures.
+
+    Attributes:
+        max_tokens: new tokens in a pass, at least 2.
+        max_context: tokens cached before them, at least 1.
+        max_batch: sequences that decode together, at least 2.
+
+    Raises:
+        CalibrationError: one of them is too small.
+    """
 
     max_tokens: int = 2048
     max_context: int = 4096
     max_batch: int = 32
 
     def __post_init__(self) -> None:
-        for name, value, least in (("max_tokens", self.max_tokens, 2), ("max_context", self.max_context, 1)):
+        for name, least in (("max_tokens", 2), ("max_context", 1), ("max_batch", 2)):
+            value = getattr(self, name)
             if value < least:
                 raise CalibrationError(f"--{name.replace('_', '-')} is {value}, must be at least {least}")
-        if self.max_batch < 2:
-            raise CalibrationError(f"--max-batch is {self.max_batch}, must be at least 2")
+
+    def kv_tokens(self, room: int) -> int:
+        """KV slots to measure with, `room` at most, but as many as the longest sequence needs."""
+        longest = self.max_tokens + self.max_context
+        return max(longest, min(room, self.max_batch * (self.max_context + 1)))
 
 
 def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progress: Progress | None = None) -> Timings:
-    """Measure `subject` and write the timing trace `out`; returns it.
+    """Measure a model on its device and write a timing trace.
 
-    Finished measurements are kept in `out` with the suffix .measured until the trace is written; the same call after
-    an interruption goes on from there. Raises CalibrationError where they are of something else, or where the extent
-    does not fit the model. Warns with CalibrationWarning where measurements scatter.
-    """
-    visits = calibration(subject, out, extent)
-    while True:
-        try:
-            visit = next(visits)
-        except StopIteration as end:
-            timings: Timings = end.value
-            return timings
-        if progress is not None:
-            progress(visit.done, visit.planned)
+    Finished measurements are kept in `out` with the suffix .measured until the trace is written. The same call after
+    an interruption goes on from there.
 
+    Args:
+        subject: the model, loaded.
+        out: the timing trace to write.
+        extent: how far to measure.
+        progress: called with (passes measured, passes planned) after each.
 
-def calibration(
-    subject: Subject, out: Path, extent: Extent | None = None, rounds: tuple[int, int] = ROUNDS
-) -> Generator[Visit, None, Timings]:
-    """`calibrate`, one visit to one kind of pass at a time: yields the visits and returns the trace. rounds: of visits
-    to all kinds of passes, at least and at most.
+    Returns:
+        The timing trace.
 
-    Between two visits the model may be used for something else, so that what is measured meanwhile and the calibration
-    see the same machine. What follows the last visit uses an engine: not for an engine's thread.
+    Raises:
+        CalibrationError: the kept measurements are of something else, or the extent does not fit the model.
+
+    Warns:
+        CalibrationWarning: measurements scatter.
     """
     extent = extent or Extent()
     model, facts = subject.model, model_facts(subject.model)
@@ -96,54 +101,46 @@ def calibration(
             f"{limit} positions"
         )
     device = device_name(model.device)
-    room = int(KV_SHARE * memory_bytes(model.device)[0] / facts["kv_bytes_per_token"])
-    need = max(extent.max_tokens + extent.max_context, extent.max_batch * (extent.max_context + 1))
-    kv_tokens = max(extent.max_tokens + extent.max_context, min(need, room))
-    grid = cells(**vars(extent), kv_tokens=kv_tokens, experts=facts["experts"], top_k=facts["top_k"])
-    of = {"model": subject.name, "device": device, **facts, **vars(extent), "versions": versions()}
-    kept = Kept(out.with_name(out.name + ".measured"), of)
-    bench = Bench(model, kv_tokens, extent.max_batch)
-    yield from bench.visits(grid, kept, rounds)
+    kv_tokens = extent.kv_tokens(int(KV_SHARE * memory_bytes(model.device)[0] / facts["kv_bytes_per_token"]))
+    kinds = pass_kinds(**vars(extent), kv_tokens=kv_tokens, experts=facts["experts"], top_k=facts["top_k"])
+    measured_of = {"model": subject.name, "device": device, **facts, **vars(extent), "versions": versions()}
+    store = MeasurementStore(out.with_name(out.name + ".measured"), measured_of)
+    profiler = Profiler(model, kv_tokens, extent.max_batch)
+    profiler.measure(kinds, store, progress)
     with torch.inference_mode():
-        for name, once in (("switch_s", bench.switch_seconds), ("bandwidth", bench.bandwidth)):
-            if name not in kept.numbers:
-                kept.number(name, once())
-    if not {"loop_s", "between_s"} <= kept.numbers.keys():
+        for name, once in (("switch_s", profiler.switch_seconds), ("bandwidth", profiler.bandwidth)):
+            if name not in store.numbers:
+                store.add_number(name, once())
+    if not {"loop_s", "between_s"} <= store.numbers.keys():
         loop = loop_seconds(model, max(1, extent.max_batch // 4))
-        kept.number("between_s", loop.between)
-        kept.number("loop_s", loop.all)
-    if "wake_s" not in kept.numbers:
-        kept.number("wake_s", wake_seconds(model))
-    warn({cell: kept.cells[cell.key] for cell in grid})
-    measured, drift = kept.steady(grid, extent.max_batch)
-    timings = build(subject, facts, device, extent, measured, {**kept.numbers, "drift": drift}, rounds)
+        store.add_number("between_s", loop.between)
+        store.add_number("loop_s", loop.all)
+    if "wake_s" not in store.numbers:
+        store.add_number("wake_s", wake_seconds(model))
+    measured = {kind: store.samples[kind.key] for kind in kinds}
+    _warn(measured)
+    timings = _timings(subject, facts, device, measured, store.numbers)
     timings.save(out)
-    kept.path.unlink()
+    store.path.unlink()
     return timings
 
 
-def warn(measured: dict[Cell, Measured]) -> None:
-    """A CalibrationWarning where passes scatter widely, as they were measured."""
+def _warn(measured: Measured) -> None:
+    """A CalibrationWarning where passes scatter widely."""
     scattered = wide(measured)
     if scattered:
-        cell, most = scattered[0]
+        kind, most = scattered[0]
         warnings.warn(
             f"{len(scattered)} of {len(measured)} kinds of passes scatter by more than 20 % (interquartile range over "
-            f"median); the widest: {cell.sequences} x {cell.new} tokens over {cell.context}, {most:.0%}. Is the "
+            f"mean); the widest: {kind.sequences} x {kind.new} tokens over {kind.context}, {most:.0%}. Is the "
             "machine busy?",
             CalibrationWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def build(
-    subject: Subject,
-    facts: dict[str, Any],
-    device: str,
-    extent: Extent,
-    measured: dict[Cell, Measured],
-    numbers: dict[str, float],
-    rounds: tuple[int, int],
+def _timings(
+    subject: Subject, facts: dict[str, Any], device: str, measured: Measured, numbers: dict[str, float]
 ) -> Timings:
     """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
@@ -183,6 +180,8 @@ def build(
         launches_per_expert=1,
         query_block_s=query_block_seconds(measured, layers),
         host_s=host_s + numbers["loop_s"],
+        engine_loop_s=numbers["loop_s"],
+        engine_between_s=numbers["between_s"],
         suspend_s=numbers["switch_s"] / 2,
         resume_s=numbers["switch_s"] / 2,
         wake_s=numbers["wake_s"],
@@ -195,10 +194,7 @@ def build(
         conditions={
             **conditions(subject.model.device),
             "statistic": "means; spread_s is the interquartile range",
-            "precision": f"visited until 95 % intervals are within {PRECISION:.0%}, {rounds[0]} to {rounds[1]} times",
-            "engine_loop_s": round(numbers["loop_s"], 9),  # part of host_s
-            "engine_between_s": round(numbers["between_s"], 9),  # part of engine_loop_s
-            "speed_drift": round(numbers["drift"], 4),  # standard deviation over the calibration; not in `seconds`
+            "precision": f"repeated until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} rounds",
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),
             **fit_quality(fit),
         },

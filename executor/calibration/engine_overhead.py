@@ -1,5 +1,7 @@
-"""What the engine takes for a pass, beyond the pass itself: the loop's decisions, the messages that it listens for at
-each preemption point, the end of one pass and the start of the next; and what a pass takes longer after a pause.
+"""What the engine takes for a pass, beyond the pass itself.
+
+That is the loop: its decisions, the messages that it listens for at each preemption point, the end of one pass and the
+start of the next. And it is what a pass takes longer after a pause.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm.executor.calibration.stopwatch import random_entries, sample_greedily
-from qllm.executor.engine.clock import Execution, RealClock, RealExecution
+from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.execution import Execution, RealExecution
 from qllm.executor.engine.replay import replay
+from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.scheduler import Limits, Pass
@@ -36,19 +40,28 @@ class LoopSeconds(NamedTuple):
     between: float
 
 
-class _Watching(RealClock):
-    """Keeps what each pass ran, without the loop around it."""
+class _TimedClock(RealClock):
+    """Real time; keeps how each pass moved on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.courses: list[_Watched] = []
+        self.executions: list[_TimedExecution] = []
 
-    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
-        self.courses.append(_Watched(running, granularity))
-        return self.courses[-1]
+    def execution(
+        self,
+        p: Pass,
+        running: RunningPass,
+        sequences: tuple[EngineRequest, ...],
+        cost: PassCost | None,
+        granularity: str,
+    ) -> Execution:
+        self.executions.append(_TimedExecution(running, sequences, granularity))
+        return self.executions[-1]
 
 
-class _Watched(RealExecution):
+class _TimedExecution(RealExecution):
+    """A pass in real time that knows how long it ran, without the loop around it."""
+
     ran = 0.0
 
     def advance(self) -> bool:
@@ -59,28 +72,33 @@ class _Watched(RealExecution):
 
 
 def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
-    """Medians over the passes of an engine that decodes `sequences` requests together: from one pass's start to the
-    next's, without what the pass ran, and without making its batch and sampling, which a pass alone takes too."""
+    """Medians over the passes of an engine that decodes `sequences` requests together.
+
+    From one pass's start to the next's, without what the pass ran, and without making its batch and sampling, which a
+    pass alone takes too.
+    """
     zeros = np.zeros(sequences)
     trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
     blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
     limits = Limits(max_seqs=sequences, max_batched_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
-    clock = _Watching()
+    clock = _TimedClock()
     with Engine(model, limits=limits, clock=clock) as engine:
         slices = replay(engine, trace, priorities={"all": 0}).slices or []
     pairs = list(pairwise(slices))
     around = statistics.median(
-        after.start - before.start - course.ran
-        for (before, after), course in zip(pairs, clock.courses[:-1], strict=True)
+        after.start - before.start - execution.ran
+        for (before, after), execution in zip(pairs, clock.executions[:-1], strict=True)
     )
     between = statistics.median(after.start - before.end for before, after in pairs)
     return LoopSeconds(max(0.0, around - _batch_and_sampling(model, sequences)), max(0.0, between))
 
 
 def wake_seconds(model: PreTrainedModel) -> float:
-    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls while
-    idle: caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after
-    PAUSE_S."""
+    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls.
+
+    Caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after
+    PAUSE_S.
+    """
     rng = np.random.default_rng(0)
     vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     limits = Limits(
@@ -92,7 +110,7 @@ def wake_seconds(model: PreTrainedModel) -> float:
             time.sleep(PAUSE_S)
             prompts = rng.integers(vocabulary, size=(2, WAKE_PROMPT)).tolist()
             streams = [engine.submit(prompt, max_new_tokens=2) for prompt in prompts]
-            first, second = (stream.result().record for stream in streams)
+            first, second = (stream.result().times for stream in streams)
             found.append((first.first_token - first.arrival) - (second.first_token - first.finish))
     return max(0.0, statistics.median(found))
 

@@ -11,41 +11,40 @@ from typing import Any
 
 import numpy as np
 
-from qllm.executor.calibration.grid import ALL, Cell
-from qllm.executor.calibration.store import CalibrationError, Measured
+from qllm.executor.calibration.grid import ALL, PassKind
+from qllm.executor.calibration.store import Samples
+from qllm.executor.errors import CalibrationError
 from qllm.traces.step_times.expert_fit import ExpertFit, fit_routed
 from qllm.traces.step_times.file_format import Point
 
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
-#: of a layer that was sent to few experts, in the fit: it finds their weights in the processor's cache, as a layer that
-#: the router spreads does not, and is only there for sizes that the router sends to nobody
-HOT_WEIGHT = 0.2
+FORCED_WEIGHT = 0.2  # of layers whose tokens are forced onto few experts, in the fit: caching makes them too fast
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
-Cells = Mapping[Cell, Measured]
+Measured = Mapping[PassKind, Samples]
 
 
-def plain(cells: Cells) -> dict[Cell, Measured]:
-    """The passes that were routed by the model, not cut, and not right after a prompt."""
-    return {cell: found for cell, found in cells.items() if cell == cell.plain and not cell.hot}
+def baselines(measured: Measured) -> dict[PassKind, Samples]:
+    """The passes that were routed by the model, whole, and not right after a prompt."""
+    return {kind: found for kind, found in measured.items() if kind == kind.baseline and not kind.forced_experts}
 
 
-def host_seconds(cells: Cells) -> float:
+def host_seconds(measured: Measured) -> float:
     """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
-    one = cells[Cell(1, 1, 0)]
+    one = measured[PassKind(1, 1, 0)]
     following = one.each("pre")
     return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
 
 
-def dense_points(cells: Cells, layers: int, host_s: float) -> list[Point]:
+def dense_points(measured: Measured, layers: int, host_s: float) -> list[Point]:
     """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context."""
-    mine = plain(cells)
-    alone = {cell.new: found for cell, found in mine.items() if cell.sequences == 1 and cell.context == 0}
+    mine = baselines(measured)
+    alone = {kind.new: found for kind, found in mine.items() if kind.sequences == 1 and kind.context == 0}
     lead = {tokens: found.total("lead") for tokens, found in alone.items()}
     heads = _heads(mine, lead)
     points = []
     for tokens, found in sorted(alone.items()):
-        pooled = [other for cell, other in mine.items() if cell.tokens == tokens]
+        pooled = [other for kind, other in mine.items() if kind.tokens == tokens]
         repeats = sum(other.repeats for other in pooled)
         pre = float(np.median([other.total("pre") for other in pooled]))
         post = float(np.median([other.total("post") for other in pooled]))
@@ -57,75 +56,80 @@ def dense_points(cells: Cells, layers: int, host_s: float) -> list[Point]:
     return points + list(heads.values())
 
 
-def _heads(cells: Cells, lead: dict[int, float]) -> dict[int, Point]:
+def _heads(measured: Measured, lead: dict[int, float]) -> dict[int, Point]:
     """head by sequences, from passes of one token each; with it what their lead takes beyond one sequence's."""
     heads = {}
-    for rows in sorted({cell.sequences for cell in cells if cell.new == 1}):
-        found = [measured for cell, measured in cells.items() if cell.new == 1 and cell.sequences == rows]
+    for rows in sorted({kind.sequences for kind in measured if kind.new == 1}):
+        found = [samples for kind, samples in measured.items() if kind.new == 1 and kind.sequences == rows]
         single = float(np.interp(rows, sorted(lead), [lead[tokens] for tokens in sorted(lead)]))
-        beyond = max(0.0, float(np.median([measured.total("lead") for measured in found])) - single)
-        seconds = beyond + float(np.median([measured.total("tail", "sample") for measured in found]))
-        spread = float(np.median([measured.spread("tail", "sample") for measured in found]))
-        heads[rows] = Point("head", rows, None, seconds, spread, sum(measured.repeats for measured in found))
+        beyond = max(0.0, float(np.median([samples.total("lead") for samples in found])) - single)
+        seconds = beyond + float(np.median([samples.total("tail", "sample") for samples in found]))
+        spread = float(np.median([samples.spread("tail", "sample") for samples in found]))
+        heads[rows] = Point("head", rows, None, seconds, spread, sum(samples.repeats for samples in found))
     return heads
 
 
-def attention_points(cells: Cells, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
-    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence, with what
-    these take `beyond` their steps (of `beyond_steps`).
+def attention_points(measured: Measured, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
+    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
 
     Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
     context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
+
+    Args:
+        measured: all kinds of passes.
+        layers: attention layers in a pass.
+        beyond: what decode passes take beyond their steps (`beyond_steps`).
     """
-    mine = plain(cells)
-    one = {(cell.new, cell.context): found for cell, found in mine.items() if cell.sequences == 1}
-    several = {(cell.sequences, cell.context): found for cell, found in mine.items() if cell.new == 1}
+    mine = baselines(measured)
+    one = {(kind.new, kind.context): found for kind, found in mine.items() if kind.sequences == 1}
+    several = {(kind.sequences, kind.context): found for kind, found in mine.items() if kind.new == 1}
     prefill = _grid("attention_prefill", one, {}, layers, along_context=False)
     return prefill + _grid("attention_decode", several, beyond, layers, along_context=True)
 
 
 def beyond_steps(
-    cells: Cells, dense: list[Point], fit: ExpertFit, layers: int, host_s: float
+    measured: Measured, dense: list[Point], fit: ExpertFit, layers: int, host_s: float
 ) -> dict[tuple[int, int], float]:
-    """What each kind of decode pass takes beyond its attention and its other steps, seconds a pass, also below zero, by
-    (sequences, context).
+    """What each kind of decode pass takes beyond its attention and its other steps, by (sequences, context).
 
-    The others are the same for all contexts, and yet they take longer after an attention over much KV, which leaves
-    them less of the processor's cache.
+    Seconds a pass, also below zero. The other steps are the same for all contexts, and yet they take longer after an
+    attention over much KV, which leaves them less of the processor's cache.
     """
     curves = {
         step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T
         for step in ("dense_pre", "dense_post", "head")
     }
     beyond = {}
-    for cell, found in plain(cells).items():
-        if cell.new == 1:
-            pre, post, head = (float(np.interp(cell.sequences, *curve)) for curve in curves.values())
+    for kind, found in baselines(measured).items():
+        if kind.new == 1:
+            pre, post, head = (float(np.interp(kind.sequences, *curve)) for curve in curves.values())
             experts = float(fit.predicted(found.layers).sum())
             steps = host_s + layers * (pre + post) + head + experts
-            beyond[cell.sequences, cell.context] = found.total() - found.total("attention") - steps
+            beyond[kind.sequences, kind.context] = found.total() - found.total("attention") - steps
     return beyond
 
 
-def query_block_seconds(cells: Cells, layers: int) -> float | None:
-    """What each group of query blocks of a cut attention costs beyond its share of the attention: the same passes cut
-    and uncut, least squares of relative errors, since the difference of two long passes says little. None where none
-    was measured."""
-    pairs = [(found, cells.get(cell.plain), cell.pieces) for cell, found in cells.items()]
+def query_block_seconds(measured: Measured, layers: int) -> float | None:
+    """What each group of query blocks of a split attention costs beyond its share of the attention.
+
+    The same passes split and whole, least squares of relative errors, since the difference of two long passes says
+    little. None where none was measured.
+    """
+    pairs = [(found, measured.get(kind.baseline), kind.query_blocks) for kind, found in measured.items()]
     rows = [
-        (pieces * layers / whole.total(), (cut.total("attention") - whole.total("attention")) / whole.total())
-        for cut, whole, pieces in pairs
-        if pieces > 1 and whole is not None
+        (blocks * layers / whole.total(), (split.total("attention") - whole.total("attention")) / whole.total())
+        for split, whole, blocks in pairs
+        if blocks > 1 and whole is not None
     ]
     if not rows:
         return None
-    pieces, extra = np.array(rows).T
-    return max(0.0, float(pieces @ extra / (pieces @ pieces)))
+    blocks, extra = np.array(rows).T
+    return max(0.0, float(blocks @ extra / (blocks @ blocks)))
 
 
 def _grid(
     step: str,
-    measured: Mapping[tuple[int, int], Measured],
+    measured: Mapping[tuple[int, int], Samples],
     beyond: Mapping[tuple[int, int], float],
     layers: int,
     along_context: bool,
@@ -155,9 +159,11 @@ def _grid(
 
 
 def _with_midpoints(times: dict[tuple[int, int], float], sizes: list[int]) -> list[int]:
-    """`sizes` and those midway between large ones. Attention grows with the square of a prompt, so a straight line
-    between two sizes is too slow by some percent: the midpoint at context 0 (put into `times`) lies on the parabola
-    through the two and the one before them."""
+    """`sizes` and those midway between large ones.
+
+    Attention grows with the square of a prompt, so a straight line between two sizes is too slow by some percent. The
+    midpoint at context 0 (put into `times`) lies on the parabola through the two and the one before them.
+    """
     more = list(sizes)
     for before, low, high in zip(sizes, sizes[1:], sizes[2:], strict=False):
         middle = (low + high) // 2
@@ -180,18 +186,21 @@ def _continued(known: list[tuple[int, float]], at: int) -> float:
     return ys[-1] + slope * (at - xs[-1])
 
 
-def expert_fit(cells: Cells) -> ExpertFit:
+def expert_fit(measured: Measured) -> ExpertFit:
     """base and f from every measured layer whose experts ran as one group, but those right after a prompt.
-    CalibrationError where no expert was reached."""
+
+    Raises:
+        CalibrationError: no expert was reached.
+    """
     seconds: list[float] = []
     counts: list[np.ndarray] = []
     weights: list[float] = []
-    for cell, found in cells.items():
-        if cell.after or cell.group != ALL:
+    for kind, found in measured.items():
+        if kind.preceding_prompt or kind.experts_per_group != ALL:
             continue
         seconds += found.each("experts").tolist()
         counts += found.layers
-        weights += [HOT_WEIGHT if cell.hot else 1.0] * len(found.layers)
+        weights += [FORCED_WEIGHT if kind.forced_experts else 1.0] * len(found.layers)
     if not any(rows.any() for rows in counts):
         raise CalibrationError("no pass reached an expert")
     return fit_routed(seconds, counts, weights)
@@ -205,18 +214,18 @@ def expert_points(fit: ExpertFit, share: float) -> list[Point]:
     ]
 
 
-def launch_points(cells: Cells, share: float) -> list[Point]:
-    """What a further group of experts with tokens costs, by tokens of the pass: the same passes cut and uncut.
+def launch_points(measured: Measured, share: float) -> list[Point]:
+    """What a further group of experts with tokens costs, by tokens of the pass: the same passes split and whole.
     `share`: as in `expert_points`."""
     extra: dict[int, list[tuple[float, float, int]]] = {}
-    for cell, found in cells.items():
-        if cell.group == ALL:
+    for kind, found in measured.items():
+        if kind.experts_per_group == ALL:
             continue
-        rows = np.add.reduceat(found.routing, np.arange(0, found.routing.shape[-1], cell.group), axis=-1)
-        further = np.count_nonzero(rows[..., 1:]) / found.repeats
+        firsts = np.arange(0, found.routing.shape[-1], kind.experts_per_group)
+        further = np.count_nonzero(np.add.reduceat(found.routing, firsts, axis=-1)[..., 1:]) / found.repeats
         if further:
-            more = found.total("experts") - cells[cell.plain].total("experts")
-            extra.setdefault(cell.tokens, []).append((more, further, found.repeats))
+            more = found.total("experts") - measured[kind.baseline].total("experts")
+            extra.setdefault(kind.tokens, []).append((more, further, found.repeats))
     points = []
     for tokens, pairs in sorted(extra.items()):
         each = max(0.0, sum(more for more, _, _ in pairs) / sum(further for _, further, _ in pairs))
@@ -224,18 +233,19 @@ def launch_points(cells: Cells, share: float) -> list[Point]:
     return points
 
 
-def after_prefill_points(cells: Cells) -> list[Point]:
+def after_prefill_points(measured: Measured) -> list[Point]:
     """What decode passes take longer right after a prompt, by sequences."""
-    pairs = [(found, cells[cell.plain], cell) for cell, found in cells.items() if cell.after]
-    return [
-        Point("after_prefill", cell.sequences, None, max(0.0, found.total() - other.total()), repeats=found.repeats)
-        for found, other, cell in pairs
-    ]
+    points = []
+    for kind, found in measured.items():
+        if kind.preceding_prompt:
+            longer = max(0.0, found.total() - measured[kind.baseline].total())
+            points.append(Point("after_prefill", kind.sequences, None, longer, repeats=found.repeats))
+    return points
 
 
-def wide(cells: Cells) -> list[tuple[Cell, float]]:
-    """Passes whose interquartile range is above WIDE of their median, widest first, with that share."""
-    shares = [(cell, found.spread() / found.total()) for cell, found in cells.items()]
+def wide(measured: Measured) -> list[tuple[PassKind, float]]:
+    """Passes whose interquartile range is above WIDE of their mean, widest first, with that share."""
+    shares = [(kind, found.spread() / found.total()) for kind, found in measured.items()]
     return sorted((pair for pair in shares if pair[1] > WIDE), key=lambda pair: -pair[1])
 
 

@@ -12,9 +12,9 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from qllm.executor.calibration.store import CalibrationError
 from qllm.executor.calibration.subject import Subject
-from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.errors import CalibrationError
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner
 from qllm.traces.step_times.popularity import COLUMNS
 
@@ -59,7 +59,7 @@ def count_routing(
             if not tokens:
                 continue
             total += len(tokens)
-            running = runner.begin([(SequenceState(tokens, [*range(runner.cache.n_blocks)]), len(tokens))])
+            running = runner.begin([(Sequence(tokens, [*range(runner.cache.n_blocks)]), len(tokens))])
             layers = []
             while (point := running.advance()) is not None:
                 if point.stage == "experts" and point.layer not in layers:

@@ -29,15 +29,15 @@ from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.attention import attention_forward
 from qllm.executor.model.experts import experts_forward
 from qllm.executor.model.hooks import NAME
-from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass, current_pass
 from qllm.executor.model.runner import Runner, run_to_end
 
 TIMED = "qllm_timed"
-AFTER = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
+PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
 DECODING = 4  # sequences that decode before a prompt
 #: a sequence of a pass, and how many of its tokens are new in it
-Entry = tuple[SequenceState, int]
+Entry = tuple[Sequence, int]
 Entries = list[Entry]
 #: top-k indices `[T, k]` of a layer -> those to use instead
 Steer = Callable[[torch.Tensor, int], torch.Tensor]
@@ -45,8 +45,12 @@ Steer = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class PassTimes:
-    """One measured pass. `parts`: (name, seconds) in order, names as in the module's text; `routing`: rows of each
-    expert for each MoE layer."""
+    """One measured pass.
+
+    Attributes:
+        parts: (name, seconds) in order, names as in the module's text.
+        routing: rows of each expert for each MoE layer.
+    """
 
     parts: tuple[tuple[str, float], ...]
     routing: tuple[tuple[int, ...], ...]
@@ -60,8 +64,8 @@ class PassTimes:
 class Stopwatch:
     """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator.
 
-    Events are ordered with the kernels, so that the time between two of them holds whatever the device waited for,
-    the host included.
+    Events are ordered with the kernels: the time between two of them holds whatever the device waited for, the host
+    included.
     """
 
     def __init__(self, device: torch.device):
@@ -70,9 +74,11 @@ class Stopwatch:
         self.steer: Steer | None = None
 
     def restart(self) -> None:
+        """Forget all readings."""
         self.marks = []
 
     def mark(self, name: str) -> None:
+        """Read the clock."""
         if self.device.type == "cpu":
             self.marks.append((name, time.perf_counter()))
             return
@@ -109,7 +115,7 @@ class Stopwatch:
 
 @contextmanager
 def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
-    """While this is open, passes over `model` are timed by the Stopwatch that it gives."""
+    """Times the passes over `model` that run inside the block, with the Stopwatch that it gives."""
     watch = Stopwatch(model.device)
     AttentionInterface.register(TIMED, watch.attention)
     ExpertsInterface.register(TIMED, watch.experts)
@@ -123,33 +129,48 @@ def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
 
 
 def fill_cache(runner: Runner) -> None:
-    """Give the KV cache random contents, as far as it reaches. Memory that was never written is one page of zeros,
-    which is read from the processor's cache, faster than KV ever is in serving."""
-    entry = SequenceState([0], [0])
+    """Fill the KV cache with random values.
+
+    Memory that was never written is one page of zeros. It would be read from the processor's cache, faster than KV ever
+    is in serving.
+    """
+    entry = Sequence([0], [0])
     run_to_end(runner.begin([(entry, 1)]))  # layers are made at their first write
     for store in (*runner.cache.keys, *runner.cache.values):
         store[: runner.cache.zero_slot].normal_()
 
 
 def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
-    """Entries of a pass over sequences of random new tokens, each (new, tokens cached before), in blocks one after
-    another: what lies there is taken for their KV."""
+    """Entries of a pass over sequences of random new tokens.
+
+    Args:
+        runner: whose blocks they get, one after another; what lies there is taken for their KV.
+        sizes: (new tokens, tokens cached before) of each sequence.
+        seed: of the tokens.
+    """
     vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
     entries = []
     for new, cached in sizes:
         blocks = range(first, first - (-(new + cached) // size))
         tokens = [0] * cached + rng.choices(range(vocabulary), k=new)
-        entries.append((SequenceState(tokens, [*blocks], cached), new))
+        entries.append((Sequence(tokens, [*blocks], cached), new))
         first = blocks.stop
     return entries
 
 
-def runs_before(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
-    """A pass that may run before one over `entries` in serving: a `prompt` of so many tokens (of as many as there are
-    KV slots, at most), or where it is 0, as many sequences that decode before decoding ones, and a few before prompts.
-    Its tokens are others and go to other experts. What is measured alone finds the weights of its experts in the
-    processor's cache, and after a pass of its own size its memory too, as it never does in serving."""
+def preceding_pass(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
+    """A pass that may run before one over `entries` in serving, with other tokens, which go to other experts.
+
+    A pass that is measured alone finds the weights of its experts in the processor's cache, and after a pass of its own
+    size its memory too, as it never does in serving.
+
+    Args:
+        runner: that both run on.
+        entries: of the pass that follows.
+        prompt: tokens of a prompt (as many as there are KV slots, at most). 0: as many sequences that decode before
+            decoding ones, and a few before prompts.
+    """
     if prompt:
         sizes = [(min(prompt, runner.cache.n_blocks * runner.cache.block_size), 0)]
     elif all(new == 1 for _, new in entries):
@@ -166,21 +187,42 @@ def sample_greedily(running: RunningPass) -> None:
         sample(running.logits, [SamplingParams()] * rows, [0] * rows, [0] * rows)
 
 
-def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
-    """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
+@contextmanager
+def rewound(entries: Entries) -> Iterator[None]:
+    """The sequences stand after the block where they stood before it."""
     before = [seq.computed for seq, _ in entries]
-    watch.restart()
-    watch.mark("start")
-    running = runner.begin(entries)
-    run_to_end(running)
-    watch.mark("logits")
-    sample_greedily(running)
-    watch.mark("end")
+    yield
     for (seq, _), computed in zip(entries, before, strict=True):
         seq.computed = computed
+
+
+def seconds_of(device: torch.device, what: Callable[[], object]) -> float:
+    """Seconds of `what`, from an idle `device` to an idle one."""
+    _synchronize(device)
+    start = time.perf_counter()
+    what()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
+    """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
+    with rewound(entries):
+        watch.restart()
+        watch.mark("start")
+        running = runner.begin(entries)
+        run_to_end(running)
+        watch.mark("logits")
+        sample_greedily(running)
+        watch.mark("end")
     names = [name for name, _ in watch.marks]
     parts = []
     for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
-        part = {"logits": "tail", "end": "sample"}.get(following) or AFTER[name]
+        part = {"logits": "tail", "end": "sample"}.get(following) or PARTS[name]
         parts.append((part, seconds))
     return PassTimes(tuple(parts), tuple(map(tuple, running.routing)))

@@ -29,8 +29,8 @@ def calibrate(
 
     from qllm.executor.calibration.calibrate import Extent, calibrate
     from qllm.executor.calibration.routing import record_popularity
-    from qllm.executor.calibration.store import CalibrationError
     from qllm.executor.calibration.subject import load_subject
+    from qllm.executor.errors import CalibrationError
 
     if prompts is not None and not prompts.is_file():
         raise CalibrationError(f"--prompts {prompts}: no such file")

@@ -45,6 +45,6 @@ def validate(
     for number, run in enumerate(todo := runs(loaded), start=1):
         typer.echo(f"{number}/{len(todo)}: {run}", err=True)
         compared.append(compare(run, subject.model))
-    save(compared, subject.model, folder)
+    save(compared, folder)
     typer.echo(report(folder))
-    typer.echo(f"{folder}/: requests.csv, errors.csv, passes.csv, steps.csv, validation.png")
+    typer.echo(f"{folder}/: requests.csv, errors.csv, passes.csv, validation.png")

@@ -1,4 +1,4 @@
-"""Tables, files and figure of a validation."""
+"""Files, tables and the figure of a validation."""
 
 from __future__ import annotations
 
@@ -9,64 +9,37 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from transformers import PreTrainedModel
 
-from qllm.validation.attribution import by_pass, by_step
+from qllm.validation.attribution import by_pass
 from qllm.validation.validate import METRICS, REAL, SIMULATED, Comparison, errors
 
 TITLES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "turnaround_s": "turnaround"}
 
 
-def save(compared: list[Comparison], model: PreTrainedModel, folder: Path) -> None:
-    """Write requests.csv, errors.csv, spread.csv, passes.csv, steps.csv and validation.png to `folder`."""
-    requests = pd.concat([run.requests() for run in compared], ignore_index=True)
+def save(compared: list[Comparison], folder: Path) -> None:
+    """Write requests.csv, errors.csv, passes.csv and validation.png to `folder`."""
+    requests = pd.concat([one.requests() for one in compared], ignore_index=True)
     requests.to_csv(folder / "requests.csv", index=False)
     errors(requests).to_csv(folder / "errors.csv", index=False)
-    spread(requests).to_csv(folder / "spread.csv", index=False)
     by_pass(compared).to_csv(folder / "passes.csv", index=False)
-    blocks = max(_blocks(run) for run in compared)
-    by_step(compared, model, blocks).to_csv(folder / "steps.csv", index=False)
-    figure(requests, compared[0].steps.timings.source).savefig(folder / "validation.png", dpi=150)
-
-
-def _blocks(run: Comparison) -> int:
-    """KV blocks of 16 tokens that the largest pass of a run needs."""
-    sizes = (
-        sum(-(-(new + cached) // 16) for new, cached in call.chunks)
-        + call.n_decode * (2 + call.decode_context // max(call.n_decode, 1) // 16)
-        for call in run.calls
-    )
-    return max(sizes, default=1)
-
-
-def spread(requests: pd.DataFrame) -> pd.DataFrame:
-    """How far single repeats lie apart: for all classes of each policy, rate and world, the smallest and largest mean
-    of each metric over the seeds."""
-    means = requests.groupby(["policy", "rate", "world", "seed"], sort=False)[list(METRICS)].mean()
-    lowest, highest = (
-        getattr(means.groupby(["policy", "rate", "world"], sort=False), which)() for which in ("min", "max")
-    )
-    return lowest.add_suffix("_min").join(highest.add_suffix("_max")).reset_index()
+    figure(requests, compared[0].real.steps.timings.source).savefig(folder / "validation.png", dpi=150)
 
 
 def report(folder: Path) -> str:
     """What `save` wrote, as text: errors over all classes and per class, and the largest contributions to them."""
     table = pd.read_csv(folder / "errors.csv")
-    lines = []
-    wide = table.assign(what=table["metric"].str.removesuffix("_s") + " " + table["statistic"])
-    names = list(dict.fromkeys(wide["what"]))
+    table["what"] = table["metric"].str.removesuffix("_s") + " " + table["statistic"]
+    names = table["what"].unique().tolist()
     formats = {name: "{:+.0f}".format if name.startswith("preemptions") else "{:+.1%}".format for name in names}
-    for values, told in (("error", "calibrated step times"), ("error_at_speed", "at the speed that the machine had")):
-        shown = wide.pivot(index=["policy", "rate", "class"], columns="what", values=values)[names]
-        lines += [f"simulated / real - 1 (preemptions: difference), {told}", ""]
-        lines += [shown.to_string(formatters=formats, na_rep="-"), ""]
-    for name, title in (("passes", "kind of pass, in the run"), ("steps", "kind of step, passes measured again")):
-        found = pd.read_csv(folder / f"{name}.csv")
-        lines += [f"largest contributions by {title} (share: of the measured time)"]
-        lines.append(
-            found.to_string(index=False, float_format="{:.4f}".format, formatters={"share": "{:+.2%}".format}) + "\n"
-        )
-    return "\n".join(lines)
+    shown = table.pivot(index=["policy", "rate", "class"], columns="what", values="error")[names]
+    passes = pd.read_csv(folder / "passes.csv")
+    parts = [
+        "simulated / real - 1 (preemptions: difference)\n",
+        shown.to_string(formatters=formats, na_rep="-") + "\n",
+        "largest contributions by kind of pass (share: of the measured time)",
+        passes.to_string(index=False, float_format="{:.4f}".format, formatters={"share": "{:+.2%}".format}) + "\n",
+    ]
+    return "\n".join(parts)
 
 
 def figure(requests: pd.DataFrame, source: str) -> Figure:

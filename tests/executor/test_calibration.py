@@ -14,25 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.executor.calibration import engine_overhead as loop_cost
-from qllm.executor.calibration import stopwatch as measuring
-from qllm.executor.calibration.calibrate import CalibrationWarning, Extent, calibrate, calibration
-from qllm.executor.calibration.calibration_check import predict, run_passes
+from qllm.executor.calibration import engine_overhead, stopwatch
+from qllm.executor.calibration.calibrate import CalibrationWarning, Extent, calibrate
 from qllm.executor.calibration.engine_overhead import LoopSeconds, loop_seconds, wake_seconds
 from qllm.executor.calibration.fit import query_block_seconds
-from qllm.executor.calibration.grid import ALL, Cell, cells, mixed_lengths
-from qllm.executor.calibration.profiler import OFTEN, ROUNDS, Bench, spread
+from qllm.executor.calibration.grid import PassKind, mixed_lengths, pass_kinds
+from qllm.executor.calibration.profiler import OFTEN, ROUNDS, Profiler, spread
 from qllm.executor.calibration.routing import count_routing, write_popularity
 from qllm.executor.calibration.stopwatch import PassTimes, timed
-from qllm.executor.calibration.store import CalibrationError, Measured
+from qllm.executor.calibration.store import Samples
 from qllm.executor.calibration.subject import Subject, load_subject, with_layers
 from qllm.executor.engine.clock import RealClock
-from qllm.executor.engine.engine import Engine
+from qllm.executor.errors import CalibrationError
 from qllm.executor.model.info import device_name, model_facts
 from qllm.executor.model.loading import prepare_model
-from qllm.executor.model.runner import Runner
 from qllm.executor.testing import tiny_config, tiny_model
-from qllm.scheduler import Limits
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
 from qllm.traces.step_times.timings import TimingError, Timings, affine_timings
@@ -44,8 +40,8 @@ EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)
 @pytest.fixture(scope="module", autouse=True)
 def short_pauses():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_cost, "PAUSES", 3)
-        patch.setattr(loop_cost, "PAUSE_S", 0.02)
+        patch.setattr(engine_overhead, "PAUSES", 3)
+        patch.setattr(engine_overhead, "PAUSE_S", 0.02)
         yield
 
 
@@ -65,7 +61,7 @@ def trace(subject, tmp_path_factory) -> Path:
 def counting(monkeypatch) -> None:
     """Every reading of the clock inside a pass comes one millisecond after the last."""
     readings = iter(range(1_000_000_000))
-    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: next(readings) * 1e-3))
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: next(readings) * 1e-3))
 
 
 def test_the_written_trace_covers_the_extent_and_loads(subject, trace):
@@ -81,6 +77,7 @@ def test_the_written_trace_covers_the_extent_and_loads(subject, trace):
     assert loaded.repeats >= 2
     assert all(point.spread_s is not None for point in loaded.points if point.step == "dense_pre")
     assert loaded.host_bandwidth > 0
+    assert 0 < loaded.engine_between_s < loaded.engine_loop_s < loaded.host_s
     assert not list(trace.parent.glob("*.measured"))
 
 
@@ -92,9 +89,9 @@ def test_the_steps_sum_to_the_whole_pass(subject, tmp_path, monkeypatch):
     steps = PassCostModel(calibrate(subject, tmp_path / "tiny.csv", EXTENT))
     for prefill, batch, context in (([(None, 16, 0)], 0, 0), ([(None, 8, 32)], 0, 0), ([], 3, 30)):
         tokens = sum(new for _, new, _ in prefill) + batch
-        shape = steps.shape(prefill, batch, context, batch or 1)
+        cost = steps.cost(prefill, batch, context, batch or 1)
         counts = np.full((2, 8), math.ceil(tokens * 2 / 8))
-        total = steps.total(shape, steps.experts_of_pass(shape, counts))
+        total = steps.total(cost, steps.experts_of_pass(cost, counts))
         assert total == pytest.approx((4 * 2 + 2 + 5) * 1e-3, rel=0.02)
 
 
@@ -111,110 +108,93 @@ def test_a_pass_that_is_slow_after_a_pause_is_found_out(subject, monkeypatch):
             self.woken = False
             return super().idle(until)
 
-        def course(self, *args):
+        def execution(self, *args):
             if not self.woken:
                 time.sleep(0.1)
             self.woken = True
-            return super().course(*args)
+            return super().execution(*args)
 
-    monkeypatch.setattr(loop_cost, "RealClock", Sleepy)
+    monkeypatch.setattr(engine_overhead, "RealClock", Sleepy)
     assert wake_seconds(subject.model) > 0.05
 
 
 def test_times_are_those_of_the_mean_pass():
     """One repeat of eight is disturbed; and one stood still for a minute, which is no one's everyday."""
-    often = Measured(("lead",), np.array([[1.0]] * 7 + [[1.8]]), ())
-    once = Measured(("lead",), np.array([[1.0]] * 7 + [[60.0]]), ())
-    few = Measured(("lead",), np.array([[1.0], [2.0]]), ())
-    parts = Measured(("lead", "tail"), np.array([[1.0, 3.0]] * 7 + [[1.8, 5.4]]), ())
+    often = Samples(("lead",), np.array([[1.0]] * 7 + [[1.8]]), ())
+    once = Samples(("lead",), np.array([[1.0]] * 7 + [[60.0]]), ())
+    few = Samples(("lead",), np.array([[1.0], [2.0]]), ())
+    parts = Samples(("lead", "tail"), np.array([[1.0, 3.0]] * 7 + [[1.8, 5.4]]), ())
     assert (often.total(), once.total(), few.total()) == pytest.approx((1.1, 1.25, 1.5))
     assert parts.means == pytest.approx([1.1, 3.3])
 
 
-def visits_that_take(monkeypatch, seconds: Callable[[Cell, int], float]) -> list[Cell]:
-    """Each interval of the n-th visit to a cell takes seconds(cell, n). Returns the cells, as they are visited."""
-    visited: list[Cell] = []
-    visit = Bench.visit
+def samples_that_take(monkeypatch, seconds: Callable[[PassKind, int], float]) -> list[PassKind]:
+    """Each interval of the n-th repeat of a kind takes seconds(kind, n). Returns the kinds, as they are measured."""
+    sampled: list[PassKind] = []
+    sample = Profiler.sample
 
-    def visit_in(self, cell: Cell, watch) -> PassTimes:
-        visited.append(cell)
-        each = seconds(cell, visited.count(cell))
-        passed = visit(self, cell, watch)
+    def sample_in(self, kind: PassKind, watch) -> PassTimes:
+        sampled.append(kind)
+        each = seconds(kind, sampled.count(kind))
+        passed = sample(self, kind, watch)
         return PassTimes(tuple((name, each) for name, _ in passed.parts), passed.routing)
 
-    monkeypatch.setattr(Bench, "visit", visit_in)
-    return visited
+    monkeypatch.setattr(Profiler, "sample", sample_in)
+    return sampled
 
 
-def test_a_kind_of_pass_that_was_slow_is_not_visited_more_often(subject, tmp_path, monkeypatch):
-    """Else it would end up faster than it is: slow visits would be outnumbered, and fast ones would not."""
-    slow = range(2, 2 + OFTEN)  # in the first round; the visit before it warms up
-    visited = visits_that_take(monkeypatch, lambda cell, n: 9e-3 if cell == Cell(1, 4, 0) and n in slow else 1e-3)
+def test_a_kind_of_pass_that_was_slow_is_not_sampled_more_often(subject, tmp_path, monkeypatch):
+    """Else it would end up faster than it is: slow repeats would be outnumbered, and fast ones would not."""
+    slow = range(2, 2 + OFTEN)  # in the first round; the one before it warms up
+    sampled = samples_that_take(monkeypatch, lambda kind, n: 9e-3 if kind == PassKind(1, 4, 0) and n in slow else 1e-3)
     calibrate(subject, tmp_path / "tiny.csv", EXTENT)
-    assert {visited.count(cell) for cell in visited} == {1 + (ROUNDS[0] + 1) * OFTEN}
+    assert {sampled.count(kind) for kind in sampled} == {1 + (ROUNDS[0] + 1) * OFTEN}
 
 
-def test_steady_passes_are_visited_as_little_as_possible(subject, tmp_path, monkeypatch):
-    visited = visits_that_take(monkeypatch, lambda cell, n: 1e-3)
+def test_steady_passes_are_sampled_as_little_as_possible(subject, tmp_path, monkeypatch):
+    sampled = samples_that_take(monkeypatch, lambda kind, n: 1e-3)
     calibrate(subject, tmp_path / "tiny.csv", EXTENT)
-    assert {visited.count(cell) for cell in visited} == {1 + ROUNDS[0] * OFTEN}
+    assert {sampled.count(kind) for kind in sampled} == {1 + ROUNDS[0] * OFTEN}
 
 
-def test_a_long_pass_is_visited_less_often(subject, tmp_path, monkeypatch):
-    visited = visits_that_take(monkeypatch, lambda cell, n: 1.0 if cell == Cell(1, 16, 0) else 1e-3)
+def test_a_long_pass_is_sampled_less_often(subject, tmp_path, monkeypatch):
+    sampled = samples_that_take(monkeypatch, lambda kind, n: 1.0 if kind == PassKind(1, 16, 0) else 1e-3)
     calibrate(subject, tmp_path / "tiny.csv", EXTENT)
-    assert visited.count(Cell(1, 16, 0)) == 1 + ROUNDS[0]
-    assert visited.count(Cell(1, 1, 0)) == 1 + ROUNDS[0] * OFTEN
+    assert sampled.count(PassKind(1, 16, 0)) == 1 + ROUNDS[0]
+    assert sampled.count(PassKind(1, 1, 0)) == 1 + ROUNDS[0] * OFTEN
 
 
 @given(st.lists(st.integers(1, OFTEN), min_size=1, max_size=40))
-def test_a_round_spreads_the_visits_to_a_kind(times):
-    """No stretch of a round longer than two shares of a kind is without a visit to it."""
-    often = {Cell(1, 1 + place, 0): many for place, many in enumerate(times)}
+def test_a_round_spreads_the_repeats_of_a_kind(times):
+    """No stretch of a round longer than two shares of a kind is without one."""
+    often = {PassKind(1, 1 + place, 0): many for place, many in enumerate(times)}
     order = spread(often)
-    for cell, many in often.items():
-        at = [place for place, (visited, _) in enumerate(order) if visited == cell]
-        assert [turn for visited, turn in order if visited == cell] == list(range(many))
+    for kind, many in often.items():
+        at = [place for place, (sampled, _) in enumerate(order) if sampled == kind]
+        assert [turn for sampled, turn in order if sampled == kind] == list(range(many))
         gaps = np.diff([0, *at, len(order)])
         assert gaps.max() <= 2 * len(order) / many + len(times)
 
 
-def test_a_pass_and_what_is_compared_with_it_are_visited_one_after_another():
+def test_a_pass_and_what_is_compared_with_it_are_sampled_one_after_another():
     """What they differ by is small; the machine's speed must not change in between."""
-    grid = cells(max_tokens=1024, max_context=1024, max_batch=16, kv_tokens=10**9, experts=32, top_k=4)
-    order = spread({cell: 1 if cell.tokens > 100 else 3 for cell in grid})
-    at = {visit: place for place, visit in enumerate(order)}
-    compared = [(cell, turn) for cell, turn in order if cell != cell.plain and cell.plain in grid]
+    grid = pass_kinds(max_tokens=1024, max_context=1024, max_batch=16, kv_tokens=10**9, experts=32, top_k=4)
+    order = spread({kind: 1 if kind.tokens > 100 else 3 for kind in grid})
+    at = {repeat: place for place, repeat in enumerate(order)}
+    compared = [(kind, turn) for kind, turn in order if kind != kind.baseline and kind.baseline in grid]
     assert len(compared) > 10
-    family = Counter(cell.plain for cell in grid)
-    assert all(abs(at[cell, turn] - at[cell.plain, turn]) < family[cell.plain] for cell, turn in compared)
+    family = Counter(kind.baseline for kind in grid)
+    assert all(abs(at[kind, turn] - at[kind.baseline, turn]) < family[kind.baseline] for kind, turn in compared)
 
 
 def test_repeats_make_a_mean_more_certain():
-    once = Measured(("lead",), 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 1)), ())
-    assert once.and_also(once).uncertainty() == pytest.approx(once.uncertainty() / 2**0.5)
-
-
-def test_between_two_visits_of_a_calibration_the_model_serves(subject, tmp_path):
-    limits = Limits(max_seqs=2, max_batched_tokens=16, kv_blocks=8)
-
-    def served() -> list[int]:
-        with Engine(subject.model, limits=limits) as engine:
-            return engine.submit([1, 2, 3], max_new_tokens=4).result().tokens
-
-    alone = served()
-    out, visits = tmp_path / "tiny.csv", 0
-    for _ in calibration(subject, out, EXTENT):
-        visits += 1
-        if visits in (1, 7):
-            assert served() == alone
-    assert visits >= 2 * len(cells(**vars(EXTENT), kv_tokens=10**9, experts=8, top_k=2))
-    assert Timings.load(out).conditions["engine_between_s"] < Timings.load(out).engine_loop_s
+    once = Samples(("lead",), 1 + 0.1 * np.random.default_rng(0).standard_normal((5, 1)), ())
+    assert once.joined(once).uncertainty() == pytest.approx(once.uncertainty() / 2**0.5)
 
 
 def test_parts_sum_to_the_median_pass_though_disturbances_hit_another_interval_each_time():
     seconds = np.ones((4, 4)) + 2 * np.eye(4)  # each pass takes 6, the median of each interval is 1
-    measured = Measured(("lead", "attention", "experts", "tail"), seconds, ())
+    measured = Samples(("lead", "attention", "experts", "tail"), seconds, ())
     assert measured.total() == pytest.approx(6)
     assert measured.total("attention") == pytest.approx(1.5)
 
@@ -229,17 +209,17 @@ def test_an_interrupted_calibration_goes_on(subject, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate(subject, out, EXTENT, stop)
     kept = out.with_name("tiny.csv.measured")
-    first = [json.loads(line)["cell"] for line in kept.read_text().splitlines()[1:]]
+    first = [json.loads(line)["kind"] for line in kept.read_text().splitlines()[1:]]
     assert len(first) == 10
-    kept.write_text(kept.read_text() + '{"cell": "1,2,0')  # the power failed in the middle of a line
-    visited = visits_that_take(monkeypatch, lambda cell, n: 1e-3)
+    kept.write_text(kept.read_text() + '{"kind": "1,2,0')  # the power failed in the middle of a line
+    sampled = samples_that_take(monkeypatch, lambda kind, n: 1e-3)
     calibrate(subject, out, EXTENT)
     assert out.exists()
     assert not kept.exists()
-    grid = cells(**vars(EXTENT), kv_tokens=10**9, experts=8, top_k=2)
-    assert set(visited[: len(grid)]) == set(grid)  # a new process warms up
-    found = Counter(first) + Counter(cell.key for cell in visited[len(grid) :])
-    assert found == {cell.key: ROUNDS[0] * OFTEN for cell in grid}  # nothing is measured anew
+    grid = pass_kinds(**vars(EXTENT), kv_tokens=10**9, experts=8, top_k=2)
+    assert set(sampled[: len(grid)]) == set(grid)  # a new process warms up
+    found = Counter(first) + Counter(kind.key for kind in sampled[len(grid) :])
+    assert found == {kind.key: ROUNDS[0] * OFTEN for kind in grid}  # nothing is measured anew
 
 
 def test_measurements_of_something_else_are_not_gone_on_with(subject, tmp_path):
@@ -260,43 +240,51 @@ def test_an_extent_beyond_the_model_is_refused(subject, tmp_path):
 
 
 @pytest.mark.usefixtures("counting")
-def test_parts_cuts_and_steering_of_a_pass(subject):
-    bench = Bench(subject.model, 64, 3)
+def test_parts_splits_and_forced_experts_of_a_pass(subject):
+    profiler = Profiler(subject.model, 64, 3)
     with torch.inference_mode(), timed(subject.model) as watch:
-        whole = bench.visit(Cell(1, 16, 0), watch)
-        single = bench.visit(Cell(1, 16, 0, 1), watch)
-        hot = bench.visit(Cell(1, 16, 0, ALL, 2), watch)
+        whole = profiler.sample(PassKind(1, 16, 0), watch)
+        single = profiler.sample(PassKind(1, 16, 0, 1), watch)
+        forced = profiler.sample(PassKind(1, 16, 0, forced_experts=2), watch)
     layer = ["attention", "post", "experts", "pre"]
     assert [name for name, _ in whole.parts] == ["lead", *layer, *layer[:3], "tail", "sample"]
     assert single.routing == whole.routing
-    assert hot.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
+    assert forced.routing == ((16, 16, 0, 0, 0, 0, 0, 0),) * 2
     assert subject.model.config._attn_implementation == "qllm"  # as before
 
 
-def test_each_visit_brings_other_tokens_and_each_cut_the_same(subject):
-    bench, cell = Bench(subject.model, 64, 3), Cell(1, 16, 0)
+def test_each_repeat_has_other_tokens_and_a_split_one_the_same(subject):
+    profiler, kind = Profiler(subject.model, 64, 3), PassKind(1, 16, 0)
     with torch.inference_mode(), timed(subject.model) as watch:
-        first, second = (bench.visit(cell, watch).routing for _ in range(2))
-        cut = [bench.visit(cell._replace(group=2), watch).routing for _ in range(2)]
+        first, second = (profiler.sample(kind, watch).routing for _ in range(2))
+        split = [profiler.sample(kind._replace(experts_per_group=2), watch).routing for _ in range(2)]
     assert first != second
-    assert cut == [first, second]
+    assert split == [first, second]
 
 
 @pytest.mark.usefixtures("counting")
-def test_a_further_group_costs_what_cut_passes_take_longer(subject, tmp_path, monkeypatch):
+def test_a_further_group_costs_what_split_passes_take_longer(subject, tmp_path, monkeypatch):
     """By the clock that counts readings they take as long; here a layer's experts take 1 ms more one by one."""
-    visit = Bench.visit
+    sample = Profiler.sample
 
-    def visit_in(self, cell: Cell, watch) -> PassTimes:
-        passed = visit(self, cell, watch)
-        parts = [(name, s + 1e-3 * (name == "experts" and cell.group == 1)) for name, s in passed.parts]
+    def sample_in(self, kind: PassKind, watch) -> PassTimes:
+        passed = sample(self, kind, watch)
+        parts = [(name, s + 1e-3 * (name == "experts" and kind.experts_per_group == 1)) for name, s in passed.parts]
         return PassTimes(tuple(parts), passed.routing)
 
-    monkeypatch.setattr(Bench, "visit", visit_in)
+    monkeypatch.setattr(Profiler, "sample", sample_in)
     monkeypatch.setattr(
-        "qllm.executor.calibration.calibrate.cells", lambda **_: [*few, *(c._replace(group=1) for c in few[:2])]
+        "qllm.executor.calibration.calibrate.pass_kinds",
+        lambda **_: [*few, *(c._replace(experts_per_group=1) for c in few[:2])],
     )
-    few = [Cell(1, 1, 0), Cell(1, 16, 0), Cell(2, 1, 0), Cell(1, 1, 8), Cell(1, 16, 8), Cell(2, 1, 8)]
+    few = [
+        PassKind(1, 1, 0),
+        PassKind(1, 16, 0),
+        PassKind(2, 1, 0),
+        PassKind(1, 1, 8),
+        PassKind(1, 16, 8),
+        PassKind(2, 1, 8),
+    ]
     timings = calibrate(subject, tmp_path / "tiny.csv", EXTENT)
     assert 0.99e-3 / 2 <= timings.launch(1) <= 1.01e-3  # two experts, of which the first of all may be one
     assert 0.99e-3 / 7 <= timings.launch(16) < 1e-3 / 4
@@ -304,43 +292,47 @@ def test_a_further_group_costs_what_cut_passes_take_longer(subject, tmp_path, mo
 
 @pytest.mark.usefixtures("counting")
 def test_a_pass_that_is_slow_after_a_prompt_is_found_out(subject, tmp_path, monkeypatch):
-    visit = Bench.visit
+    sample = Profiler.sample
 
-    def visit_in(self, cell: Cell, watch) -> PassTimes:
-        passed = visit(self, cell, watch)
-        extra = 1e-3 * cell.sequences * bool(cell.after)
+    def sample_in(self, kind: PassKind, watch) -> PassTimes:
+        passed = sample(self, kind, watch)
+        extra = 1e-3 * kind.sequences * bool(kind.preceding_prompt)
         return PassTimes((("lead", passed.parts[0][1] + extra), *passed.parts[1:]), passed.routing)
 
-    monkeypatch.setattr(Bench, "visit", visit_in)
+    monkeypatch.setattr(Profiler, "sample", sample_in)
     timings = calibrate(subject, tmp_path / "tiny.csv", EXTENT)
     assert [timings.after_prefill(n) for n in (1, 2, 3)] == pytest.approx([1e-3, 2e-3, 3e-3], rel=0.01)
     assert timings.dense_pre(1) < 3e-3  # nothing of it
 
 
-def test_what_cutting_an_attention_costs_is_its_own_number(tmp_path):
-    def attention(seconds: float) -> Measured:
-        return Measured(("attention",), np.full((3, 1), seconds), ())
+def test_what_splitting_an_attention_costs_is_its_own_number(tmp_path):
+    def attention(seconds: float) -> Samples:
+        return Samples(("attention",), np.full((3, 1), seconds), ())
 
-    cells_ = {Cell(1, 64, 0): attention(0.8), Cell(1, 64, 0, pieces=8): attention(0.96), Cell(1, 8, 0): attention(0.1)}
-    found = query_block_seconds(cells_, layers=2)
+    by_kind = {
+        PassKind(1, 64, 0): attention(0.8),
+        PassKind(1, 64, 0, query_blocks=8): attention(0.96),
+        PassKind(1, 8, 0): attention(0.1),
+    }
+    found = query_block_seconds(by_kind, layers=2)
     assert found == pytest.approx(0.01)
-    # a long pass that by chance was a twentieth faster cut than uncut
-    long = {Cell(1, 512, 0): attention(80.0), Cell(1, 512, 0, pieces=8): attention(76.0)}
-    assert query_block_seconds(cells_ | long, layers=2) == pytest.approx(0.01, rel=0.01)
+    # a long pass that by chance was a twentieth faster split than whole
+    long = {PassKind(1, 512, 0): attention(80.0), PassKind(1, 512, 0, query_blocks=8): attention(76.0)}
+    assert query_block_seconds(by_kind | long, layers=2) == pytest.approx(0.01, rel=0.01)
     timings = affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), query_block_s=found)
     timings.save(tmp_path / "t.csv")
     for known in (timings, Timings.load(tmp_path / "t.csv")):
-        shape = PassCostModel(known, max_step=0.25).shape([(None, 64, 0)], 0, 0, 1)
-        assert (shape.pieces, shape.attention) == (4, pytest.approx(0.25 + 0.01))
+        cost = PassCostModel(known, max_step=0.25).cost([(None, 64, 0)], 0, 0, 1)
+        assert (cost.query_blocks, cost.query_block_s) == (4, pytest.approx(0.25 + 0.01))
     told_nothing = PassCostModel(affine_timings(layers=2, prefill=(1.0, 0.0, 0.0), launch_s=0.02), max_step=0.25)
-    assert told_nothing.shape([(None, 64, 0)], 0, 0, 1).attention == pytest.approx(0.27)
+    assert told_nothing.cost([(None, 64, 0)], 0, 0, 1).query_block_s == pytest.approx(0.27)
 
 
 def test_the_grid_leaves_out_what_does_not_fit():
-    grid = cells(max_tokens=16, max_context=128, max_batch=8, kv_tokens=300, experts=8, top_k=2)
-    assert Cell(2, 1, 128) in grid
-    assert Cell(4, 1, 128) not in grid
-    assert max(cell.kv_tokens for cell in grid) <= 300
+    grid = pass_kinds(max_tokens=16, max_context=128, max_batch=8, kv_tokens=300, experts=8, top_k=2)
+    assert PassKind(2, 1, 128) in grid
+    assert PassKind(4, 1, 128) not in grid
+    assert max(kind.kv_tokens for kind in grid) <= 300
 
 
 def test_corners_that_did_not_fit_are_modelled(subject, tmp_path, monkeypatch):
@@ -409,28 +401,6 @@ def test_timings_of_another_model_or_device_are_refused(subject, trace):
         timings.check_matches(device="A100", layers=3, experts=8)
 
 
-def test_checked_passes_are_cut_and_predicted_by_the_steps_that_they_are_compared_with(subject):
-    runner = Runner(subject.model, 16, 16)
-    steps = PassCostModel(affine_timings(layers=2, experts=8, top_k=2, hidden=64), max_step=4e-4)
-    mix = [(12, 20), (1, 30)]
-    passes = run_passes(runner, steps, [mix], repeats=1)
-    assert next(passes) is None  # the pass that warms up
-    assert next(passes) is None
-    with pytest.raises(StopIteration) as end:
-        next(passes)
-    (found,) = end.value.value
-    assert found.seconds > 0
-    (routing,) = found.routing
-    assert routing.sum() == 2 * 2 * 13  # layers, top-k, tokens
-    assert found.shape.groups > 1
-    times = steps.times(found.shape, routing)
-    assert predict(steps, [found]) == pytest.approx([times.sum()])
-    slower = PassCostModel(
-        affine_timings(layers=2, experts=8, top_k=2, hidden=64, host_s=1.0)
-    )  # cuts nothing by itself
-    assert predict(slower, [found])[0] == pytest.approx(1.0 + times.sum(), rel=1e-3)
-
-
 def test_sequences_that_decode_together_have_the_lengths_of_serving():
     lengths = mixed_lengths(100, 5)
     assert sum(lengths) == 500
@@ -441,8 +411,8 @@ def test_sequences_that_decode_together_have_the_lengths_of_serving():
 
 
 def test_the_cache_that_is_measured_holds_random_values(subject):
-    bench = Bench(subject.model, 64, 2)
-    zero_slot = bench.runner.cache.zero_slot
-    for store in (*bench.runner.cache.keys, *bench.runner.cache.values):
+    profiler = Profiler(subject.model, 64, 2)
+    zero_slot = profiler.runner.cache.zero_slot
+    for store in (*profiler.runner.cache.keys, *profiler.runner.cache.values):
         assert (store[:zero_slot] != 0).all()
         assert (store[zero_slot] == 0).all()

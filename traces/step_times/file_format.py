@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from qllm.traces.files import HeaderError, read_header, render_header
 
 FORMAT = "qllm-timings 1"
 GRIDS = ("attention_prefill", "attention_decode")
@@ -67,6 +67,8 @@ class TimingHeader:
     host_bandwidth: float
     query_block_s: float | None = None  # each block of a cut attention; untold, it is `launch_s`
     wake_s: float = 0.0  # what a pass takes longer after the device stood idle
+    engine_loop_s: float | None = None  # the part of `host_s` that is the engine's loop, beyond a pass itself
+    engine_between_s: float | None = None  # the part of `engine_loop_s` that lies between two passes
     repeats: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +87,8 @@ _MAY_BE_ZERO = (
     "resume_s",
     "query_block_s",
     "wake_s",
+    "engine_loop_s",
+    "engine_between_s",
 )
 
 
@@ -183,10 +187,11 @@ def _check_rectangle(step: str, points: list[Point], seen: dict[tuple[str, int, 
 def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
     """Header and points of a file's text. TimingError with file and row for anything wrong."""
     lines = text.splitlines()
-    head = 0
-    while head < len(lines) and lines[head].startswith("#"):
-        head += 1
-    header, count = _parse_header(lines[:head], where)
+    try:
+        told, head = read_header(lines)
+    except HeaderError as error:
+        raise TimingError(f"{where}{f', row {error.row}' if error.row else ''}: {error}") from None
+    header, count = _checked_header(told, where)
     if head >= len(lines):
         raise TimingError(f"{where}: truncated: no table after the header")
     if tuple(lines[head].split(",")) != COLUMNS:
@@ -208,17 +213,9 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
     return header, points
 
 
-def _parse_header(lines: list[str], where: str) -> tuple[dict[str, Any], int]:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        header = yaml.load("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines), Loader=loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        row = f", row {mark.line + 1}" if mark else ""
-        raise TimingError(
-            f"{where}{row}: the header is not YAML after '# ': {getattr(error, 'problem', error)}"
-        ) from None
-    if not isinstance(header, dict):
+def _checked_header(header: dict[str, Any], where: str) -> tuple[dict[str, Any], int]:
+    """The header as `check_header` gives it, and the number of points that it announces."""
+    if not header:
         raise TimingError(
             f"{where}: no header; a timing trace starts with '# format: {FORMAT}' and '# key: value' lines"
         )
@@ -259,8 +256,7 @@ def render(header: TimingHeader, points: list[Point]) -> str:
     shown = {"format": FORMAT, **{f.name: getattr(header, f.name) for f in fields(TimingHeader)}, "points": len(points)}
     shown = {key: value for key, value in shown.items() if value is not None and value != {}}
     out = io.StringIO()
-    for line in yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).splitlines():
-        out.write(f"# {line}\n")
+    out.write(render_header(shown))
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for point in sorted(points, key=lambda p: (ALL_STEPS.index(p.step), p.tokens, p.context or 0)):

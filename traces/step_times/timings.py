@@ -5,7 +5,7 @@ A timing trace is a table of points plus a header that says what it is; format a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from qllm.traces.step_times.interpolate import Curve, ExtrapolationWarning, Grid
 
 __all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "affine_timings", "bundled"]
 
-#: seconds that belong to no size
-SIZELESS = ("experts_base_s", "launch_s", "host_s", "suspend_s", "resume_s", "wake_s")
 _FOLDER = Path(__file__).parents[1] / "data" / "timings"
 
 
@@ -72,30 +70,6 @@ class Timings(TimingHeader):
     def save(self, path: str | Path) -> None:
         """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
         Path(path).write_text(render(self, list(self.points)), encoding="utf-8")
-
-    @property
-    def engine_loop_s(self) -> float:
-        """What of `host_s` is the engine's loop, beyond a pass itself; 0 where a trace does not say."""
-        return float(self.conditions.get("engine_loop_s", 0.0))
-
-    @property
-    def engine_between_s(self) -> float:
-        """What of `engine_loop_s` lies between two passes; all of it where a trace does not say."""
-        return float(self.conditions.get("engine_between_s", self.engine_loop_s))
-
-    def scaled(self, few: float, many: float | None = None, bound: int = 0) -> Timings:
-        """The device at another speed: seconds of steps over up to `bound` tokens (or sequences), and of what has no
-        size, times `few`, others times `many` (both above 0; `few` too where it is None); not the bandwidth."""
-        many = few if many is None else many
-
-        def slower(p: Point) -> Point:
-            factor = few if p.tokens <= bound else many
-            return p._replace(seconds=p.seconds * factor, spread_s=p.spread_s and p.spread_s * factor)
-
-        numbers = {key: getattr(self, key) * few for key in SIZELESS}
-        if self.query_block_s is not None:
-            numbers["query_block_s"] = self.query_block_s * many
-        return replace(self, points=tuple(map(slower, self.points)), **numbers)
 
     def dense_pre(self, tokens: Any) -> Any:
         """Norm and QKV projection of `tokens` tokens, up to the attention: seconds a layer."""

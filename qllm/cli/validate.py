@@ -24,8 +24,9 @@ def validate(
     import torch
 
     from qllm.config.config import load_config
-    from qllm.executor.calibration.subject import load_subject
-    from qllm.executor.model.info import device_name, model_facts
+    from qllm.executor.calibration.environment import device_name
+    from qllm.executor.model.info import model_facts
+    from qllm.executor.model.loading import load
     from qllm.experiment.results import make_folder
     from qllm.experiment.run import runs
     from qllm.traces.step_times.timings import Timings
@@ -37,14 +38,14 @@ def validate(
     trace = Timings.load(timings)
     loaded = load_config(config, [f"timings={timings.resolve()}", *(set_ or [])])
     folder = make_folder(out or Path("out") / f"{loaded.name}-validation")
-    subject = load_subject(model, device=device, dtype=dtype)
+    subject = load(model, device=device, dtype=dtype, random_weights=True)
     facts = model_facts(subject.model)
     checked = {key: facts[key] for key in ("layers", "hidden", "experts", "top_k", "dtype")}
     trace.check_matches(device=device_name(subject.model.device), **checked)
     compared = []
     for number, run in enumerate(todo := runs(loaded), start=1):
         typer.echo(f"{number}/{len(todo)}: {run}", err=True)
-        compared.append(compare(run, subject.model))
+        compared.append(compare(run, subject))
     save(compared, folder)
     typer.echo(report(folder))
     typer.echo(f"{folder}/: requests.csv, errors.csv, passes.csv, validation.png")

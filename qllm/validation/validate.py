@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from transformers import PreTrainedModel
 
-from qllm.config.config import Config
-from qllm.config.from_config import limits_with, load_timings, request_trace
+from qllm.config.from_config import load_timings, request_trace
 from qllm.executor.engine.clock import RealClock
-from qllm.executor.engine.engine import Engine, blocks_in
+from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.replay import replay
+from qllm.executor.model.loading import LoadedModel
+from qllm.experiment.engine_run import engine_limits
 from qllm.experiment.metrics import per_request, percentile
 from qllm.experiment.run import Run, request_table
 from qllm.scheduler import Limits
@@ -98,7 +98,7 @@ def request_rows(run: Run, trace: RequestTrace, result: RunResult, world: str) -
     return per_request(table.assign(policy=run.title, world=world))[list(COLUMNS)]
 
 
-def compare(run: Run, model: PreTrainedModel) -> Comparison:
+def compare(run: Run, loaded: LoadedModel) -> Comparison:
     """Replay one run of a configuration on the real engine, then simulate it.
 
     The configuration's timing trace splits the engine's passes and gives the simulator its times. Each simulated pass
@@ -106,12 +106,12 @@ def compare(run: Run, model: PreTrainedModel) -> Comparison:
 
     Args:
         run: of `qllm.experiment.run.runs`.
-        model: prepared for the engine (`qllm.executor.model.loading`).
+        loaded: the model that serves it.
 
     Raises:
         RequestError, ExecutorError, ConfigError: as of `replay` and the configuration.
     """
-    real = replay_run(run, model)
+    real = replay_run(run, loaded)
     simulated = simulate(
         real.trace,
         priorities=run.config.priorities,
@@ -125,27 +125,19 @@ def compare(run: Run, model: PreTrainedModel) -> Comparison:
     return Comparison(real, simulated)
 
 
-def replay_run(run: Run, model: PreTrainedModel) -> EngineRun:
+def replay_run(run: Run, loaded: LoadedModel) -> EngineRun:
     """Replay one run on the real clock. The engine polls while idle, as in a calibration."""
     config = run.config
     trace = request_trace(config, run.seed)
-    limits = real_limits(config, model)
+    limits = engine_limits(loaded, config)
     steps = RecordingCostModel(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     policy = config.policies[run.policy].build()
-    with Engine(model, policy=policy, limits=limits, clock=RealClock(steps, polls=True), seed=run.seed) as engine:
+    clock = RealClock(steps, polls=True)
+    with Engine(loaded.model, policy=policy, limits=limits, clock=clock, seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         steps.calls.clear()
         result = replay(engine, trace, priorities=config.priorities, seed=run.seed)
         return EngineRun(run, trace, limits, steps, result, list(steps.calls))
-
-
-def real_limits(config: Config, model: PreTrainedModel) -> Limits:
-    """The configuration's limits; KV blocks, where it gives none, from the memory that is free on this machine."""
-    blocks = config.limits.kv_blocks
-    if blocks is None:
-        token_bytes = load_timings(config.timings).kv_bytes_per_token
-        blocks = blocks_in(model, token_bytes, config.limits.block_size, None)
-    return limits_with(config, blocks)
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:

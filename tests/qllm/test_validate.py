@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from qllm.cli import app
 from qllm.config.config import load_config
-from qllm.executor.model.info import device_name, model_facts
-from qllm.executor.model.loading import prepare_model
+from qllm.executor.calibration.environment import device_name
+from qllm.executor.model.info import model_facts
+from qllm.executor.model.loading import LoadedModel, prepare_model
 from qllm.executor.testing import tiny_config, tiny_model
 from qllm.experiment.run import runs
 from qllm.scheduler import Limits, make_policy
@@ -50,13 +51,13 @@ def folder(one_thread, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2))
+def loaded() -> LoadedModel:
+    return LoadedModel.of("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)))
 
 
 @pytest.fixture(scope="module")
-def compared(folder, model) -> list[Comparison]:
-    return [compare(run, model) for run in runs(load_config(folder / "config.yaml"))]
+def compared(folder, loaded) -> list[Comparison]:
+    return [compare(run, loaded) for run in runs(load_config(folder / "config.yaml"))]
 
 
 def test_both_worlds_serve_the_same_requests(compared):
@@ -136,8 +137,8 @@ def test_the_command(folder, tmp_path):
     assert (tmp_path / "validation.png").exists()
 
 
-def test_the_command_refuses_the_timings_of_another_model(folder, tmp_path, model):
-    assert model_facts(model)["experts"] == 8
+def test_the_command_refuses_the_timings_of_another_model(folder, tmp_path, loaded):
+    assert model_facts(loaded.model)["experts"] == 8
     timings = Timings.load(folder / "timings.csv")
     affine_timings(layers=2, hidden=64, experts=16, dtype="float32", device=timings.device).save(tmp_path / "other.csv")
     arguments = ["validate", str(folder / "config.yaml"), "--model", str(folder / "model"), "--threads", "1"]

@@ -18,18 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from make_moe import make
 
 from qllm.executor.calibration.stopwatch import random_entries
-from qllm.executor.calibration.subject import load_subject
 from qllm.executor.cpu import packed_matmul
-from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.loading import load
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.testing import make_checkpoint
 
 BLOCK, SMALLEST, LARGEST = 16, 256, 1024
 
 
-def seconds(runner: Runner, entry: tuple[SequenceState, int]) -> float:
+def seconds(runner: Runner, entry: tuple[Sequence, int]) -> float:
     """One prefill; the sequence stands afterwards where it stood."""
     start = time.perf_counter()
     run_to_end(runner.begin([entry]))
@@ -53,7 +53,7 @@ def runner_of(folder: Path, kernel: Callable[..., None] | None) -> Runner:
     compiled = packed_matmul.kernel
     packed_matmul.kernel = lambda: kernel  # type: ignore[assignment]
     try:
-        return Runner(load_subject(str(folder), dtype="float32").model, LARGEST // BLOCK, BLOCK)
+        return Runner(load(str(folder), dtype="float32").model, LARGEST // BLOCK, BLOCK)
     finally:
         packed_matmul.kernel = compiled
 
@@ -69,7 +69,7 @@ def main() -> None:
     kernel = packed_matmul.kernel()
     if kernel is None:
         parser.error("no compiled kernel here: it needs Linux on x86-64, and a C++ compiler at installation")
-    folder, rng = make(args.folder), random.Random(0)
+    folder, rng = make_checkpoint(args.folder), random.Random(0)
     runners = {"oneDNN": runner_of(folder, None), "the kernel": runner_of(folder, kernel)}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     with torch.inference_mode():

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from make_moe import make
 from transformers import PreTrainedModel
 
 from qllm.executor import Engine, RealClock, replay
-from qllm.executor.calibration.subject import load_subject
+from qllm.executor.model.loading import load
+from qllm.executor.testing import make_checkpoint
 from qllm.scheduler import Limits
 from qllm.traces.requests.trace import RequestTrace
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=15, help="of each size and pause in a repeat")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load_subject(str(make(args.folder)), dtype="float32").model
+    model = load(str(make_checkpoint(args.folder)), dtype="float32").model
     rows = []
     for repeat in range(args.repeats):
         for polls in (False, True):

@@ -4,7 +4,7 @@
 
 FOLDER: the checkpoint of tools/make_moe.py; VALIDATED: where benchmarks/fidelity/validate_cpu.py wrote its results,
 with the same --threads. The requests of its first repeat are replayed by each policy at each rate from --least-rate
-on, on the real clock, without a calibration in between, all of them --runs times in turn. Prints how far any two of
+on, on the real clock, all of them --runs times in turn. Prints how far any two of
 these runs and of the real run in VALIDATED are apart (the mean over pairs, and how many pairs would hold the goals
 that a simulation has to), and how far the simulation in VALIDATED is from all of them together. Needs a machine
 that does nothing else.
@@ -22,15 +22,15 @@ import torch
 from validation_table import GOALS, METRICS_HEAD, STATISTICS, markdown, row
 
 from qllm.config.config import load_config
-from qllm.executor.calibration.subject import load_subject
+from qllm.executor.model.loading import load
 from qllm.experiment.run import runs
 from qllm.validation.validate import METRICS, REAL, SIMULATED, replay_run, request_rows, statistic
 
 
 def statistics_of(rows: pd.DataFrame) -> pd.Series:
-    """Mean, p50 and p99 of each metric over all requests of `sweep_rows`, by (policy, rate, metric, statistic)."""
+    """Mean, p50 and p99 of each metric over all `rows`, by (policy, rate, metric, statistic)."""
     found = {
-        (policy, rate, metric, name): statistic(mine[metric].dropna().to_numpy(), name)
+        (policy, rate, metric, name): statistic(mine[metric], name)
         for (policy, rate), mine in rows.groupby(["policy", "rate"])
         for metric in METRICS
         for name in STATISTICS
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--least-rate", type=float, default=0.0, help="requests per second")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = load_subject(str(args.folder), dtype="float32").model
+    loaded = load(str(args.folder), dtype="float32")
     todo = [
         run
         for run in runs(load_config(args.validated / "config.yaml"))
@@ -80,18 +80,18 @@ def main() -> None:
     for number in range(args.runs):
         rows = []
         for run in todo:
-            replayed = replay_run(run, model)
-            rows.append(request_rows(run, replayed.trace, replayed.real, f"run {number}"))
+            real = replay_run(run, loaded)
+            rows.append(request_rows(run, real.trace, real.result, f"run {number}"))
             print(
                 f"{run}, {number + 1} of {args.runs}: mean turnaround {rows[-1]['turnaround_s'].mean():.3f} s",
                 flush=True,
             )
         worlds.append(pd.concat(rows, ignore_index=True))
-    real = pd.concat(worlds, ignore_index=True)
-    real.to_csv(args.validated / "repeatability.csv", index=False)
+    pooled = pd.concat(worlds, ignore_index=True)
+    pooled.to_csv(args.validated / "repeatability.csv", index=False)
     between = apart([statistics_of(rows) for rows in worlds])
     simulated = validated[validated["world"] == SIMULATED]
-    against = (statistics_of(simulated) / statistics_of(real) - 1).abs().to_frame()
+    against = (statistics_of(simulated) / statistics_of(pooled) - 1).abs().to_frame()
     print(f"any two of {len(worlds)} real runs, mean |difference|\n\n{table(between)}\n\n{held(between)}")
     print(f"\nsimulated against all of them together\n\n{table(against)}\n\n{held(against)}")
 

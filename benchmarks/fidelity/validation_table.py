@@ -1,10 +1,9 @@
-"""The tables of docs/fidelity.md from the errors.csv that benchmarks/fidelity/validate_cpu.py or `qllm validate` wrote.
+"""The table of errors in Markdown, from the errors.csv of benchmarks/fidelity/validate_cpu.py or `qllm validate`.
 
     python benchmarks/fidelity/validation_table.py FOLDER
 
-All classes, a row per policy and rate: simulated over real - 1, with the calibrated step times, and at the speed that
-the machine had. Under each how many of the errors lie within this project's goals: 5 % of means and p50, 10 % of p99,
-2 % of throughput.
+All classes, a row per policy and rate: simulated over real - 1. Under it how many of the errors lie within this
+project's goals: 5 % of means and p50, 10 % of p99, 2 % of throughput.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from qllm.validation.validate import AT_SPEED, METRICS, REAL, SIMULATED
+from qllm.validation.validate import METRICS, REAL, SIMULATED
 
 STATISTICS = ("mean", "p50", "p99")  # without p95: no goal is set for it
 GOALS = {"mean": 0.05, "p50": 0.05, "p99": 0.10, "throughput": 0.02}
-COLUMNS = {"error": (SIMULATED, "calibrated step times"), "error_at_speed": (AT_SPEED, "at the machine's speed")}
 METRICS_HEAD = "| policy | requests/s | TTFT mean, p50, p99 | TPOT mean, p50, p99 | turnaround mean, p50, p99 |"
 HEAD = METRICS_HEAD + " throughput | preemptions real, simulated |"
 
@@ -30,23 +28,23 @@ def row(policy: str, rate: float, shown: Callable[[str, str], str]) -> list[str]
 
 
 def markdown(head: str, rows: Iterable[list[str]]) -> str:
-    """A table of `sweep_rows` of cells."""
+    """A table of rows of cells."""
     return "\n".join([head, "|---" * head.count(" |") + "|", *("| " + " | ".join(cells) + " |" for cells in rows)])
 
 
-def table(errors: pd.DataFrame, column: str) -> str:
-    """`errors` (of `qllm.validation.validate.errors`) in Markdown, of a column of COLUMNS."""
+def table(errors: pd.DataFrame) -> str:
+    """`errors` (of `qllm.validation.validate.errors`) in Markdown."""
     rows = []
     for (policy, rate), mine in errors[errors["class"] == "all"].groupby(["policy", "rate"]):
         at = mine.set_index(["metric", "statistic"])
-        cells = row(policy, rate, lambda metric, name, at=at: f"{at.loc[(metric, name), column]:+.1%}")
-        cells.append(f"{at.loc[('throughput_rps', 'mean'), column]:+.1%}")
-        cells.append(", ".join(f"{at.loc[('preemptions', 'sum'), world]:.0f}" for world in (REAL, COLUMNS[column][0])))
+        cells = row(policy, rate, lambda metric, name, at=at: f"{at.loc[(metric, name), 'error']:+.1%}")
+        cells.append(f"{at.loc[('throughput_rps', 'mean'), 'error']:+.1%}")
+        cells.append(", ".join(f"{at.loc[('preemptions', 'sum'), world]:.0f}" for world in (REAL, SIMULATED)))
         rows.append(cells)
     return markdown(HEAD, rows)
 
 
-def held(errors: pd.DataFrame, column: str) -> str:
+def held(errors: pd.DataFrame) -> str:
     """How many errors of all classes lie within each goal."""
     mine = errors[errors["class"] == "all"]
     found = []
@@ -55,16 +53,20 @@ def held(errors: pd.DataFrame, column: str) -> str:
             rows = mine["metric"] == "throughput_rps"
         else:
             rows = mine["metric"].isin(METRICS) & (mine["statistic"] == name)
-        found.append(f"{name}: {(mine.loc[rows, column].abs() <= goal).sum()} of {rows.sum()} within {goal:.0%}")
+        found.append(f"{name}: {(mine.loc[rows, 'error'].abs() <= goal).sum()} of {rows.sum()} within {goal:.0%}")
     return "; ".join(found)
 
 
 def summary(folder: Path) -> str:
-    """Both, of the errors.csv in `folder`, for both columns."""
+    """Both, of the errors.csv in `folder`."""
     errors = pd.read_csv(folder / "errors.csv")
-    return "\n\n".join(
-        f"{title}\n\n{table(errors, column)}\n\n{held(errors, column)}" for column, (_, title) in COLUMNS.items()
-    )
+    return f"{table(errors)}\n\n{held(errors)}"
+
+
+def repeats(requests: pd.DataFrame) -> pd.DataFrame:
+    """The means of single repeats, real and simulated: a row per policy and rate, a column per metric, world, seed."""
+    means = requests.groupby(["policy", "rate", "world", "seed"], sort=False)[list(METRICS)].mean()
+    return means.unstack(["world", "seed"])
 
 
 def main() -> None:

@@ -27,9 +27,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from checkpoint import VOCAB, make
 from processes import Cores, EngineFailed, Process, end_children_on_sigterm, why_no_vllm
 from results_file import add_out, save, this_machine
+
+from qllm.executor.testing import CHECKPOINT_VOCAB, make_checkpoint
 
 LS = {"cls": "LS", "prio": 0, "rate": 1.0, "prompt": (32, 128), "out": 16}
 BE = {"cls": "BE", "prio": 1, "rate": 0.6, "prompt": (4096, 4096), "out": 8}
@@ -57,7 +58,7 @@ Requests = list[dict[str, Any]]
 def one(cls: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     n = rng.randint(*cls["prompt"])
     out = rng.randint(cls["out"], cls["out"])
-    prompt = [rng.randrange(2, VOCAB) for _ in range(n)]
+    prompt = [rng.randrange(2, CHECKPOINT_VOCAB) for _ in range(n)]
     return {"cls": cls["cls"], "prio": cls["prio"], "nout": out, "prompt": prompt, "nprompt": n}
 
 
@@ -112,7 +113,7 @@ def run_vllm(row: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         wait_for(f"http://127.0.0.1:{PORT}/health", process)
         client = [sys.executable, str(args.client), "--base-url", f"http://127.0.0.1:{PORT}", "--out", str(out)]
         client += ["--ls-rate", str(LS["rate"]), "--be-rate", str(BE["rate"]), "--ls-out", str(LS["out"])]
-        client += ["--be-prompt", str(BE["prompt"][0]), "--be-out", str(BE["out"]), "--vocab", str(VOCAB)]
+        client += ["--be-prompt", str(BE["prompt"][0]), "--be-out", str(BE["out"]), "--vocab", str(CHECKPOINT_VOCAB)]
         client += ["--duration", str(args.seconds), "--seed", str(seed), "--isolated", str(args.isolated)]
         client += ["--server-pid", str(process.pid)]
         with Process(client, args.logs / f"{row}-client.log") as load:
@@ -229,7 +230,7 @@ def main() -> None:
     add_out(parser, "mixed_load")
     args = parser.parse_args()
     end_children_on_sigterm()
-    make(args.model)
+    make_checkpoint(args.model)
     missing = why_no_vllm(args.vllm_python)
     if not missing and (args.client is None or not args.client.exists()):
         missing = f"the client {args.client} does not exist" if args.client else "--client is not given"

@@ -33,7 +33,7 @@ def send(engine: Engine, r: dict[str, Any]) -> Stream:
 def times(stream: Stream, sched: float) -> dict[str, Any]:
     """What the engine recorded of a request due at `sched`."""
     done = stream.result()
-    r = done.record
+    r = done.times
     return {
         "tokens": len(done.tokens),
         "first_launch": r.first_launch - sched,

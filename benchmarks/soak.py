@@ -19,8 +19,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from qllm.executor.engine.clock import Execution, RealClock, RealExecution
+from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.execution import Execution, RealExecution
+from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import RequestFailed
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.passes import RunningPass
@@ -36,11 +38,18 @@ class Injected(RuntimeError):
     """The exception that is thrown into passes."""
 
 
-class FaultyCourse(RealExecution):
+class FaultyExecution(RealExecution):
     """Throws an exception into the pass at one point in `every`."""
 
-    def __init__(self, running: RunningPass, granularity: str, rng: random.Random, every: int):
-        super().__init__(running, granularity)
+    def __init__(
+        self,
+        running: RunningPass,
+        sequences: tuple[EngineRequest, ...],
+        granularity: str,
+        rng: random.Random,
+        every: int,
+    ):
+        super().__init__(running, sequences, granularity)
         self._rng, self._every = rng, every
 
     def advance(self) -> bool:
@@ -55,8 +64,15 @@ class FaultyClock(RealClock):
         super().__init__()
         self._rng, self._every = rng, every
 
-    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
-        return FaultyCourse(running, granularity, self._rng, self._every)
+    def execution(
+        self,
+        p: Pass,
+        running: RunningPass,
+        sequences: tuple[EngineRequest, ...],
+        cost: PassCost | None,
+        granularity: str,
+    ) -> Execution:
+        return FaultyExecution(running, sequences, granularity, self._rng, self._every)
 
 
 def memory_mb() -> float:

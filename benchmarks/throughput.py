@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from checkpoint import VOCAB, make
 from processes import Cores, EngineFailed, Process, end_children_on_sigterm, why_no_vllm
 from results_file import add_out, save, this_machine
+
+from qllm.executor.testing import CHECKPOINT_VOCAB, make_checkpoint
 
 NEW_TOKENS = 32
 #: row -> (engine, variant)
@@ -41,7 +42,7 @@ ROWS = {
 
 def prompts(seed: int) -> list[list[int]]:
     rng = random.Random(seed)
-    return [[rng.randrange(2, VOCAB) for _ in range(rng.randint(16, 200))] for _ in range(16)]
+    return [[rng.randrange(2, CHECKPOINT_VOCAB) for _ in range(rng.randint(16, 200))] for _ in range(16)]
 
 
 def measure(processes: dict[str, Process], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -127,7 +128,7 @@ def main() -> None:
     add_out(parser, "throughput")
     args = parser.parse_args()
     end_children_on_sigterm()
-    make(args.model)
+    make_checkpoint(args.model)
     missing = why_no_vllm(args.vllm_python)
     if missing:
         print(f"vLLM: its row is left out: {missing}\n")

@@ -115,13 +115,14 @@ def simulated(out: Path) -> None:
 
 def measured(out: Path, folder: Path, threads: int) -> None:
     import torch
-    from checkpoint import make
 
-    from qllm.executor.model.info import device_name, model_facts
+    from qllm.executor.calibration.environment import device_name
+    from qllm.executor.model.info import model_facts
     from qllm.executor.model.loading import load_model
+    from qllm.executor.testing import make_checkpoint
 
     torch.set_num_threads(threads)
-    model = load_model(make(folder), dtype="float32")
+    model = load_model(make_checkpoint(folder), dtype="float32")
     told = f"measured on the real engine: {device_name(model.device)}; Qwen3-MoE of 166 M random parameters; float32"
     results = [run_engine(policy, settings, model) for policy, settings, _ in PANELS]
     write(out, results, trace(True), model_facts(model)["layers"], told)

@@ -6,7 +6,7 @@ python examples/serve.py
 import time
 
 from qllm.executor import Engine
-from qllm.executor.demo import demo_model
+from qllm.executor.testing import demo_model
 
 
 def main() -> None:
@@ -17,9 +17,9 @@ def main() -> None:
         urgent = engine.submit([7, 8, 9], max_new_tokens=8, priority=0)  # latency-sensitive
         for token in urgent:
             print(f"urgent: token {token.id}")
-        print(f"patient: {len(patient.result().tokens)} tokens, preempted {patient.record.preemptions} times")
-        print(f"first token after {urgent.record.first_token - urgent.record.arrival:.3f} s (urgent), ", end="")
-        print(f"{patient.record.first_token - patient.record.arrival:.3f} s (patient)")
+        print(f"patient: {len(patient.result().tokens)} tokens, preempted {patient.times.preemptions} times")
+        print(f"first token after {urgent.times.first_token - urgent.times.arrival:.3f} s (urgent), ", end="")
+        print(f"{patient.times.first_token - patient.times.arrival:.3f} s (patient)")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,36 @@
-"""The MoE model families of the installed transformers, and a tiny configuration of each.
+"""Models without a checkpoint: for tests, demonstrations and benchmarks.
 
-Enumerated, not listed: a family is a model package whose experts go through the experts interface. Tiny random models
-of them serve tests, demos and `tools/list_model_families.py`.
+    tiny_model        any MoE family of the installed transformers, with a few thousand parameters a layer
+    demo_model        a small random Qwen3-MoE, made on the spot
+    make_checkpoint   a folder with a Qwen3-MoE of 165.6 M random weights, on which engines are compared
+
+Families are enumerated, not listed: a family is a model package whose experts go through the experts interface.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.models
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.model.checks import check_config
+from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.model.runner import Runner, run_to_end
 
 #: Values for whichever of these names a configuration class knows. Windows are short, so that tests look beyond them.
 TINY: dict[str, Any] = {
@@ -72,6 +87,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "zaya": {"num_experts_per_tok": 1},
 }
+DEMO = "random Qwen3-MoE, 8 layers, hidden 256, 16 experts, top 4"
+CHECKPOINT_VOCAB = 8000
 MAX_PARAMETERS = 20_000_000  # a tiny configuration that builds more is not tiny: some size has a name unknown here
 
 
@@ -119,9 +136,15 @@ def _tiny(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> Pr
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random float32 model on the CPU.
+    """A random float32 model of a family, on the CPU.
 
-    Raises UnsupportedModelError where the family cannot be served, or where no tiny configuration of it is known.
+    Args:
+        model_type: the family's.
+        seed: of the weights.
+        overrides: values of its configuration.
+
+    Raises:
+        UnsupportedModelError: the family cannot be served, or no tiny configuration of it is known.
     """
     config = tiny_config(model_type, **overrides)
     check_config(config)
@@ -131,3 +154,74 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
         raise UnsupportedModelError(f"{model_type}: its tiny configuration has {size / 1e6:.0f} M parameters")
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def small_config(*, vocabulary: int, hidden: int, width: int, experts: int) -> Qwen3MoeConfig:
+    """A Qwen3-MoE of 8 layers with experts `width` wide, the 4 best of which each token goes to."""
+    return Qwen3MoeConfig(  # type: ignore[call-arg]
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=width,
+        moe_intermediate_size=width,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=hidden // 8,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        max_position_embeddings=16384,
+        initializer_range=0.05,  # with the usual 0.02 at this size, every prompt is continued with the same few tokens
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def demo_model(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """The model that `DEMO` describes: 29 M parameters, vocabulary 4,000, up to 16,384 positions."""
+    config = small_config(vocabulary=4000, hidden=256, width=256, experts=16)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(torch.device(device)).eval()
+
+
+def make_checkpoint(folder: str | Path, seed: int = 0) -> Path:
+    """Write the checkpoint that engines are compared on (config, weights, tokenizer; 660 MB), unless it is there.
+
+    A Qwen3-MoE of 165.6 M random float32 weights: 8 layers, hidden 512, 32 experts (384 wide), top 4. Its tokenizer
+    splits at spaces into words t2 to t7999, so that a server that insists on one can load it.
+
+    Args:
+        folder: where to.
+        seed: of the weights.
+
+    Returns:
+        `folder`.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer_config.json").exists():  # written last
+        torch.manual_seed(seed)
+        config = small_config(vocabulary=CHECKPOINT_VOCAB, hidden=512, width=384, experts=32)
+        Qwen3MoeForCausalLM(config).to(torch.float32).save_pretrained(folder)
+        words = {"<bos>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, CHECKPOINT_VOCAB)}
+        splitter = Tokenizer(models.WordLevel(words, unk_token="t2"))
+        splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        PreTrainedTokenizerFast(
+            tokenizer_object=splitter, bos_token="<bos>", eos_token="<eos>", pad_token="<bos>"
+        ).save_pretrained(folder)
+    return folder
+
+
+def run_batch(runner: Runner, sequences: Iterable[Sequence], new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of all sequences together, `new_tokens` each: prefill in one pass, then decode."""
+    states = list(sequences)
+    outputs: list[list[int]] = [[] for _ in states]
+    for _ in range(new_tokens):
+        running = runner.begin((s, len(s.tokens) - s.computed) for s in states)
+        logits = run_to_end(running)
+        for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+            entry.seq.tokens.append(token)
+            outputs[states.index(entry.seq)].append(token)
+    return outputs

@@ -7,17 +7,19 @@ from contextlib import suppress
 
 import numpy as np
 
-from qllm.executor.engine.clock import Execution, VirtualClock, VirtualExecution
+from qllm.executor.engine.clock import VirtualClock
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.jobs import Job
+from qllm.executor.engine.execution import Execution, VirtualExecution
 from qllm.executor.engine.loop import Loop
+from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import RequestFailed
 from qllm.executor.model.loading import prepare_model
-from qllm.executor.model.passes import RunningPass
+from qllm.executor.model.packed_batch import Batch
+from qllm.executor.model.split import Split
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits, Pass
-from qllm.traces.step_times.cost_model import PassCost, PassCostModel
+from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.timings import affine_timings
 
 LAYERS, EXPERTS = 2, 8
@@ -33,34 +35,35 @@ def step_model(max_step: float = 1e-4) -> PassCostModel:
     return PassCostModel(affine_timings(layers=LAYERS, experts=EXPERTS, top_k=2, host_s=1e-4), max_step=max_step)
 
 
-class WatchedCourse(VirtualExecution):
-    """Calls `clock.hook` at each preemption point, in the engine's thread."""
+def finest(batch: Batch) -> Split:
+    """A point before every expert, and as many groups of query blocks as there are rows."""
+    return Split(1, max(1, batch.rows))
+
+
+class WatchedExecution(VirtualExecution):
+    """Calls `reached` at each preemption point, in the engine's thread."""
+
+    reached: Callable[[Execution], None]
 
     def advance(self) -> bool:
         more = super().advance()
         if more:
-            clock = self._clock
-            assert isinstance(clock, WatchedClock)
-            clock.reached(self)
+            self.reached(self)
         return more
 
 
 class WatchedClock(VirtualClock):
+    """Calls `hook` at each preemption point."""
+
     def __init__(self, steps: PassCostModel, hook: Hook):
         super().__init__(steps)
         self.hook = hook
         self.loop: Loop | None = None
-        self.passes: dict[int, Pass] = {}
 
-    def course(self, p: Pass, running: RunningPass, cost: PassCost | None, granularity: str) -> Execution:
-        assert cost is not None
-        course = WatchedCourse(self, running, cost, granularity)
-        self.passes[id(course)] = p
-        return course
-
-    def reached(self, course: WatchedCourse) -> None:
-        assert self.loop is not None
-        self.hook(self.loop, self.passes[id(course)], course)
+    def execution(self, p: Pass, running, sequences, cost, granularity: str) -> Execution:
+        execution = WatchedExecution(running, sequences, self._steps, cost, granularity, self.sleep)
+        execution.reached = lambda reached: self.hook(self.loop, p, reached)
+        return execution
 
 
 def prompts(n: int, seed: int, low: int = 3, high: int = 40) -> list[list[int]]:
@@ -76,18 +79,20 @@ def serve(
     limits: Limits,
     hook: Hook = lambda *_: None,
     max_step: float = 1e-4,
-) -> list[Job]:
-    """Serve (prompt, new tokens, priority, arrival) on the virtual clock; the jobs, all ended, blocks all back."""
+) -> list[EngineRequest]:
+    """Serve (prompt, new tokens, priority, arrival) on the virtual clock; the requests, all ended, blocks all back."""
     clock = WatchedClock(step_model(max_step), hook)
     with Engine(model, policy=policy, limits=limits, clock=clock, seed=0) as engine:
         clock.loop = engine._loop
-        jobs = [engine.job(prompt, new, priority, SamplingParams(), at) for prompt, new, priority, at in requests]
-        engine.call(lambda loop: loop.scheduled.extend(jobs))
-        for job in jobs:
+        served = [
+            engine.make_request(prompt, new, priority, SamplingParams(), at) for prompt, new, priority, at in requests
+        ]
+        engine.call(lambda loop: loop.scheduled.extend(served))
+        for request in served:
             with suppress(RequestFailed):
-                job.stream.result()
+                request.stream.result()
         stats = engine.stats()
         assert (stats.requests, stats.suspended_passes, stats.host_bytes) == (0, 0, 0)
         assert stats.free_blocks == stats.total_blocks
         assert engine.call(lambda loop: loop.memory.held) == 0
-    return jobs
+    return served

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qllm.executor.calibration.engine_overhead import loop_seconds, wake_seconds
+from qllm.executor.calibration.environment import conditions, device_name, versions
 from qllm.executor.calibration.fit import (
     Measured,
     after_prefill_points,
@@ -29,9 +30,9 @@ from qllm.executor.calibration.fit import (
 from qllm.executor.calibration.grid import pass_kinds
 from qllm.executor.calibration.profiler import PRECISION, ROUNDS, Profiler, Progress
 from qllm.executor.calibration.store import MeasurementStore
-from qllm.executor.calibration.subject import Subject
 from qllm.executor.errors import CalibrationError
-from qllm.executor.model.info import conditions, device_name, memory_bytes, model_facts, versions
+from qllm.executor.model.info import memory_bytes, model_facts
+from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.runner import max_positions
 from qllm.traces.step_times.timings import Timings
 
@@ -71,7 +72,9 @@ class Extent:
         return max(longest, min(room, self.max_batch * (self.max_context + 1)))
 
 
-def calibrate(subject: Subject, out: Path, extent: Extent | None = None, progress: Progress | None = None) -> Timings:
+def calibrate(
+    subject: LoadedModel, out: Path, extent: Extent | None = None, progress: Progress | None = None
+) -> Timings:
     """Measure a model on its device and write a timing trace.
 
     Finished measurements are kept in `out` with the suffix .measured until the trace is written. The same call after
@@ -140,7 +143,7 @@ def _warn(measured: Measured) -> None:
 
 
 def _timings(
-    subject: Subject, facts: dict[str, Any], device: str, measured: Measured, numbers: dict[str, float]
+    subject: LoadedModel, facts: dict[str, Any], device: str, measured: Measured, numbers: dict[str, float]
 ) -> Timings:
     """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]

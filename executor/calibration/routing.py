@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from qllm.executor.calibration.subject import Subject
 from qllm.executor.errors import CalibrationError
+from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner
 from qllm.traces.step_times.popularity import COLUMNS
@@ -21,7 +21,7 @@ from qllm.traces.step_times.popularity import COLUMNS
 BLOCK = 16
 
 
-def record_popularity(subject: Subject, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
+def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
     """Run the prompts in the file `prompts` (one a line) through the model and write the share of each layer's
     assignments per expert to `out`; returns the number of tokens. A prompt is cut at `max_tokens` tokens.
 
@@ -48,7 +48,7 @@ def record_popularity(subject: Subject, name_or_path: str, prompts: Path, out: P
 
 
 def count_routing(
-    subject: Subject, sequences: Iterable[list[int]], max_tokens: int
+    subject: LoadedModel, sequences: Iterable[list[int]], max_tokens: int
 ) -> tuple[dict[int, np.ndarray], int]:
     """Rows of each expert by the layer's number, int64[experts], and the tokens of `sequences` (token ids)."""
     runner = Runner(subject.model, -(-max_tokens // BLOCK), BLOCK)

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qllm.executor.engine.jobs import Job
+from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.scheduler import State
 
 
 class BlockManager:
-    """The blocks of one cache: free ones, those in the jobs' block tables, and the way to host memory and back.
+    """The blocks of one cache: free ones, those in the sequences' block tables, and the way to host memory and back.
 
     A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes
     longer on a CPU, which fetches ahead what lies behind.
@@ -24,10 +24,13 @@ class BlockManager:
         self._free = np.ones(cache.n_blocks, dtype=bool)
         self.held = 0  #: blocks in use
 
-    def grow(self, job: Job, tokens: int, others: Iterable[Job]) -> None:
-        """Blocks for `tokens` tokens of `job`; where too few are free, those of `others` that the scheduler has
-        dropped. Raises ExecutorError where the budget was overdrawn."""
-        need = -(-tokens // self._cache.block_size) - len(job.blocks)
+    def grow(self, sequence: EngineRequest, tokens: int, others: Iterable[EngineRequest]) -> None:
+        """Give `sequence` the blocks for `tokens` tokens.
+
+        Where too few are free, takes those of `others` that the scheduler has dropped. Raises ExecutorError where the
+        scheduler gave out more than there is.
+        """
+        need = -(-tokens // self._cache.block_size) - len(sequence.blocks)
         if need > self._left:
             for other in others:
                 if other.dropped:
@@ -35,41 +38,41 @@ class BlockManager:
         if need > self._left:
             raise ExecutorError(f"{need} KV blocks needed, {self._left} free: more in use than the scheduler knows of")
         while need > 0:
-            first = job.blocks[-1] + 1 if job.blocks else len(self._free)
+            first = sequence.blocks[-1] + 1 if sequence.blocks else len(self._free)
             if first == len(self._free) or not self._free[first]:
                 first = self._room(need)
             run = self._free[first : first + need]
             taken = len(run) if run.all() else int(run.argmin())
             self._free[first : first + taken] = False
-            job.blocks.extend(range(first, first + taken))
+            sequence.blocks.extend(range(first, first + taken))
             self.held += taken
             need -= taken
 
-    def release(self, job: Job) -> None:
-        """Take back all that `job` holds, here and in host memory."""
-        self._free[job.blocks] = True
-        self.held -= len(job.blocks)
-        job.blocks = []
-        job.host = None
+    def release(self, sequence: EngineRequest) -> None:
+        """Take back all that `sequence` holds, here and in host memory."""
+        self._free[sequence.blocks] = True
+        self.held -= len(sequence.blocks)
+        sequence.blocks = []
+        sequence.host = None
 
-    def forget(self, job: Job) -> None:
-        """The scheduler dropped the KV of `job`: it will be computed again."""
-        self.release(job)
-        job.computed = 0
+    def forget(self, sequence: EngineRequest) -> None:
+        """The scheduler dropped the KV of `sequence`: it will be computed again."""
+        self.release(sequence)
+        sequence.computed = 0
 
-    def offload(self, job: Job, others: Iterable[Job]) -> None:
-        """Move the KV of `job` to host memory, unless the scheduler has thought better of it."""
-        if job.host is None and job.request.state is State.OFFLOADED:
-            host = self._cache.offload(job.blocks, job.computed)
-            self.release(job)
-            job.host = host
+    def offload(self, sequence: EngineRequest) -> None:
+        """Move the KV of `sequence` to host memory, unless the scheduler has decided otherwise since."""
+        if sequence.host is None and sequence.request.state is State.OFFLOADED:
+            host = self._cache.offload(sequence.blocks, sequence.computed)
+            self.release(sequence)
+            sequence.host = host
 
-    def restore(self, job: Job, others: Iterable[Job]) -> None:
-        """Bring the KV of `job` back from host memory, unless the scheduler has thought better of it."""
-        if job.host is not None and job.request.state is not State.OFFLOADED:
-            self.grow(job, job.computed, others)
-            self._cache.restore(job.host, job.blocks)
-            job.host = None
+    def restore(self, sequence: EngineRequest, others: Iterable[EngineRequest]) -> None:
+        """Bring the KV of `sequence` back from host memory, unless the scheduler has decided otherwise since."""
+        if sequence.host is not None and sequence.request.state is not State.OFFLOADED:
+            self.grow(sequence, sequence.computed, others)
+            self._cache.restore(sequence.host, sequence.blocks)
+            sequence.host = None
 
     @property
     def _left(self) -> int:

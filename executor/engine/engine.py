@@ -19,13 +19,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
 from qllm.executor.engine.clock import Clock, RealClock
-from qllm.executor.engine.flights import held_bytes
-from qllm.executor.engine.jobs import Job
+from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.requests import Stream, Tokenizer
+from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import EngineClosed, RequestError
-from qllm.executor.model.info import memory_bytes, model_facts
+from qllm.executor.model.info import blocks_in, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import LinearSplitter, Splitter
@@ -34,8 +33,6 @@ from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 T = TypeVar("T")
 
 THREAD = "qllm-engine"  # the name of each engine's thread
-CPU_SHARE = 0.25  # of the memory that is free, for KV, where neither limits nor kv_memory say how much
-ACCELERATOR_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -151,13 +148,13 @@ class Engine:
         if any(not 0 <= token < self.vocabulary for token in stops):
             raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
         sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
-        job = self.job(prompt, max_new_tokens, priority, sampling, self.clock.now())
-        self._loop.send(lambda: self._loop.add(job))
-        return job.stream
+        sequence = self.make_request(prompt, max_new_tokens, priority, sampling, self.clock.now())
+        self._loop.send(lambda: self._loop.add(sequence))
+        return sequence.stream
 
-    def job(
+    def make_request(
         self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: SamplingParams, arrival: float
-    ) -> Job:
+    ) -> EngineRequest:
         """A request checked against the model, not queued yet. `arrival`: seconds on the engine's clock."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -176,13 +173,13 @@ class Engine:
             )
         request = Request(next(self._ids), len(tokens), max_new_tokens, priority, arrival)
         seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
-        stream = Stream(request.id, tokens.copy(), lambda: self._cancel(job), self.tokenizer)
-        job = Job(tokens, request=request, stream=stream, sampling=sampling, seed=seed)
-        return job
+        stream = Stream(request.id, tokens.copy(), lambda: self._cancel(sequence), self.tokenizer)
+        sequence = EngineRequest(tokens, request=request, stream=stream, sampling=sampling, seed=seed)
+        return sequence
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, sequence: EngineRequest) -> None:
         with suppress(EngineClosed):  # which has ended it already
-            self._loop.send(lambda: self._loop.abort(job))
+            self._loop.send(lambda: self._loop.abort(sequence))
 
     def call(self, function: Callable[[Loop], T]) -> T:
         """`function(loop)`, run by the engine's thread at its next preemption point. Raises EngineClosed."""
@@ -222,29 +219,8 @@ def _stats(loop: Loop) -> Stats:
         passes=s.passes,
         suspended_passes=len(s.suspended_passes),
         suspended_tokens=sum(p.tokens for p in s.suspended_passes),
-        suspended_bytes=sum(held_bytes(p) for p in s.suspended_passes),
+        suspended_bytes=sum(execution_of(p).running.held_bytes() for p in s.suspended_passes),
         free_blocks=s.kv.free,
         total_blocks=s.kv.total,
-        host_bytes=sum(job.host.nbytes for job in loop.jobs.values() if job.host is not None),
+        host_bytes=sum(sequence.host.nbytes for sequence in loop.sequences.values() if sequence.host is not None),
     )
-
-
-def stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The token ids at which the model's own generation ends."""
-    config = getattr(model, "generation_config", None) or model.config
-    eos = getattr(config, "eos_token_id", None)
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
-def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None) -> int:
-    """How many KV blocks of `block_size` tokens fit `kv_memory` bytes, or a share of what is free on the device."""
-    if kv_memory is None:
-        share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
-        kv_memory = int(memory_bytes(model.device)[0] * share)
-    blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
-    if blocks < 1:
-        raise ValueError(
-            f"kv_memory is {kv_memory} bytes; allowed: at least {(block_size + 1) * token_bytes}, one block of "
-            f"{block_size} tokens"
-        )
-    return int(blocks)

@@ -12,12 +12,19 @@ from qllm.traces.results import PassSlice
 
 @dataclass
 class RunRecorder:
-    """`origin`: seconds on the engine's clock, `passes`: passes launched, when the tape began."""
+    """Records passes from a moment on.
+
+    Attributes:
+        origin: seconds on the engine's clock at that moment.
+        passes: passes launched until then.
+        slices: when each pass ran, in seconds since `origin`.
+        routing: tokens per expert of each finished pass, [MoE layers][experts], by pass id.
+    """
 
     origin: float
     passes: int
     slices: list[PassSlice] = field(default_factory=list)
-    routing: dict[int, list[list[int]]] = field(default_factory=dict)  #: by pass id: [MoE layers][experts] tokens
+    routing: dict[int, list[list[int]]] = field(default_factory=dict)
 
     def record(
         self,
@@ -29,8 +36,10 @@ class RunRecorder:
         place: tuple[int, str],
         suspended: bool,
     ) -> None:
-        """`p` ran from `start` to `end`, from `first` (pieces done, layer) to `last` pieces done, and stands at
-        `place` (layer, stage)."""
+        """`p` ran from `start` to `end`, from `first` (steps done, layer) to `last` steps done.
+
+        It stands at `place` (layer, stage).
+        """
         self.slices.append(
             PassSlice(
                 start=start - self.origin,

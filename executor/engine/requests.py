@@ -1,13 +1,18 @@
-"""What a client holds of its request: a stream of tokens, thread-safe, and the record of its times."""
+"""A request inside the engine, and what its client holds: a stream of tokens, and the record of its times."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
-from qllm.executor.errors import ExecutorError
+from qllm.executor.engine.sampling import SamplingParams
+from qllm.executor.errors import ExecutorError, RequestFailed
+from qllm.executor.model.kv_cache import HostKV
+from qllm.executor.model.packed_batch import Sequence
+from qllm.scheduler import Request, State
 
 
 class Tokenizer(Protocol):
@@ -19,19 +24,27 @@ class Tokenizer(Protocol):
 
 
 class Token(NamedTuple):
-    """One generated token. `text`: what it adds to the output so far (may be empty inside a character); None where
-    the engine has no tokenizer."""
+    """One generated token.
+
+    Attributes:
+        id: the token id.
+        text: what the token adds to the output so far (may be empty inside a character); None where the engine has no
+            tokenizer.
+    """
 
     id: int
     text: str | None
 
 
 @dataclass(frozen=True)
-class Record:
+class RequestTimes:
     """Times of one request in seconds on the engine's clock, nan where it never came to that.
 
-    queueing + running + suspended = finish - arrival. `preemptions`: how often a pass that it was in was suspended;
-    `evictions`: how often its KV had to give way.
+    queueing + running + suspended = finish - arrival.
+
+    Attributes:
+        preemptions: how often a pass that the request was in was suspended.
+        evictions: how often its KV had to give way.
     """
 
     arrival: float
@@ -44,35 +57,60 @@ class Record:
     preemptions: int
     evictions: int
 
+    @classmethod
+    def of(cls, r: Request) -> RequestTimes:
+        """What the scheduler recorded of `r`."""
+        return cls(
+            *(r.arrival, r.first_launch, r.first_token, r.finish, r.queueing_s, r.running_s, r.suspended_s),
+            r.preemptions,
+            r.evictions,
+        )
+
 
 @dataclass(frozen=True)
 class Completion:
-    """A request's whole output. `finish_reason`: "stop", "length" or "cancelled"."""
+    """A request's whole output.
+
+    Attributes:
+        tokens: the generated token ids.
+        text: their text; None where the engine has no tokenizer.
+        finish_reason: "stop", "length" or "cancelled".
+        times: when what happened to the request.
+    """
 
     tokens: list[int]
     text: str | None
     finish_reason: str
-    record: Record
+    times: RequestTimes
 
 
 @dataclass(frozen=True)
 class _End:
     reason: str
-    record: Record
+    times: RequestTimes
     error: ExecutorError | ValueError | None = None
 
 
 class Stream:
-    """The tokens of one request, in order, as they come. One thread iterates; any thread may `cancel()`.
+    """The tokens of one request, in order, as they come: an iterator of `Token`.
 
-    Iterating ends where the request ends, cancelled ones included. Raises what ended the request where that was an
-    error: RequestFailed, EngineClosed, or scheduler.RequestTooLarge.
+    One thread iterates; any thread may `cancel()`. Iterating ends where the request ends, cancelled ones included.
+
+    Attributes:
+        id: the request's number.
+        prompt: the prompt's token ids.
+        tokens: the token ids iterated so far.
+
+    Raises:
+        RequestFailed: while iterating, if the pass that the request was in broke.
+        EngineClosed: while iterating, if the engine was closed or broke.
+        RequestTooLarge: while iterating, if the request can never fit the KV budget.
     """
 
     def __init__(self, id: int, prompt: list[int], cancel: Callable[[], None], tokenizer: Tokenizer | None):
         self.id = id
         self.prompt = prompt
-        self.tokens: list[int] = []  #: ids iterated so far
+        self.tokens: list[int] = []
         self._text = None if tokenizer is None else _Text(tokenizer)
         self._cancel = cancel
         self._queue: SimpleQueue[int | _End] = SimpleQueue()
@@ -93,18 +131,22 @@ class Stream:
         raise StopIteration
 
     def cancel(self) -> None:
-        """Take the request out, wherever it stands. Idempotent; returns at once."""
+        """End the request, wherever it stands. Idempotent; returns at once."""
         self._cancel()
 
     def result(self) -> Completion:
-        """Wait for the end and return the whole output. Raises what iterating raises."""
+        """Wait for the end and return the whole output.
+
+        Raises:
+            RequestFailed, EngineClosed, RequestTooLarge: as iterating does.
+        """
         for _ in self:
             pass
         end = self._end
         if end is None:
             raise RuntimeError("the stream ended without an end")
         text = None if self._text is None else self._text.whole
-        return Completion(self.tokens, text, end.reason, end.record)
+        return Completion(self.tokens, text, end.reason, end.times)
 
     @property
     def finish_reason(self) -> str | None:
@@ -112,29 +154,33 @@ class Stream:
         return None if self._end is None else self._end.reason
 
     @property
-    def record(self) -> Record | None:
+    def times(self) -> RequestTimes | None:
         """The request's times; None before the end was reached by iterating."""
-        return None if self._end is None else self._end.record
+        return None if self._end is None else self._end.times
 
     # The engine's side, called in its thread.
 
     def put(self, token: int) -> None:
+        """One more token."""
         self._queue.put(token)
 
-    def end(self, reason: str, record: Record, error: ExecutorError | ValueError | None = None) -> None:
-        """Nothing comes after this; what comes is not looked at."""
-        self._queue.put(_End(reason, record, error))
+    def end(self, reason: str, times: RequestTimes, error: ExecutorError | ValueError | None = None) -> None:
+        """The end; whatever is put after it is ignored."""
+        self._queue.put(_End(reason, times, error))
 
 
 class _Text:
-    """Text from tokens one by one. A token's text depends on its neighbours, so a few are decoded together each time,
-    and an unfinished character waits for the token that finishes it."""
+    """Text from tokens one by one.
+
+    A token's text depends on its neighbours, so a few are decoded together each time. An unfinished character waits for
+    the token that finishes it.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._prefix = 0  # decoded again each time
-        self._told = 0  # of the tokens, those whose text was given out
+        self._told = 0  # number of tokens whose text was given out
         self.whole = ""
 
     def add(self, token: int) -> str:
@@ -150,3 +196,46 @@ class _Text:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@dataclass(eq=False, kw_only=True)
+class EngineRequest(Sequence):
+    """One request inside the engine: a sequence, the scheduler's request for it, and the client's stream.
+
+    Attributes:
+        seed: of its random numbers.
+        host: its KV while that lies in host memory.
+        error: what ended it, if an error did.
+    """
+
+    request: Request
+    stream: Stream
+    sampling: SamplingParams
+    seed: int
+    host: HostKV | None = None
+    ended: bool = False
+    error: Exception | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.request.prompt_tokens
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the scheduler took its KV away, to be recomputed."""
+        return bool(self.blocks) and self.request.state is State.WAITING and self.request.computed == 0
+
+    def end(self, reason: str, error: ExecutorError | ValueError | None = None) -> None:
+        """Tell the client, once."""
+        if not self.ended:
+            self.ended = True
+            self.error = error
+            self.stream.end(reason, RequestTimes.of(self.request), error)
+
+    def fail(self, error: Exception, what: str = "") -> None:
+        """End the request with `error`; `what` says what broke."""
+        traceback.clear_frames(error.__traceback__)  # they hold the pass's activations
+        failure = RequestFailed(f"request {self.request.id}: {what}{type(error).__name__}: {error}")
+        failure.__cause__ = error
+        self.end("error", failure)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qllm.executor.errors import ExecutorError, UnsupportedModelError
 from qllm.executor.model.attention_cpu import attend, suits
-from qllm.executor.model.packed_batch import AttentionPlan, QueryBlock
+from qllm.executor.model.attention_plan import AttentionPlan, QueryBlock
 from qllm.executor.model.passes import RunningPass, current_pass
 
 # Keywords that carry tensors which this hook may ignore: the batch itself says where sequences begin and end.
@@ -51,11 +51,11 @@ def attention_forward(
     batch.cache.write(layer, batch.slots, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
-    plan = batch.plan(window)
+    plan = running.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
     keys_of = Keys(running, layer, key[0], value[0])
-    for number, blocks in plan.groups:
+    for number, blocks in plan.block_groups:
         if number:
             running.reach("attention", number)
         for block in blocks:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from qllm.executor.model.packed_batch import QueryBlock
+from qllm.executor.model.attention_plan import QueryBlock
 
 PART_ROWS = 512  # query rows times heads of a group in one product
 MIN_ROWS = 16  # of a part, however many heads a group has

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.model.hooks import NAME, PASS_THROUGH
-from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
 
@@ -69,7 +69,7 @@ def check_model(model: PreTrainedModel) -> None:
 def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, RunningPass]:
     """Logits `[vocab]` after `prompt` in two passes, and the second of them, which another sequence shares."""
     runner = Runner(model, kv_blocks=4, block_size=PROBE_TOKENS)
-    sequence, other = SequenceState(prompt, [2]), SequenceState(prompt[1:4], [0])
+    sequence, other = Sequence(prompt, [2]), Sequence(prompt[1:4], [0])
     half = PROBE_TOKENS // 2
     run_to_end(runner.begin([(sequence, half)]))
     running = runner.begin([(sequence, PROBE_TOKENS - half), (other, 3)])

@@ -32,7 +32,7 @@ def experts_forward(
         for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
     else:
-        queues.merge_rows = running.batch.split.merge_rows
+        queues.merge_rows = running.split.merge_rows
         running.routing.append(queues.waiting.copy())
         running.queues = queues
         try:
@@ -44,7 +44,7 @@ def experts_forward(
 
 def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPass) -> None:
     """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
-    size = running.batch.split.experts_per_group
+    size = running.split.experts_per_group
     for number, first in enumerate(range(0, len(queues.waiting), size)):
         experts = range(first, min(first + size, len(queues.waiting)))
         if any(queues.waiting[e] for e in experts):

@@ -1,55 +1,48 @@
-"""What a timing trace must agree on with the model and the device that it is used with."""
+"""What a model is made of, and how much of it fits its device."""
 
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from qllm.executor.model.packed_batch import SequenceState
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import whole
 
-
-def device_name(device: torch.device) -> str:
-    """The device as timing traces name it: an accelerator by its product name, a CPU with the threads in use."""
-    if device.type != "cpu":
-        return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
+ACCELERATOR_SHARE = 0.8
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """layers (attention layers), hidden, experts, top_k and dtype of `model`, seen in a pass over one token; and
-    `kv_bytes_per_token` of these layers and `moe_layers`, which a timing trace has no key for."""
+    """What a timing trace must agree on with `model`, seen in a pass over one token.
+
+    Returns:
+        layers (attention layers), hidden, experts, top_k and dtype; and two that a timing trace has no key for:
+        moe_layers, and kv_bytes_per_token of all these layers.
+    """
     runner = Runner(model, kv_blocks=1, block_size=2, splitter=whole)
     with torch.inference_mode():
-        running = runner.begin([(SequenceState([1], [0]), 1)])
+        running = runner.begin([(Sequence([1], [0]), 1)])
         run_to_end(running)
     return {
         "layers": running.layer + 1,
-        "hidden": int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index]
+        "hidden": int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index]  # a Module to mypy
         "experts": len(running.routing[0]),
         "top_k": sum(running.routing[0]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "moe_layers": len(running.routing),
         "kv_bytes_per_token": runner.cache.bytes_per_block() // 2,
     }
+
+
+def stop_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The token ids at which the model's own generation ends."""
+    config = getattr(model, "generation_config", None) or model.config
+    eos = getattr(config, "eos_token_id", None)
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
@@ -60,34 +53,25 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
-def versions() -> dict[str, str]:
-    """Versions of the software that a measurement depends on."""
-    found = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
-    return found | ({"cuda": str(torch.version.cuda)} if torch.version.cuda else {})
+def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None = None) -> int:
+    """How many KV blocks fit.
 
+    Args:
+        model: on its device.
+        token_bytes: KV of one token over all layers.
+        block_size: tokens in a block.
+        kv_memory: bytes for KV; None for a share of what is free on the device.
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Clocks (MHz) and power limit (W) of a GPU at this moment, where nvidia-smi tells them; threads on a CPU."""
-    if device.type == "cpu":
-        return {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
-    query = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "driver_version")
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(query)}",
-        "--format=csv,noheader,nounits",
-        "-i",
-        str(_index(device)),
-    ]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {"clocks": "not stated: nvidia-smi does not answer"}
-    return dict(zip(query, (cell.strip() for cell in told.splitlines()[0].split(",")), strict=False))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    Raises:
+        ValueError: not a single block fits.
+    """
+    if kv_memory is None:
+        share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
+        kv_memory = int(memory_bytes(model.device)[0] * share)
+    blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
+    if blocks < 1:
+        raise ValueError(
+            f"kv_memory is {kv_memory} bytes; allowed: at least {(block_size + 1) * token_bytes}, one block of "
+            f"{block_size} tokens"
+        )
+    return int(blocks)

@@ -10,27 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-if TYPE_CHECKING:
-    from qllm.executor.model.expert_queues import ExpertQueues
-    from qllm.executor.model.packed_batch import Batch, Entry
+from qllm.executor.model.attention_plan import AttentionPlan, plan_attention
+from qllm.executor.model.expert_queues import ExpertQueues
+from qllm.executor.model.packed_batch import Batch, Entry
+from qllm.executor.model.split import Split
 
 
 class Point(NamedTuple):
     """A preemption point: what the pass would run next.
 
-    `layer`: attention calls begun before this one (the decoder layer's number in all supported models). `stage`:
-    "attention" or "experts". `group`: the number of the group of query blocks or of experts that comes next; groups
-    without work are passed over. These are the numbers of `qllm.traces.step_times.cost_model.PassCostModel.where`.
+    These are the numbers of `qllm.traces.step_times.cost_model.PassCostModel.position`.
+
+    Attributes:
+        layer: attention calls begun before this one (the decoder layer's number in all supported models).
+        stage: "attention" or "experts".
+        index: the number of the group of query blocks or of experts that comes next; groups without work are skipped.
     """
 
     layer: int
     stage: str
-    group: int
+    index: int
 
 
 class PassGreenlet(greenlet):
@@ -40,34 +44,50 @@ class PassGreenlet(greenlet):
 
 
 class RunningPass:
-    """A forward pass over `batch`, started, suspended or done.
+    """A forward pass over a batch: started, suspended or done. Made by `Runner.begin`.
 
-    After `advance()` returned None, `logits` is `[len(sampled), vocab]` and `sampled` the entries it belongs to (those
-    whose last known token was computed), and every entry's `computed` has moved on.
+    After `advance()` returned None, `logits` holds the result and every sequence's `computed` has moved on.
+
+    Attributes:
+        batch: the packed rows.
+        split: the steps that the pass is split into.
+        partners: suspended passes whose waiting rows may be merged into its own.
+        point: where the pass stands; None before the start and at the end.
+        logits: `[len(sampled), vocab]`, after the end.
+        layer: index of the last attention layer begun; -1 before the first.
+        windows: the sliding window that each attention layer so far told the hook.
+        declared_windows: the sliding window of each layer by configuration.
+        routing: rows of each expert, for each MoE layer begun so far.
+        queues: rows that wait at the experts of a layer, while the pass stands before or between them.
     """
 
     def __init__(
         self,
         batch: Batch,
+        split: Split,
         forward: Callable[[Batch], torch.Tensor],
         run_ahead: RunAhead,
         declared_windows: Sequence[int | None] = (),
+        partners: Iterable[RunningPass] = (),
     ):
         self.batch = batch
-        self.point: Point | None = None  # where it stands; None before the start and at the end
+        self.split = split
+        self.partners = partners
+        self.point: Point | None = None
         self.logits = torch.empty(0)
-        self.layer = -1  # index of the last attention layer begun
-        self.windows: list[int | None] = []  # what each attention layer so far was told of its sliding window
-        self.declared_windows = declared_windows  # what the configuration says, layer by layer
-        self.routing: list[list[int]] = []  # rows of each expert, for each MoE layer begun so far
-        self.queues: ExpertQueues | None = None  # while it stands before or between the experts of a layer
-        self.partners: Iterable[RunningPass] = ()  # suspended passes whose waiting rows may run along with its own
+        self.layer = -1
+        self.windows: list[int | None] = []
+        self.declared_windows = declared_windows
+        self.routing: list[list[int]] = []
+        self.queues: ExpertQueues | None = None
+        self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
         self._greenlet = PassGreenlet(lambda: forward(batch))
         self._greenlet.running = self
 
     @property
     def sampled(self) -> list[Entry]:
+        """The entries that `logits` belong to: those whose last known token is computed."""
         return self.batch.sampled
 
     @property
@@ -76,10 +96,15 @@ class RunningPass:
         return bool(self._greenlet.dead)
 
     def advance(self) -> Point | None:
-        """Run to the next preemption point and return it; None at the end of the pass.
+        """Run to the next preemption point.
 
-        An exception inside the pass is raised here; the pass is then done, and its sequences stand where they stood
-        before it. Other passes do not notice.
+        Returns:
+            The point; None at the end of the pass.
+
+        Raises:
+            Exception: what was raised inside the pass. The pass is then done, and its sequences stand where they stood
+                before it. Other passes do not notice.
+            RuntimeError: the pass was done before.
         """
         if self.done:
             raise RuntimeError("advance() on a pass that is done")
@@ -104,8 +129,10 @@ class RunningPass:
             self.fail(GreenletExit())
 
     def held_bytes(self) -> int:
-        """Bytes of the activations that the pass, suspended, keeps: the tensors in its stack's variables, each storage
-        once; parameters and the KV cache are not its own. Only for the thread that runs it."""
+        """Bytes of the activations that the suspended pass keeps. Only for the thread that runs it.
+
+        Counts the tensors in its stack's variables, each storage once, without parameters and the KV cache.
+        """
         held: dict[int, int] = {}
         frame = self._greenlet.gr_frame
         while frame is not None:
@@ -117,6 +144,13 @@ class RunningPass:
         for tensor in (*self.batch.cache.keys, *self.batch.cache.values):
             held.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(held.values())
+
+    def plan(self, window: int | None) -> AttentionPlan:
+        """The attention of a layer with that sliding window (tokens, the token itself included); made once a pass."""
+        plan = self._plans.get(window)
+        if plan is None:
+            plan = self._plans[window] = plan_attention(self.batch, self.split.query_blocks, window)
+        return plan
 
     def begin_layer(self, window: int | None) -> int | None:
         """Called by the attention hook: a new layer begins. Returns its sliding window.
@@ -135,10 +169,10 @@ class RunningPass:
         begun = len(self.routing)
         return [p.queues for p in self.partners if p.queues is not None and len(p.routing) == begun]
 
-    def reach(self, stage: str, group: int) -> None:
+    def reach(self, stage: str, index: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
         self._run_ahead.mark()
-        point = Point(self.layer, stage, group)
+        point = Point(self.layer, stage, index)
         self._greenlet.parent.switch(point)
 
 
@@ -171,6 +205,7 @@ class RunAhead:
         self._device = device
 
     def mark(self) -> None:
+        """The host is at a point: wait until the device is at most `depth` points behind."""
         if self._events is None:
             return
         event = torch.Event(self._device)

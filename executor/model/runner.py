@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from qllm.executor.model.kv_cache import PagedKVCache
-from qllm.executor.model.packed_batch import Batch, SequenceState
+from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import RunAhead, RunningPass
 from qllm.executor.model.split import Split, Splitter, whole
 
@@ -17,7 +17,11 @@ from qllm.executor.model.split import Split, Splitter, whole
 class Runner:
     """Starts passes over one model and one KV cache. All of its passes belong to one thread.
 
-    `kv_blocks` blocks of `block_size` tokens; `splitter` says how each pass is cut into steps.
+    Args:
+        model: a prepared model (see `qllm.executor.model.loading`).
+        kv_blocks: blocks of the KV cache.
+        block_size: tokens in a block.
+        splitter: says how each pass is split into steps.
     """
 
     def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, splitter: Splitter = whole):
@@ -30,15 +34,25 @@ class Runner:
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def begin(self, entries: Iterable[tuple[SequenceState, int]], split: Split | None = None) -> RunningPass:
-        """A pass over the next n tokens of each sequence, split by `split` in place of the runner's splitter where
-        given; nothing runs before its first `advance()`.
+    def begin(
+        self,
+        entries: Iterable[tuple[Sequence, int]],
+        split: Split | None = None,
+        partners: Iterable[RunningPass] = (),
+    ) -> RunningPass:
+        """A pass over the next tokens of some sequences; nothing runs before its first `advance()`.
 
-        Raises PassError where the tokens, their blocks or their positions do not exist.
+        Args:
+            entries: (sequence, n): the next n tokens of each sequence.
+            split: of this pass, in place of the one that the runner's splitter would choose.
+            partners: suspended passes, looked at anew at each expert, whose waiting rows may be merged into its own.
+
+        Raises:
+            PassError: the tokens, their blocks or their positions do not exist.
         """
-        splitter = self.splitter if split is None else lambda _: split
-        batch = Batch(entries, self.cache, splitter=splitter, max_positions=self.max_positions)
-        return RunningPass(batch, self._forward, self._run_ahead, self.windows)
+        batch = Batch(entries, self.cache, max_positions=self.max_positions)
+        split = self.splitter(batch) if split is None else split
+        return RunningPass(batch, split, self._forward, self._run_ahead, self.windows, partners)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""
@@ -53,19 +67,6 @@ def run_to_end(running: RunningPass) -> torch.Tensor:
     while running.advance() is not None:
         pass
     return running.logits
-
-
-def run_batch(runner: Runner, sequences: Iterable[SequenceState], new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of all sequences together, `new_tokens` each: prefill in one pass, then decode."""
-    states = list(sequences)
-    outputs: list[list[int]] = [[] for _ in states]
-    for _ in range(new_tokens):
-        running = runner.begin((s, len(s.tokens) - s.computed) for s in states)
-        logits = run_to_end(running)
-        for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
-            entry.seq.tokens.append(token)
-            outputs[states.index(entry.seq)].append(token)
-    return outputs
 
 
 def declared_windows(config: PreTrainedConfig) -> list[int | None]:

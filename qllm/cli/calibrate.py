@@ -29,15 +29,15 @@ def calibrate(
 
     from qllm.executor.calibration.calibrate import Extent, calibrate
     from qllm.executor.calibration.routing import record_popularity
-    from qllm.executor.calibration.subject import load_subject
     from qllm.executor.errors import CalibrationError
+    from qllm.executor.model.loading import load
 
     if prompts is not None and not prompts.is_file():
         raise CalibrationError(f"--prompts {prompts}: no such file")
     if threads is not None:
         torch.set_num_threads(threads)
     extent = Extent(max_tokens, max_context, max_batch)
-    subject = load_subject(model, device=device, dtype=dtype)
+    subject = load(model, device=device, dtype=dtype, random_weights=True)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     try:

@@ -1,7 +1,7 @@
 """A configuration on the real engine: the same requests, limits, policies and tables as in its simulation.
 
 What the configuration says of timings, routing and the GPU's memory is not used: the device takes the time it takes.
-Only where its timing trace was measured on this very device and model does the trace cut the passes.
+Only where its timing trace was measured on this very device and model does the trace split the passes.
 """
 
 from __future__ import annotations
@@ -9,32 +9,28 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
 
 from qllm.config.config import Config
 from qllm.config.from_config import limits_with, load_timings, request_trace, step_model
 from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
-from qllm.executor.demo import DEMO, demo_model
-from qllm.executor.engine.engine import blocks_in
+from qllm.executor.calibration.environment import device_name, versions
 from qllm.executor.engine.requests import Stream
-from qllm.executor.model.info import device_name, model_facts, versions
-from qllm.executor.model.loading import load_model, prepare_model
+from qllm.executor.model.info import model_facts
+from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
+from qllm.executor.testing import DEMO, demo_model
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
 from qllm.scheduler import Limits
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
-SAME = ("source", "device", "layers", "hidden", "experts", "top_k", "dtype")  # of a timing trace and a target
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+SAME = ("source", "device", "layers", "hidden", "experts", "top_k", "dtype")  # of a timing trace and a model
 ISOLATED_LENGTHS = 6  # prompt lengths at which the TTFT of a lone request is measured
 ISOLATED_REPEATS = 3
 ISOLATED = (
@@ -42,70 +38,44 @@ ISOLATED = (
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """A loaded model, what to call it, and the KV blocks that its device has room for, by block size."""
+def load_target(
+    name: str | None, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """The checkpoint `name` (path or Hugging Face name), or the demo model where it is None.
 
-    model: PreTrainedModel
-    name: str
-    _blocks: dict[int, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{device_name(self.model.device)}; {self.name}; {str(self.model.dtype).removeprefix('torch.')}"
-
-    @property
-    def layers(self) -> int:
-        """Decoder layers of the model."""
-        return int(model_facts(self.model)["layers"])
-
-    def clock(self, config: Config) -> RealClock:
-        """Real time; passes are cut by the configuration's timing trace where that was measured on this target. The
-        engine polls while idle, as in a calibration."""
-        timings = load_timings(config.timings)
-        here = model_facts(self.model) | {"source": "measured", "device": device_name(self.model.device)}
-        same = all(getattr(timings, key) == here[key] for key in SAME)
-        return RealClock(step_model(config) if same else None, polls=True)
-
-    def limits(self, config: Config) -> Limits:
-        """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
-        given = config.limits
-        blocks = given.kv_blocks
-        if blocks is None:
-            if given.block_size not in self._blocks:
-                token = model_facts(self.model)["kv_bytes_per_token"]
-                self._blocks[given.block_size] = blocks_in(self.model, token, given.block_size, None)
-            blocks = self._blocks[given.block_size]
-        return limits_with(config, blocks)
-
-
-def load_target(name: str | None, device: str, dtype: str, trust_remote_code: bool = False) -> Target:
-    """The checkpoint `name` (path or Hugging Face name) on `device`, or a small random model where it is None.
-
-    Raises ConfigError for what cannot be loaded, UnsupportedModelError for what cannot be served.
+    Raises LoadError for what cannot be loaded, UnsupportedModelError for what cannot be served.
     """
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"--device {device}: not usable here: {first}; allowed: cpu, or a device of torch") from None
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype}: unknown; allowed: {', '.join(DTYPES)}")
-    if name is None:
-        chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        return Target(prepare_model(demo_model(place, chosen)), DEMO)
-    try:
-        model = load_model(name, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--model {name}: cannot be loaded: {first}; allowed: a folder or a model hub's name"
-        ) from None
-    return Target(model, Path(name).name)
+    if name is not None:
+        return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    place, chosen = checked_device(device), checked_dtype(dtype)
+    model = demo_model(place, torch.float32 if chosen == "auto" else getattr(torch, chosen))
+    return LoadedModel.of(DEMO, prepare_model(model), "random")
+
+
+def describe(target: LoadedModel) -> str:
+    """Device, model and dtype, as results name them."""
+    return f"{device_name(target.model.device)}; {target.name}; {str(target.model.dtype).removeprefix('torch.')}"
+
+
+def engine_clock(target: LoadedModel, config: Config) -> RealClock:
+    """Real time, polling while idle as in a calibration.
+
+    The configuration's timing trace splits the passes where it was measured on this device and model.
+    """
+    timings = load_timings(config.timings)
+    here = model_facts(target.model) | {"source": "measured", "device": device_name(target.model.device)}
+    same = all(getattr(timings, key) == here[key] for key in SAME)
+    return RealClock(step_model(config) if same else None, polls=True)
+
+
+def engine_limits(target: LoadedModel, config: Config) -> Limits:
+    """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
+    given = config.limits
+    return limits_with(config, target.kv_blocks(given.block_size) if given.kv_blocks is None else given.kv_blocks)
 
 
 def run(
-    config: Config, target: Target, tell: Callable[[str], None] = lambda _: None
+    config: Config, target: LoadedModel, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[Results, list[tuple[Run, RunResult]]]:
     """Run every point of the sweep, policy and seed, one after another; `tell` hears of each before it starts.
 
@@ -119,7 +89,7 @@ def run(
     for number, this in enumerate(todo, start=1):
         tell(f"{number}/{len(todo)}: {this}")
         trace = request_trace(this.config, this.seed)
-        limits = target.limits(this.config)
+        limits = engine_limits(target, this.config)
         key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)
         lengths = _lengths(trace)
         if key not in alone or not np.isin(lengths, alone[key][0]).all():
@@ -133,12 +103,12 @@ def run(
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def simulate_run(this: Run, trace: RequestTrace, target: Target, limits: Limits) -> RunResult:
+def simulate_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits) -> RunResult:
     """One policy at one point. An exception of a user's policy comes out as a ConfigError with its file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
     try:
-        clock, max_step = target.clock(this.config), this.config.max_step
+        clock, max_step = engine_clock(target, this.config), this.config.max_step
         with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:
             warm_up(engine, trace)
             return replay(engine, trace, priorities=priorities, seed=this.seed)
@@ -154,15 +124,15 @@ def warm_up(engine: Engine, trace: RequestTrace) -> None:
         _lone(engine, prompt, 2).result()
 
 
-def isolated_ttft(config: Config, target: Target, limits: Limits, lengths: np.ndarray) -> np.ndarray:
+def isolated_ttft(config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray) -> np.ndarray:
     """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64."""
-    clock = target.clock(config)
+    clock = engine_clock(target, config)
     with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
         for n in lengths[[0, -1]].tolist():
             _lone(engine, n, 2).result()
         found = []
         for n in lengths.tolist():
-            records = [_lone(engine, n, 1).result().record for _ in range(ISOLATED_REPEATS)]
+            records = [_lone(engine, n, 1).result().times for _ in range(ISOLATED_REPEATS)]
             found.append(float(np.median([r.first_token - r.arrival for r in records])))
     return np.array(found)
 
@@ -184,16 +154,16 @@ def _merge(known: tuple[np.ndarray, np.ndarray], at: np.ndarray, values: np.ndar
     return lengths, np.array([both[n] for n in lengths.tolist()])
 
 
-def provenance(target: Target) -> dict[str, str]:
+def provenance(target: LoadedModel) -> dict[str, str]:
     """What the results depend on besides the configuration."""
     return {
         **versions(),
-        "timings": f"engine: real; {target}",
+        "timings": f"engine: real; {describe(target)}",
         "isolated": ISOLATED,
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def caption(target: Target) -> str:
+def caption(target: LoadedModel) -> str:
     """For figures and tables: nothing in them is simulated."""
-    return f"Measured on {target}; {ISOLATED}"
+    return f"Measured on {describe(target)}; {ISOLATED}"

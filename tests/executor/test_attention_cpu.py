@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from qllm.executor.model import attention_cpu as cpu_attention
 from qllm.executor.model.attention_cpu import MIN_CELLS, attend, available, suits
+from qllm.executor.model.attention_plan import QueryBlock
 from qllm.executor.model.loading import prepare_model
-from qllm.executor.model.packed_batch import QueryBlock, SequenceState
+from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
-from qllm.executor.model.split import finest
 from qllm.executor.testing import tiny_model
+from tests.engine_worlds import finest
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN linear")
@@ -55,7 +56,7 @@ def test_a_suspended_prefill_gives_the_same_bits_on_this_path_too(monkeypatch):
         runner = Runner(model, 64, 16, finest)
         torch.manual_seed(1)
         tokens = torch.randint(2, 60, (3, 60)).tolist()
-        sequences = [SequenceState(t, list(range(4 * i, 4 * i + 4))) for i, t in enumerate(tokens)]
+        sequences = [Sequence(t, list(range(4 * i, 4 * i + 4))) for i, t in enumerate(tokens)]
         logits = []
         for n in (40, 20):  # the second chunk looks at the KV cache
             running = runner.begin([(s, n) for s in sequences[:2]])

@@ -19,16 +19,16 @@ def memory(blocks: int) -> BlockManager:
     return BlockManager(SimpleNamespace(n_blocks=blocks, block_size=BLOCK))
 
 
-def job() -> SimpleNamespace:
+def sequence() -> SimpleNamespace:
     return SimpleNamespace(blocks=[], host=None, dropped=False)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 60)), max_size=60))
 def test_no_block_is_anybody_elses_and_none_is_lost(steps):
     """Six sequences grow to so many tokens, or (-1) end, in any order."""
-    kv, jobs = memory(40), [job() for _ in range(6)]
+    kv, sequences = memory(40), [sequence() for _ in range(6)]
     for number, tokens in steps:
-        mine, before = jobs[number], list(jobs[number].blocks)
+        mine, before = sequences[number], list(sequences[number].blocks)
         if tokens < 0:
             kv.release(mine)
             before = []
@@ -41,7 +41,7 @@ def test_no_block_is_anybody_elses_and_none_is_lost(steps):
             kv.grow(mine, tokens, ())
             assert len(mine.blocks) == max(len(before), -(-tokens // BLOCK))
         assert mine.blocks[: len(before)] == before
-        held = [block for other in jobs for block in other.blocks]
+        held = [block for other in sequences for block in other.blocks]
         assert len(held) == len(set(held)) == kv.held
         assert all(0 <= block < 40 for block in held)
 
@@ -49,16 +49,16 @@ def test_no_block_is_anybody_elses_and_none_is_lost(steps):
 def test_sequences_that_come_grow_and_go_lie_in_one_piece():
     """Eight at a time in a memory four times as large, each a prompt of 32 tokens and then 16 more, one by one."""
     kv, rng = memory(8 * 12 * 4), np.random.default_rng(0)
-    jobs = [job() for _ in range(8)]
+    sequences = [sequence() for _ in range(8)]
     tokens = [0] * 8
     jumps = steps = 0
     for number in rng.integers(0, 8, 5000).tolist():
         if tokens[number] >= 48:
-            gaps = np.diff(jobs[number].blocks)
+            gaps = np.diff(sequences[number].blocks)
             jumps, steps = jumps + int((gaps != 1).sum()), steps + len(gaps)
-            kv.release(jobs[number])
+            kv.release(sequences[number])
             tokens[number] = 0
         tokens[number] = tokens[number] + 1 if tokens[number] else 32
-        kv.grow(jobs[number], tokens[number], ())
+        kv.grow(sequences[number], tokens[number], ())
     assert steps > 1000
     assert jumps < 0.02 * steps

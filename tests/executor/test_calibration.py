@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from qllm.executor.calibration import engine_overhead, stopwatch
 from qllm.executor.calibration.calibrate import CalibrationWarning, Extent, calibrate
 from qllm.executor.calibration.engine_overhead import LoopSeconds, loop_seconds, wake_seconds
+from qllm.executor.calibration.environment import device_name
 from qllm.executor.calibration.fit import query_block_seconds
 from qllm.executor.calibration.grid import PassKind, mixed_lengths, pass_kinds
 from qllm.executor.calibration.profiler import OFTEN, ROUNDS, Profiler, spread
 from qllm.executor.calibration.routing import count_routing, write_popularity
 from qllm.executor.calibration.stopwatch import PassTimes, timed
 from qllm.executor.calibration.store import Samples
-from qllm.executor.calibration.subject import Subject, load_subject, with_layers
 from qllm.executor.engine.clock import RealClock
-from qllm.executor.errors import CalibrationError
-from qllm.executor.model.info import device_name, model_facts
-from qllm.executor.model.loading import prepare_model
+from qllm.executor.errors import CalibrationError, LoadError
+from qllm.executor.model.info import model_facts
+from qllm.executor.model.loading import LoadedModel, load, prepare_model, with_layers
 from qllm.executor.testing import tiny_config, tiny_model
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
@@ -46,8 +46,8 @@ def short_pauses():
 
 
 @pytest.fixture(scope="module")
-def subject(one_thread) -> Subject:
-    return Subject("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)), 2, 1000, "random")
+def subject(one_thread) -> LoadedModel:
+    return LoadedModel("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)), 2, 1000, "random")
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_corners_that_did_not_fit_are_modelled(subject, tmp_path, monkeypatch):
 
 def test_a_folder_with_a_configuration_alone_gets_random_weights(tmp_path):
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
-    found = load_subject(str(tmp_path))
+    found = load(str(tmp_path), random_weights=True)
     assert found.weights.startswith("random")
     assert found.layers == 4
     assert found.weights_bytes == 4 * found.model.num_parameters()
@@ -352,8 +352,8 @@ def test_a_folder_with_a_configuration_alone_gets_random_weights(tmp_path):
 
 def test_a_model_that_does_not_fit_is_measured_by_a_few_layers(tmp_path, monkeypatch):
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
-    monkeypatch.setattr("qllm.executor.calibration.subject.memory_bytes", lambda _: (1, 10**9))
-    found = load_subject(str(tmp_path))
+    monkeypatch.setattr("qllm.executor.model.loading.memory_bytes", lambda _: (1, 10**9))
+    found = load(str(tmp_path), random_weights=True)
     assert model_facts(found.model)["layers"] == 2
     assert found.layers == 4
     monkeypatch.undo()
@@ -372,15 +372,15 @@ def test_leading_dense_layers_are_left_out_of_a_few_layers():
     ("arguments", "message"),
     [
         ({"device": "abacus"}, "--device abacus"),
-        ({"dtype": "int3"}, "--dtype int3: allowed: auto, float32"),
+        ({"dtype": "int3"}, "--dtype int3: unknown; allowed: auto, float32"),
         ({"name_or_path": "/nowhere/to/be/found"}, "--model /nowhere/to/be/found"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, arguments, message):
     tiny_config("qwen3_moe").save_pretrained(tmp_path)
     given = {"name_or_path": str(tmp_path), **arguments}
-    with pytest.raises(CalibrationError, match=message):
-        load_subject(given.pop("name_or_path"), **given)
+    with pytest.raises(LoadError, match=message):
+        load(given.pop("name_or_path"), **given)
 
 
 def test_routing_of_prompts_becomes_a_popularity_table(subject, tmp_path):

@@ -84,7 +84,7 @@ def test_tokens_are_the_same_when_memory_is_short(model, expected, evict):
         results = [s.result() for s in streams]
         stats = engine.stats()
     assert [r.tokens for r in results] == [expected(p) for p in asked]
-    assert sum(r.record.evictions for r in results) > 0
+    assert sum(r.times.evictions for r in results) > 0
     assert (stats.free_blocks, stats.host_bytes) == (14, 0)
 
 
@@ -138,10 +138,10 @@ def test_sampled_tokens_depend_on_the_seed_alone(model):
 
 def test_the_record_adds_up(model):
     with Engine(model, limits=Limits(kv_blocks=50)) as engine:
-        record = engine.submit([5, 6, 7], max_new_tokens=4, stop=()).result().record
-    assert record.arrival <= record.first_launch <= record.first_token <= record.finish
-    total = record.queueing + record.running + record.suspended
-    assert total == pytest.approx(record.finish - record.arrival)
+        times = engine.submit([5, 6, 7], max_new_tokens=4, stop=()).result().times
+    assert times.arrival <= times.first_launch <= times.first_token <= times.finish
+    total = times.queueing + times.running + times.suspended
+    assert total == pytest.approx(times.finish - times.arrival)
 
 
 class Words:

@@ -7,10 +7,11 @@ pytest.importorskip("transformers")
 
 from qllm.executor.errors import UnsupportedModelError  # noqa: E402
 from qllm.executor.model.loading import load_model, prepare_model  # noqa: E402
-from qllm.executor.model.packed_batch import SequenceState  # noqa: E402
-from qllm.executor.model.runner import Runner, run_batch, run_to_end  # noqa: E402
-from qllm.executor.model.split import finest, whole  # noqa: E402
-from qllm.executor.testing import families, tiny_model  # noqa: E402
+from qllm.executor.model.packed_batch import Sequence  # noqa: E402
+from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
+from qllm.executor.model.split import whole  # noqa: E402
+from qllm.executor.testing import families, run_batch, tiny_model  # noqa: E402
+from tests.engine_worlds import finest  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 NEW_TOKENS = 10
@@ -53,7 +54,7 @@ def generate(model, prompt):
 
 def states(texts, block_size=4):
     """Sequences whose blocks are interleaved in the cache."""
-    return [SequenceState(list(t), list(range(i, i + 9 * len(texts), len(texts)))) for i, t in enumerate(texts)]
+    return [Sequence(list(t), list(range(i, i + 9 * len(texts), len(texts)))) for i, t in enumerate(texts)]
 
 
 def served(model, splitter):

@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 
 import qllm.executor.model.experts  # noqa: E402
 from qllm.executor import Engine  # noqa: E402
-from qllm.executor.model.packed_batch import SequenceState  # noqa: E402
+from qllm.executor.engine.execution import execution_of  # noqa: E402
+from qllm.executor.model.packed_batch import Sequence  # noqa: E402
 from qllm.executor.model.passes import RunningPass  # noqa: E402
 from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
 from qllm.executor.model.split import LinearSplitter, Split  # noqa: E402
@@ -62,9 +63,8 @@ def scene(model, rows=1000) -> Scene:
     """A BE pass over 20 tokens and an LS pass over 6 that may share launches of up to `rows` waiting rows."""
     split = Split(experts_per_group=2, query_blocks=1, merge_rows=rows)
     runner = Runner(model, kv_blocks=12, block_size=4, splitter=lambda _: split)
-    be = runner.begin([(SequenceState(tokens(20, 1), [0, 2, 4, 6, 8]), 20)])
-    ls = runner.begin([(SequenceState(tokens(6, 2), [1, 3]), 6)])
-    ls.partners = (be,)
+    be = runner.begin([(Sequence(tokens(20, 1), [0, 2, 4, 6, 8]), 20)])
+    ls = runner.begin([(Sequence(tokens(6, 2), [1, 3]), 6)], partners=(be,))
     return Scene(runner, be, ls)
 
 
@@ -178,7 +178,7 @@ def test_a_pass_that_breaks_in_a_shared_launch_leaves_the_other_right(model, sha
 def test_the_engines_own_cutter_lends_as_many_rows_as_cost_one_reading(model):
     costs = LinearSplitter(n_experts=8, top_k=2, expert=1e-4, row=1e-5)
     runner = Runner(model, kv_blocks=12, block_size=4, splitter=costs)
-    assert runner.begin([(SequenceState([3], [0]), 1)]).batch.split.merge_rows == 10
+    assert runner.begin([(Sequence([3], [0]), 1)]).split.merge_rows == 10
     assert Split().merge_rows == 0
 
 
@@ -202,31 +202,32 @@ def crowd():
 
 @pytest.mark.parametrize("name", ["qllm", "hybrid"])
 def test_tokens_under_load_are_those_of_generate(model, shared, expected, name):
-    jobs = serve(model, crowd(), policy=make_policy(name, merge=True), limits=ROOMY, max_step=2e-5)
-    assert [job.tokens for job in jobs] == [expected(prompt, new) for prompt, new, _, _ in crowd()]
+    served = serve(model, crowd(), policy=make_policy(name, merge=True), limits=ROOMY, max_step=2e-5)
+    assert [sequence.tokens for sequence in served] == [expected(prompt, new) for prompt, new, _, _ in crowd()]
     assert len(shared) > 10
-    assert any(job.request.preemptions for job in jobs)
+    assert any(sequence.request.preemptions for sequence in served)
 
 
 def test_aborts_of_suspended_passes_change_nobody_elses_tokens(model, shared, expected):
     """Every suspended pass loses one of its requests, or all of them, while another one runs along with it."""
     victims = set()
 
-    def hook(loop, p, course):
+    def hook(loop, p, execution):
         for q in list(loop.scheduler.suspended_passes):
-            running, jobs = q.cursor.running, [j for j in q.cursor.jobs if j.request.id in loop.scheduler.requests]
-            if running.queues is not None and jobs and len(shared) > 2 * len(victims):
-                for job in jobs[: 1 + len(victims) % 2 * len(jobs)]:
-                    victims.add(job.request.id)
-                    loop.abort(job)
+            suspended = execution_of(q)
+            left = [s for s in suspended.sequences if s.request.id in loop.scheduler.requests]
+            if suspended.running.queues is not None and left and len(shared) > 2 * len(victims):
+                for sequence in left[: 1 + len(victims) % 2 * len(left)]:
+                    victims.add(sequence.request.id)
+                    loop.abort(sequence)
 
     policy = make_policy("qllm", merge=True)
-    jobs = serve(model, crowd(), policy=policy, limits=ROOMY, max_step=2e-5, hook=hook)
+    served = serve(model, crowd(), policy=policy, limits=ROOMY, max_step=2e-5, hook=hook)
     assert victims
     assert shared
-    for job, (prompt, new, _, _) in zip(jobs, crowd(), strict=True):
+    for sequence, (prompt, new, _, _) in zip(served, crowd(), strict=True):
         wanted = expected(prompt, new)
-        assert job.tokens == (wanted[: len(job.tokens)] if job.request.id in victims else wanted)
+        assert sequence.tokens == (wanted[: len(sequence.tokens)] if sequence.request.id in victims else wanted)
 
 
 def test_on_the_real_clock_tokens_are_those_of_generate_too(model, shared, expected):

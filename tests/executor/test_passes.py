@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 from qllm.executor.errors import PassError  # noqa: E402
 from qllm.executor.model.kv_cache import PagedKVCache  # noqa: E402
 from qllm.executor.model.loading import prepare_model  # noqa: E402
-from qllm.executor.model.packed_batch import SequenceState  # noqa: E402
+from qllm.executor.model.packed_batch import Sequence  # noqa: E402
 from qllm.executor.model.passes import Point  # noqa: E402
 from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
-from qllm.executor.model.split import LinearSplitter, Split, finest, whole  # noqa: E402
+from qllm.executor.model.split import LinearSplitter, Split, whole  # noqa: E402
 from qllm.executor.testing import tiny_model  # noqa: E402
+from tests.engine_worlds import finest  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -40,9 +41,9 @@ def scene(model):
     """A runner with three sequences: `a` decodes, `b` has half its prompt computed, `c` is a newcomer."""
     split = Split(experts_per_group=3, query_blocks=2)
     runner = Runner(model, kv_blocks=24, block_size=4, splitter=lambda batch: split)
-    a = SequenceState(tokens(6, 1), [0, 3, 6])
-    b = SequenceState(tokens(20, 2), [1, 4, 7, 10, 13])
-    c = SequenceState(tokens(9, 3), [2, 5, 8])
+    a = Sequence(tokens(6, 1), [0, 3, 6])
+    b = Sequence(tokens(20, 2), [1, 4, 7, 10, 13])
+    c = Sequence(tokens(9, 3), [2, 5, 8])
     a.tokens.append(run_to_end(runner.begin([(a, 6)])).argmax().item())
     run_to_end(runner.begin([(b, 10)]))
     return runner, a, b, c
@@ -65,13 +66,13 @@ def test_points_lie_before_attention_between_query_blocks_and_between_expert_gro
     assert points[0] == Point(0, "attention", 0)
     for layer in range(4):
         groups = {
-            stage: [p.group for p in points if p.layer == layer and p.stage == stage]
+            stage: [p.index for p in points if p.layer == layer and p.stage == stage]
             for stage in ("attention", "experts")
         }
         assert groups["attention"] == [0, 1]
         assert groups["experts"] == list(range(len(groups["experts"])))
         assert 2 <= len(groups["experts"]) <= 3  # at most 8 experts, 3 a group
-    assert points == sorted(points, key=lambda p: (p.layer, p.stage, p.group))
+    assert points == sorted(points, key=lambda p: (p.layer, p.stage, p.index))
 
 
 def test_a_suspended_pass_gives_the_same_bits_wherever_it_was_suspended(model):
@@ -152,7 +153,7 @@ def test_offloaded_and_restored_elsewhere_gives_the_same_bits(model):
     expected = run_to_end(be_pass(runner, a, b))
     runner, a, b, _ = scene(model)
     host = runner.cache.offload(b.blocks, b.computed)
-    run_to_end(runner.begin([(SequenceState(tokens(20, 9), list(b.blocks)), 20)]))  # someone else takes the blocks
+    run_to_end(runner.begin([(Sequence(tokens(20, 9), list(b.blocks)), 20)]))  # someone else takes the blocks
     b.blocks = [23, 21, 19, 17, 15]
     runner.cache.restore(host, b.blocks)
     assert torch.equal(run_to_end(be_pass(runner, a, b)), expected)
@@ -195,10 +196,10 @@ def test_the_memory_of_a_cache_is_there_before_its_blocks_are_used():
 @pytest.mark.parametrize(
     ("sequence", "n", "message"),
     [
-        (SequenceState([5, 6], [0]), 3, "3 tokens of a sequence with 0 of 2"),
-        (SequenceState([5] * 9, [0, 1]), 9, "9 tokens need 3 KV blocks"),
-        (SequenceState([5], [24]), 1, "0..23"),
-        (SequenceState([5] * 300, list(range(24)) * 4), 300, "beyond the model's last, 255"),
+        (Sequence([5, 6], [0]), 3, "3 tokens of a sequence with 0 of 2"),
+        (Sequence([5] * 9, [0, 1]), 9, "9 tokens need 3 KV blocks"),
+        (Sequence([5], [24]), 1, "0..23"),
+        (Sequence([5] * 300, list(range(24)) * 4), 300, "beyond the model's last, 255"),
     ],
 )
 def test_a_pass_that_does_not_fit_is_refused(model, sequence, n, message):
@@ -207,14 +208,14 @@ def test_a_pass_that_does_not_fit_is_refused(model, sequence, n, message):
         runner.begin([(sequence, n)])
 
 
-def test_steps_are_cut_below_the_longest_step(model):
+def test_steps_are_split_below_the_longest_step(model):
     costs = LinearSplitter(n_experts=8, top_k=2, max_step=1.0, expert=0.1, row=0.01, cell=0.01)
     runner = Runner(model, kv_blocks=24, block_size=4, splitter=costs)
-    short, long = (runner.begin([(SequenceState(tokens(n, 1), list(range(24))), n)]).batch for n in (2, 64))
+    short, long = (runner.begin([(Sequence(tokens(n, 1), list(range(24))), n)]) for n in (2, 64))
     assert short.split == Split(experts_per_group=8, query_blocks=1, merge_rows=10)
     assert long.split.experts_per_group == 2  # 16 rows on average, 28 at three standard deviations: 0.38 s each
     assert long.split.query_blocks == 21  # 64 * 65 / 2 cells at 0.01 s
-    groups = long.plan(None).groups
+    groups = long.plan(None).block_groups
     assert [number for number, _ in groups] == list(range(21))
     rows = [row for _, blocks in groups for block in blocks for row in range(block.first, block.last)]
     assert rows == list(range(64))

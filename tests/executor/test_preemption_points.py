@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import qllm.executor.engine.loop  # noqa: E402
+from qllm.executor.engine.execution import execution_of  # noqa: E402
 from qllm.executor.errors import RequestFailed  # noqa: E402
 from qllm.executor.testing import tiny_model  # noqa: E402
 from qllm.scheduler import Limits, State  # noqa: E402
@@ -46,7 +47,7 @@ def test_be_gives_the_same_bits_when_ls_preempts_it_at_each_point(model, logits)
         model,
         [(be, 3, 1, 0.0)],
         limits=ROOMY,
-        hook=lambda loop, p, course: points.append(loop.clock.now()),
+        hook=lambda loop, p, execution: points.append(loop.clock.now()),
         max_step=2e-5,
     )
     alone = dict(logits)
@@ -54,13 +55,13 @@ def test_be_gives_the_same_bits_when_ls_preempts_it_at_each_point(model, logits)
     assert len(prefill) >= 20
     for number, at in enumerate(prefill):
         logits.clear()
-        jobs = serve(
+        served = serve(
             model,
             [(be, 3, 1, 0.0), (ls, 2, 0, at - TICK)],
             limits=ROOMY,
             max_step=2e-5,
         )
-        assert jobs[0].request.preemptions == 1, number
+        assert served[0].request.preemptions == 1, number
         for key, row in alone.items():
             if key[1] == len(be):  # the preempted pass; later ones share their batch with LS
                 assert torch.equal(logits[key], row), number
@@ -84,8 +85,8 @@ def tight(evict):
 
 def points_and_tokens(model, evict):
     points = []
-    jobs = serve(model, crowd(), limits=tight(evict), hook=lambda *_: points.append(None))
-    return len(points), [job.tokens for job in jobs]
+    served = serve(model, crowd(), limits=tight(evict), hook=lambda *_: points.append(None))
+    return len(points), [sequence.tokens for sequence in served]
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +108,15 @@ def test_abort_at_any_point_returns_the_blocks_and_changes_nobody_elses_tokens(m
         count = 0
         victims = []
 
-        def abort(loop, p, course, at=at, victims=victims):
+        def abort(loop, p, execution, at=at, victims=victims):
             nonlocal count
             count += 1
             if count != at + 1:
                 return
-            suspended = [j for q in loop.scheduler.suspended_passes for j in q.cursor.jobs]
-            moved = [j for j in loop.jobs.values() if j.request.state is State.OFFLOADED]
-            others = list(loop.jobs.values())
-            waiting = [j for j in others if j.request.state is State.WAITING]
+            suspended = [s for q in loop.scheduler.suspended_passes for s in execution_of(q).sequences]
+            moved = [s for s in loop.sequences.values() if s.request.state is State.OFFLOADED]
+            others = list(loop.sequences.values())
+            waiting = [s for s in others if s.request.state is State.WAITING]
             pools = [pool for pool in (moved, suspended, waiting, others) if pool]
             pool = pools[at % len(pools)]
             victim = pool[at % len(pool)]
@@ -123,14 +124,14 @@ def test_abort_at_any_point_returns_the_blocks_and_changes_nobody_elses_tokens(m
             victims.append(victim)
             loop.abort(victim)
 
-        jobs = serve(model, crowd(), limits=tight(evict), hook=abort)
+        served = serve(model, crowd(), limits=tight(evict), hook=abort)
         assert len(victims) == 1
-        for job, wanted in zip(jobs, generated, strict=True):
-            if job is victims[0]:
-                assert job.stream.finish_reason == "cancelled"
-                assert job.tokens == wanted[: len(job.tokens)]
+        for sequence, wanted in zip(served, generated, strict=True):
+            if sequence is victims[0]:
+                assert sequence.stream.finish_reason == "cancelled"
+                assert sequence.tokens == wanted[: len(sequence.tokens)]
             else:
-                assert job.tokens == wanted
+                assert sequence.tokens == wanted
     assert {"suspended", "WAITING", "READY", "IN_PASS"} <= states, states
     assert evict == "recompute" or "OFFLOADED" in states
 
@@ -140,18 +141,18 @@ def test_all_of_a_suspended_pass_aborted(model):
     be, ls = prompts(2, seed=9, low=20, high=40)
     held = []
 
-    def hook(loop, p, course):
+    def hook(loop, p, execution):
         for q in list(loop.scheduler.suspended_passes):
-            held.append(q.cursor.running.held_bytes())
-            running = q.cursor.running
-            for job in list(q.cursor.jobs):
-                loop.abort(job)
+            held.append(execution_of(q).running.held_bytes())
+            running = execution_of(q).running
+            for sequence in list(execution_of(q).sequences):
+                loop.abort(sequence)
             assert running.done
 
-    jobs = serve(model, [(be, 3, 1, 0.0), (ls, 2, 0, 3e-4)], limits=ROOMY, hook=hook)
+    served = serve(model, [(be, 3, 1, 0.0), (ls, 2, 0, 3e-4)], limits=ROOMY, hook=hook)
     assert held
     assert held[0] >= len(be) * 64 * 4  # at least the hidden states, float32[tokens, 64]
-    assert [job.stream.finish_reason for job in jobs] == ["cancelled", "length"]
+    assert [sequence.stream.finish_reason for sequence in served] == ["cancelled", "length"]
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
@@ -161,18 +162,18 @@ def test_an_exception_inside_the_model_ends_the_requests_of_its_pass_alone(model
         count = 0
         hit = []
 
-        def fail(loop, p, course, at=at, hit=hit):
+        def fail(loop, p, execution, at=at, hit=hit):
             nonlocal count
             count += 1
             if count == at + 1:
                 hit.extend(r.id for r in p.requests())
-                course.running.fail(MemoryError("of the test"))
+                execution.running.fail(MemoryError("of the test"))
 
-        jobs = serve(model, crowd(), limits=tight(evict), hook=fail)
+        served = serve(model, crowd(), limits=tight(evict), hook=fail)
         assert hit
-        for job, wanted in zip(jobs, generated, strict=True):
-            if job.request.id in hit:
-                assert isinstance(job.error, RequestFailed)
-                assert isinstance(job.error.__cause__, MemoryError)
+        for sequence, wanted in zip(served, generated, strict=True):
+            if sequence.request.id in hit:
+                assert isinstance(sequence.error, RequestFailed)
+                assert isinstance(sequence.error.__cause__, MemoryError)
             else:
-                assert job.tokens == wanted
+                assert sequence.tokens == wanted

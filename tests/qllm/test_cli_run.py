@@ -11,9 +11,9 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from qllm.config.config import load_config
-from qllm.config.yaml_lines import ConfigError
-from qllm.executor.model.info import device_name
-from qllm.experiment.engine_run import load_target
+from qllm.executor.calibration.environment import device_name
+from qllm.executor.errors import LoadError
+from qllm.experiment.engine_run import engine_clock, load_target
 from qllm.experiment.results import load_results
 from qllm.traces.step_times.timings import affine_timings
 from tests.cli_support import qllm, write_config
@@ -53,8 +53,8 @@ def test_run_writes_what_simulate_writes_and_says_that_it_was_measured(tmp_path:
     ],
 )
 def test_models_and_devices_that_do_not_exist(model, device, dtype, expected) -> None:
-    with pytest.raises(ConfigError, match=expected):
-        load_target(model, device, dtype)
+    with pytest.raises(LoadError, match=expected):
+        load_target(model, device=device, dtype=dtype)
 
 
 def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
 
 
 def test_timings_measured_here_cut_the_passes_and_others_do_not(tmp_path: Path) -> None:
-    target = load_target(None, "cpu", "float32")
+    target = load_target(None, dtype="float32")
     here = {"layers": 8, "hidden": 256, "experts": 16, "top_k": 4, "dtype": "float32"}
     for changed, used in (({}, True), ({"source": "modelled"}, False), ({"experts": 8}, False)):
         timings = affine_timings(
@@ -75,4 +75,4 @@ def test_timings_measured_here_cut_the_passes_and_others_do_not(tmp_path: Path) 
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv"
         timings.save(path)
         config = load_config(write_config(tmp_path), [f"timings={path}"])
-        assert (target.clock(config).steps is not None) is used
+        assert (engine_clock(target, config).steps is not None) is used

@@ -37,13 +37,13 @@ def model(one_thread):
 
 
 @pytest.fixture
-def lenders(monkeypatch):
+def partners(monkeypatch):
     """For each launch, how many other passes had rows in it."""
     seen: list[int] = []
     original = qllm.executor.model.experts.run_tile
 
     def spy(module, tile, queues, others=()):
-        seen.append(sum(any(map(q.lends, tile)) for q in others))
+        seen.append(sum(any(map(q.can_merge, tile)) for q in others))
         original(module, tile, queues, others)
 
     monkeypatch.setattr(qllm.executor.model.experts, "run_tile", spy)
@@ -136,29 +136,29 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS)
-def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, lenders, name, settings):
+def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, partners, name, settings):
     limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4)
     real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
     assert (real.status == Status.FINISHED).sum() == 39
     if make_policy(name).granularity != "iteration":
         assert real.preemptions.sum() > 0
-    assert any(lenders) == settings.get("merge", False)
+    assert any(partners) == settings.get("merge", False)
 
 
-def test_engine_and_simulator_merge_several_suspended_passes_alike(lenders):
-    """One layer, so that all who are suspended wait at the same experts; up to 52 or 6 rows run along."""
+def test_engine_and_simulator_merge_several_suspended_passes_alike(partners):
+    """One layer, so that all who are suspended wait at the same experts; up to 52 or 6 rows are merged."""
     model = prepare_model(tiny_model("qwen3_moe", num_hidden_layers=1))
     limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=80, block_size=4)
     for expert_s, max_step, mode in ((5e-5, 1e-5, "separate"), (5e-5, 1e-4, "fused"), (4e-6, 3e-5, "fused")):
         steps = step_model(max_step, mode, layers=1, expert=(expert_s, 1e-6))
         for seed in (6, 7, 8, 14):
             assert_same(*both(model, workload(seed, gap=0.004), Stack(), limits, steps))
-    assert lenders.count(1) > 50
-    assert max(lenders) >= 2
+    assert partners.count(1) > 50
+    assert max(partners) >= 2
 
 
-def test_a_pass_lends_nothing_before_its_time_has_come_to_the_experts(model):
+def test_nothing_of_a_pass_is_merged_before_its_time_has_come_to_the_experts(model):
     """LS stops a decode pass all along. The real pass has no points inside that attention, so it waits at the experts
     already while the step model's still stands between query blocks."""
     limits, steps = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4), step_model(4e-6)

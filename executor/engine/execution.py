@@ -1,0 +1,170 @@
+"""How a pass moves on in time: step by step, from one point where it may stop to the next.
+
+In real time a step takes what it takes. In virtual time the same pass runs on the same model, but the clock moves by
+what a step model says (`qllm.traces.step_times.cost_model`), as on the simulator's step-by-step device: same times,
+same preemption points, same order of events at one instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol, cast
+
+import numpy as np
+
+from qllm.executor.engine.requests import EngineRequest
+from qllm.executor.errors import ExecutorError
+from qllm.executor.model.passes import Point, RunningPass
+from qllm.scheduler import Pass, Scheduler
+from qllm.traces.step_times.cost_model import PassCost, PassCostModel
+
+STAGES = ("attention", "experts")
+
+
+class Execution(Protocol):
+    """A pass that has begun, and how it moves on.
+
+    Attributes:
+        running: the pass inside the model.
+        sequences: the requests that the pass computes.
+        done: steps done (see `qllm.traces.results.PassSlice`).
+    """
+
+    running: RunningPass
+    sequences: tuple[EngineRequest, ...]
+    done: int
+
+    def advance(self) -> bool:
+        """Run to the next preemption point; False at the end of the pass. Raises what the pass raises."""
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the policy's granularity lets the pass stop where it stands."""
+
+    def place(self) -> tuple[int, str]:
+        """(layer, stage) of what comes next."""
+
+
+def execution_of(p: Pass) -> Execution:
+    """The execution of a pass that has begun: its cursor. Raises ExecutorError."""
+    if p.cursor is None:
+        raise ExecutorError(f"{p!r} has not begun")
+    return cast(Execution, p.cursor)  # the scheduler does not look into a cursor, and only the loop sets it
+
+
+class RealExecution:
+    """A pass in real time; its steps are the points that it passed."""
+
+    def __init__(self, running: RunningPass, sequences: tuple[EngineRequest, ...], granularity: str):
+        self.running = running
+        self.sequences = sequences
+        self.done = 0
+        self._granularity = granularity
+
+    def advance(self) -> bool:
+        self.done += 1
+        return self.running.advance() is not None
+
+    @property
+    def may_stop(self) -> bool:
+        if self._granularity == "layer":
+            point = self.running.point
+            return point is not None and point.stage == "attention" and point.index == 0
+        return self._granularity == "expert"
+
+    def place(self) -> tuple[int, str]:
+        point = self.running.point
+        if point is not None:
+            return point.layer, point.stage
+        return (self.running.layer + 1, "head") if self.running.done else (0, "prologue")
+
+
+class VirtualExecution:
+    """A pass in virtual time.
+
+    It stops at all points of the step model. Groups of experts without tokens have one too, at which the real pass does
+    not stop; the real pass follows, and is never ahead of the step model.
+    """
+
+    may_stop = True  # at the points of its granularity only
+
+    def __init__(
+        self,
+        running: RunningPass,
+        sequences: tuple[EngineRequest, ...],
+        steps: PassCostModel,
+        cost: PassCost,
+        granularity: str,
+        sleep: Callable[[float], None],
+    ):
+        self.running = running
+        self.sequences = sequences
+        self.done = 0
+        self._steps = steps
+        self._cost = cost
+        self._sleep = sleep
+        self._total = 2 + steps.layers * cost.steps_per_layer
+        self._points = frozenset(steps.points(cost, granularity).tolist())
+
+    def advance(self) -> bool:
+        while self.done < self._total:
+            self._sleep(self._next_step())
+            self.done += 1
+            if self.done - 1 in self._points:
+                self._follow(*self._steps.position(self._cost, self.done))
+                return True
+        while not self.running.done:
+            self.running.advance()
+        return False
+
+    def place(self) -> tuple[int, str]:
+        return self._steps.position(self._cost, self.done)[:2]
+
+    def _next_step(self) -> float:
+        """Seconds of the step that comes next, as in `PassCostModel.times`."""
+        layer, stage, index = self._steps.position(self._cost, self.done)
+        if stage == "experts":
+            if index == 0:
+                self._follow(layer, stage, 0)
+            return self._group_seconds(index)
+        return self._cost.step_s(stage)
+
+    def _group_seconds(self, index: int) -> float:
+        """Seconds of a group of experts that begins now: over its own waiting rows and those merged from partners."""
+        running, steps = self.running, self._steps
+        queues = running.queues  # None where nothing is left of the layer: the real pass has gone on
+        own = np.zeros(steps.n_experts, dtype=np.int64) if queues is None else np.array(queues.waiting)
+        others = [np.array(q.waiting) for q in running.shared_queues()]
+        return float(steps.group_seconds(self._cost, steps.merged(own, others))[index])
+
+    def _follow(self, layer: int, stage: str, index: int) -> None:
+        """Bring the real pass to that point, or to the first one after it where there is none."""
+        target = (layer, STAGES.index(stage), index)
+        while not self.running.done and (self.running.point is None or _order(self.running.point) < target):
+            self.running.advance()
+
+
+def _order(point: Point) -> tuple[int, int, int]:
+    return point.layer, STAGES.index(point.stage), point.index
+
+
+def cost_of(steps: PassCostModel, p: Pass) -> PassCost:
+    """How `p`, not launched yet, is split, and its times but for the experts'."""
+    return steps.cost(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
+
+
+class MergePartners:
+    """The suspended passes that stand before or between the experts of a layer, first launched first.
+
+    A live view: a pass that is discarded meanwhile drops out. The execution says where a pass stands, since on the
+    virtual clock the real pass may have got to the experts before its time has.
+    """
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+
+    def __iter__(self) -> Iterator[RunningPass]:
+        for p in sorted(self._scheduler.suspended_passes, key=lambda p: p.id):
+            execution = execution_of(p)
+            if execution.place()[1] == "experts":
+                yield execution.running

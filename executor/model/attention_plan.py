@@ -1,0 +1,151 @@
+"""How the attention of a pass is computed: buckets of decode rows, and blocks of prefill rows in groups.
+
+A plan is a function of the batch and its split alone, never of who waits, so a pass that is suspended is planned
+exactly like one that is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from qllm.executor.model.kv_cache import slots_of
+from qllm.executor.model.packed_batch import Batch, Entry
+
+PAD_RATIO = 1.25  # decode sequences share one padded gather while the longest is at most this much longer ...
+PAD_SLACK = 32  # ... or at most so many tokens longer than the shortest
+#: Most tokens in a padded gather on a CPU: far larger ones were 3 to 5 times slower, seen from 16,384.
+GATHER_TOKENS = 4096
+BLOCK_ROWS = 256  # query rows in one attention call; its mask hides at most so many keys that are computed for nothing
+
+
+@dataclass(frozen=True)
+class DecodeBucket:
+    """Decode rows `first` to `last`, attending over `slots` (int64 `[rows * width]`), of which `mask` allows some."""
+
+    first: int
+    last: int
+    width: int
+    slots: torch.Tensor
+    mask: torch.Tensor | None  # bool [rows, 1, 1, width], None where every row is full
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Rows `first` to `last` of one prefill chunk, attending over positions `low` to `high` of its sequence.
+
+    `slots` (int64): where the chunk's keys lie in the cache, the same tensor for all its blocks, position `low` at
+    `base`; None where all that it sees are rows of this very pass, `low` then is row `base`.
+    """
+
+    first: int
+    last: int
+    position: int  # of the first row
+    low: int
+    high: int
+    base: int
+    slots: torch.Tensor | None
+    window: int | None
+
+    @property
+    def seen(self) -> slice:
+        """Positions `low` to `high`, counted as `base` is."""
+        return slice(self.base, self.base + self.high - self.low)
+
+    @property
+    def square(self) -> bool:
+        """Whether the rows are the keys, no window cuts in, and there is more than one: plain causal attention."""
+        rows = self.last - self.first
+        return rows == self.high - self.low > 1 and (self.window is None or rows <= self.window)
+
+    def mask(self, device: torch.device) -> torch.Tensor | None:
+        """bool `[rows, high - low]`, True where a row may look; None for one row, which sees all of them."""
+        rows = self.last - self.first
+        if rows == 1:
+            return None
+        ahead = torch.arange(self.low - self.position, self.high - self.position, device=device)
+        behind = torch.arange(rows, device=device).unsqueeze(1)
+        mask = ahead <= behind
+        if self.window is not None:
+            mask &= ahead > behind - self.window
+        return mask
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Buckets of decode rows, and groups of query blocks as (number of the group, blocks).
+
+    There is a preemption point before each group but number 0. The decode rows run with the first group.
+    """
+
+    decode: tuple[DecodeBucket, ...]
+    block_groups: tuple[tuple[int, tuple[QueryBlock, ...]], ...]
+
+
+def plan_attention(batch: Batch, query_blocks: int, window: int | None) -> AttentionPlan:
+    """The attention of a layer with that sliding window (tokens seen, the token itself included).
+
+    Prefill rows form at most `query_blocks` groups.
+    """
+    return AttentionPlan(tuple(_decode_buckets(batch, window)), tuple(_block_groups(batch, query_blocks, window)))
+
+
+def _decode_buckets(batch: Batch, window: int | None) -> Iterable[DecodeBucket]:
+    cache, entries = batch.cache, batch.entries[: batch.n_decode]
+    lengths = [e.start + 1 if window is None else min(e.start + 1, window) for e in entries]
+    first = 0
+    while first < len(entries):
+        width = lengths[first]  # the longest: decode rows are sorted by context
+        last = first + 1
+        rows = len(entries) if cache.device.type != "cpu" else first + max(1, GATHER_TOKENS // width)
+        while last < min(len(entries), rows) and width <= max(lengths[last] * PAD_RATIO, lengths[last] + PAD_SLACK):
+            last += 1
+        slots = np.full((last - first, width), cache.zero_slot)
+        for i, (e, length) in enumerate(zip(entries[first:last], lengths[first:last], strict=True)):
+            slots[i, :length] = slots_of(e.seq.blocks, cache.block_size, e.start + 1 - length, e.start + 1)
+        mask = None
+        if lengths[last - 1] < width:
+            seen = np.arange(width) < np.array(lengths[first:last])[:, None]
+            mask = batch.to_device(seen).view(last - first, 1, 1, width)
+        yield DecodeBucket(first, last, width, batch.to_device(slots.reshape(-1)), mask)
+        first = last
+
+
+def _block_groups(batch: Batch, query_blocks: int, window: int | None) -> Iterable[tuple[int, tuple[QueryBlock, ...]]]:
+    """Query blocks in at most `query_blocks` groups of about as many cells (query rows x keys) each."""
+    prefills = batch.entries[batch.n_decode :]
+    if not prefills:
+        return
+    cells = np.concatenate([e.keys_seen(window) for e in prefills])
+    before = cells.cumsum() - cells
+    group = before * query_blocks // max(1, int(cells.sum()))
+    first = prefills[0].row
+    groups: dict[int, list[QueryBlock]] = {}
+    for e in prefills:
+        of_row = group[e.row - first : e.row - first + e.n]
+        chunk = _chunk(batch, e, window)
+        starts = [0, *(np.flatnonzero(np.diff(of_row)) + 1).tolist(), e.n]
+        for start, stop in pairwise(starts):
+            blocks = groups.setdefault(int(of_row[start]), [])
+            blocks += [chunk(a, min(a + BLOCK_ROWS, stop)) for a in range(start, stop, BLOCK_ROWS)]
+    yield from ((number, tuple(blocks)) for number, blocks in groups.items())
+
+
+def _chunk(batch: Batch, e: Entry, window: int | None) -> Callable[[int, int], QueryBlock]:
+    """Makes the query block of rows a to b of one chunk."""
+    lowest = 0 if window is None else max(0, e.start - window + 1)
+    slots, origin = None, e.start - e.row  # the position that base 0 stands for
+    if lowest < e.start:
+        slots = batch.to_device(slots_of(e.seq.blocks, batch.cache.block_size, lowest, e.start + e.n))
+        origin = lowest
+
+    def block(a: int, b: int) -> QueryBlock:
+        position = e.start + a
+        low = 0 if window is None else max(0, position - window + 1)
+        return QueryBlock(e.row + a, e.row + b, position, low, e.start + b, low - origin, slots, window)
+
+    return block

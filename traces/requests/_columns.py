@@ -40,8 +40,8 @@ class Columns:
     classes: tuple[str, ...] | None = None
 
 
-class Skipped:
-    """Rows that are no requests: raised at once, or counted where the caller asked to leave them out."""
+class SkippedRows:
+    """Rows that are no requests: an error at once, or counted where the caller asked to leave them out."""
 
     def __init__(self, path: Path, allowed: bool) -> None:
         self.path = path
@@ -50,6 +50,7 @@ class Skipped:
         self.first = ""
 
     def row(self, where: str, reason: str) -> None:
+        """Leave out the row at `where`. TraceError where that is not allowed."""
         message = f"{where}: {reason}"
         if not self.allowed:
             raise TraceError(f"{self.path}, {message}")
@@ -57,6 +58,7 @@ class Skipped:
         self.count += 1
 
     def report(self) -> None:
+        """Warn of what was left out."""
         if self.count:
             text = f"{self.path}: {self.count} invalid rows left out; the first: {self.first}"
             warnings.warn(text, TraceWarning, stacklevel=3)

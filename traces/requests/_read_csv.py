@@ -16,7 +16,7 @@ from qllm.traces.requests._columns import (
     CSV_COLUMNS,
     OWN_COLUMNS,
     Columns,
-    Skipped,
+    SkippedRows,
     class_problem,
     text_lines,
 )
@@ -27,7 +27,7 @@ NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np
 Convert = Callable[[Sequence[str]], np.ndarray]
 
 
-def read_csv(path: Path, format: str, skipped: Skipped) -> Columns:
+def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
     """The columns of one CSV trace; TraceError names the file and the line."""
     header, numbers, rows, classes = _table(path, skipped)
     wanted = CSV_COLUMNS[format]
@@ -71,7 +71,7 @@ def read_csv(path: Path, format: str, skipped: Skipped) -> Columns:
     return Columns(arrival, prompt, output, None if at is None else [row[at] for row in rows], classes)
 
 
-def _table(path: Path, skipped: Skipped) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
+def _table(path: Path, skipped: SkippedRows) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
     """The header; line number and cells of each row; the classes that a comment declares.
 
     Comment lines begin with '#' and stand before the header; blank lines are no rows.

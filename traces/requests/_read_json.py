@@ -16,7 +16,7 @@ from qllm.traces.requests._columns import (
     JSONL_COLUMNS,
     OWN_COLUMNS,
     Columns,
-    Skipped,
+    SkippedRows,
     class_problem,
     text_lines,
 )
@@ -31,7 +31,7 @@ class _BadRow(Exception):
     """Why one row is no request; the reader adds file and line."""
 
 
-def read_json(path: Path, format: str, skipped: Skipped, tokenizer: Tokenizer | None) -> Columns:
+def read_json(path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenizer | None) -> Columns:
     """The columns of one JSON or JSONL trace; TraceError names the file and the line (or the list's entry)."""
     columns = JSONL_COLUMNS.get(format, OWN_COLUMNS)
     classes: tuple[str, ...] | None = None
@@ -72,7 +72,7 @@ def read_json(path: Path, format: str, skipped: Skipped, tokenizer: Tokenizer | 
     )
 
 
-def _lines(path: Path, skipped: Skipped) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             try:

@@ -6,11 +6,14 @@ Each function draws at rate 1 and then scales, so the same generator state at an
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qllm.traces.requests.recipe import GeneratedArrival
 from qllm.traces.requests.trace import check_positive
+
+if TYPE_CHECKING:
+    from qllm.traces.requests.recipe import GeneratedArrival
 
 
 def poisson(rng: np.random.Generator, requests: int, *, rate: float) -> np.ndarray:

@@ -11,29 +11,16 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import AfterValidator, TypeAdapter
 
 from qllm.traces.requests.arrivals import draw_arrivals
 from qllm.traces.requests.lengths import draw_lengths, draw_pairs
-from qllm.traces.requests.recipe import GeneratedArrival, Pairs, Poisson, Recipe, Share, fill_shares
-from qllm.traces.requests.strict_model import checked
-from qllm.traces.requests.trace import RequestTrace, TraceError, check_classes
+from qllm.traces.requests.trace import RequestTrace, TraceError
 
-_ARRIVAL: TypeAdapter[GeneratedArrival] = TypeAdapter(GeneratedArrival)
-
-
-def _adding_up(shares: dict[str, float | None]) -> dict[str, float | None]:
-    check_classes(list(shares))
-    fill_shares(shares)
-    return shares
-
-
-_SHARES: TypeAdapter[dict[str, float | None]] = TypeAdapter(
-    Annotated[dict[str, Share | None], AfterValidator(_adding_up)]
-)
+if TYPE_CHECKING:  # pydantic is loaded with the first recipe
+    from qllm.traces.requests.recipe import GeneratedArrival, Recipe
 
 
 def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, seed: int) -> RequestTrace:
@@ -61,7 +48,9 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
     Raises:
         TraceError: Something is wrong; one line names the key and what is allowed.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else checked(Recipe, recipe)
+    from qllm.traces.requests.recipe import check_recipe
+
+    recipe = check_recipe(recipe)
     _check_whole("requests", requests, 1)
     _check_whole("seed", seed, 0)
     names = tuple(recipe.classes)
@@ -89,7 +78,9 @@ def assign_classes(trace: RequestTrace, shares: Mapping[str, float | None], *, s
         TraceError: The shares or the names of the classes are wrong.
     """
     _check_whole("seed", seed, 0)
-    shares = checked(_SHARES, shares, ("classes",))
+    from qllm.traces.requests.recipe import check_shares
+
+    shares = check_shares(shares)
     return replace(trace, cls=_draw_classes(shares, len(trace), seed), classes=tuple(shares))
 
 
@@ -108,14 +99,18 @@ def assign_arrivals(
         TraceError: The process or its settings are wrong.
     """
     _check_whole("seed", seed, 0)
-    process = Poisson() if arrival is None else checked(_ARRIVAL, arrival, ("arrival",))
+    from qllm.traces.requests.recipe import check_arrival
+
+    process = check_arrival({"process": "poisson"} if arrival is None else arrival)
     return replace(trace, arrival=draw_arrivals(_stream(seed, "arrivals"), len(trace), process, rate=rate))
 
 
 def _draw_classes(shares: Mapping[str, float | None], requests: int, seed: int) -> np.ndarray:
     """int64[requests], index into the keys of `shares`."""
+    total = sum(share for share in shares.values() if share is not None)
+    filled = [max(0.0, 1 - total) if share is None else share for share in shares.values()]
     drawn = _stream(seed, "classes").random(requests)
-    return np.searchsorted(np.cumsum(fill_shares(shares))[:-1], drawn, side="right").astype(np.int64)
+    return np.searchsorted(np.cumsum(filled)[:-1], drawn, side="right").astype(np.int64)
 
 
 def _draw_class_lengths(recipe: Recipe, name: str, requests: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +118,7 @@ def _draw_class_lengths(recipe: Recipe, name: str, requests: int, seed: int) -> 
     source = recipe.lengths_of(name)
     key = "lengths"
     try:
-        if isinstance(source, Pairs):
+        if not isinstance(source, tuple):
             return draw_pairs(_stream(seed, key, name), requests, source)
         columns = []
         for key, length in zip(("prompt", "output"), source, strict=True):

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qllm.traces.files import file_stamp
 from qllm.traces.requests.quantile_table import load_table
 from qllm.traces.requests.readers import read_requests
-from qllm.traces.requests.recipe import Length, Lognormal, Pairs
 from qllm.traces.requests.trace import RequestTrace, TraceError
+
+if TYPE_CHECKING:
+    from qllm.traces.requests.recipe import Length, Lognormal, Pairs
 
 COLUMN = {"prompt": "prompt_tokens", "output": "output_tokens"}
 

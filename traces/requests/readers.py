@@ -19,7 +19,7 @@ from qllm.traces.requests._columns import (
     FORMATS,
     JSONL_COLUMNS,
     Columns,
-    Skipped,
+    SkippedRows,
     text_lines,
 )
 from qllm.traces.requests._read_csv import read_csv
@@ -56,7 +56,7 @@ def read_requests(
         raise TraceError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
     if tokenizer is not None and format != "sharegpt":
         raise TraceError(f"{path}: a tokenizer is of use only for format sharegpt, this is {format}")
-    skipped = Skipped(path, skip_invalid)
+    skipped = SkippedRows(path, skip_invalid)
     columns = read_csv(path, format, skipped) if format in CSV_COLUMNS else read_json(path, format, skipped, tokenizer)
     skipped.report()
     if not len(columns.arrival):

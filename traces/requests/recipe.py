@@ -6,13 +6,21 @@ These models are the only check of a recipe, whether it comes from a configurati
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from qllm.traces.messages import suggestion
 from qllm.traces.requests.quantile_table import bundled_lengths
-from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel, existing_file, looks_like_path
+from qllm.traces.requests.strict_model import (
+    Count,
+    InputFile,
+    Positive,
+    StrictModel,
+    checked,
+    existing_file,
+    looks_like_path,
+)
 from qllm.traces.requests.trace import SINGLE_CLASS, TraceError, check_classes
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -140,8 +148,7 @@ class Recipe(StrictModel):
     @field_validator("classes")
     @classmethod
     def _shares(cls, classes: dict[str, ClassRecipe]) -> dict[str, ClassRecipe]:
-        check_classes(list(classes))
-        fill_shares({name: of_class.share for name, of_class in classes.items()})
+        _adding_up({name: of_class.share for name, of_class in classes.items()})
         return classes
 
     @model_validator(mode="after")
@@ -165,14 +172,19 @@ class Recipe(StrictModel):
         return prompt, output
 
 
-def fill_shares(shares: Mapping[str, float | None]) -> list[float]:
-    """The share of each class, the one that was left out (None) filled in. TraceError where they do not add up to 1."""
-    check_total(shares)
-    without = [name for name, share in shares.items() if share is None]
-    if len(without) > 1:
-        raise TraceError(f"{', '.join(without)} have no share; one class may leave it out and gets the rest")
-    total = sum(share for share in shares.values() if share is not None)
-    return [max(0.0, 1 - total) if share is None else share for share in shares.values()]
+def check_recipe(recipe: Recipe | Mapping[str, Any]) -> Recipe:
+    """The recipe, checked. TraceError: one line with the key and what is allowed."""
+    return recipe if isinstance(recipe, Recipe) else checked(Recipe, recipe)
+
+
+def check_arrival(arrival: GeneratedArrival | Mapping[str, Any]) -> GeneratedArrival:
+    """The arrival process, checked. TraceError as for a recipe."""
+    return checked(_ARRIVAL, arrival, ("arrival",))
+
+
+def check_shares(shares: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The share of each class, checked: they add up to 1, and one may be None. TraceError as for a recipe."""
+    return checked(_SHARES, shares, ("classes",))
 
 
 def check_total(shares: Mapping[str, float | None]) -> None:
@@ -181,3 +193,18 @@ def check_total(shares: Mapping[str, float | None]) -> None:
     if sum(given) > 1 + 1e-9 or (len(given) == len(shares) and abs(sum(given) - 1) > 1e-9):
         told = ", ".join(f"{name} {'-' if share is None else f'{share:g}'}" for name, share in shares.items())
         raise TraceError(f"the shares ({told}) add up to {sum(given):g}; they must add up to 1")
+
+
+def _adding_up(shares: dict[str, float | None]) -> dict[str, float | None]:
+    check_classes(list(shares))
+    check_total(shares)
+    without = [name for name, share in shares.items() if share is None]
+    if len(without) > 1:
+        raise TraceError(f"{', '.join(without)} have no share; one class may leave it out and gets the rest")
+    return shares
+
+
+_ARRIVAL: TypeAdapter[GeneratedArrival] = TypeAdapter(GeneratedArrival)
+_SHARES: TypeAdapter[dict[str, float | None]] = TypeAdapter(
+    Annotated[dict[str, Share | None], AfterValidator(_adding_up)]
+)

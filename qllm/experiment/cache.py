@@ -1,4 +1,4 @@
-"""CachedRun simulations on disk, so that an interrupted sweep goes on where it stopped.
+"""Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
 
 Each is a parquet file, named by a hash of everything that its content depends on: change anything and it is another
 simulation; add a rate, a seed or a policy and the others are still there. Labels and SLOs are not part of it.
@@ -23,6 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import qllm
 from qllm import config, experiment, scheduler, sim, traces
 from qllm.experiment.run import Run, run_table
 from qllm.traces.step_times.timings import ExtrapolationWarning
@@ -111,14 +112,18 @@ def _content(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def source_files() -> list[Path]:
+    """Every file that a simulation's result may depend on: the code that runs in it and the data that ship."""
+    files = sorted(Path(qllm.__path__[0]).glob("*.py"))
+    for package in (config, experiment, scheduler, sim, traces):
+        files += sorted(path for path in Path(package.__path__[0]).rglob("*") if path.suffix in (".py", ".csv"))
+    return files
+
+
 @cache
 def _sources() -> str:
-    """A hash of the code and the bundled data that simulations are made from, stricter than a version number."""
-    files: list[Path] = []
-    for package in (config, experiment, scheduler, sim, traces):
-        root = Path(next(iter(package.__path__)))
-        files += sorted(path for path in root.rglob("*") if path.suffix in (".py", ".csv"))
+    """A hash of `source_files`, stricter than a version number. They are read once: a process runs what it loaded."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in source_files():
+        digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

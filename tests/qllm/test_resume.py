@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from qllm.experiment.cache import keys
 from qllm.experiment.results import REQUESTS, load_results
 from qllm.experiment.run import Run, runs
 from qllm.experiment.sweep import simulate
+from qllm.traces.requests.quantile_table import bundled_lengths
+from qllm.traces.step_times.popularity import bundled_popularity
+from qllm.traces.step_times.timings import bundled
 from tests.cli_support import CONFIG, qllm, write_config
 
 RUNS = 8  # of CONFIG: two rates, policies and seeds
@@ -117,6 +121,23 @@ def test_files_count_by_content_and_labels_do_not(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILS_AT_50 + "# changed\n")
     changed = keys(runs(load_config(config)))
     assert [one == other for one, other in zip(before, changed, strict=True)] == 2 * [False, False, True, True]
+
+
+def test_all_code_that_a_simulation_runs_is_in_its_name(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    code = f"""
+import sys
+from qllm.config.config import load_config
+from qllm.experiment.cache import finish, source_files
+from qllm.experiment.run import runs
+finish(runs(load_config({str(config)!r}))[0])
+loaded = {{module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "qllm"}}
+print(*sorted(loaded - {{str(path) for path in source_files()}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [], done.stderr
+    shipped = {path.stem for path in cache.source_files() if path.suffix == ".csv"}
+    assert {*bundled(), *bundled_popularity(), *bundled_lengths()} <= shipped
 
 
 def test_fresh_runs_everything_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from qllm.cli.simulate import Format, print_table, records
+from qllm.cli.table import Format, print_table, records
 
 
 def run(
@@ -51,13 +51,13 @@ def run(
     missing = [name for name in ("torch", "transformers", "greenlet") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not installed; the engine needs: pip install 'qllm-moe[executor]'")
-    from qllm.experiment import engine_run as real_run
+    from qllm.experiment import engine_run
 
-    target = real_run.load_target(model, device, dtype, trust_remote_code)
-    typer.echo(f"{target}", err=True)
-    results, shown = real_run.run(loaded, target, _tell if sys.stderr.isatty() else lambda _: None)
+    target = engine_run.load_target(model, device, dtype, trust_remote_code)
+    typer.echo(engine_run.describe(target), err=True)
+    results, shown = engine_run.run(loaded, target, _tell if sys.stderr.isatty() else lambda _: None)
     results.save(folder)
-    caption = real_run.caption(target)
+    caption = engine_run.caption(target)
     save_figures(results, folder, caption)
     if timeline:
         write_timeline(shown, folder / "timeline.json", time="measured")

@@ -1,0 +1,93 @@
+"""The summary as it is printed: a table, or JSON."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qllm.experiment.results import Results
+
+
+class Format(StrEnum):
+    """How the summary is printed."""
+
+    table = "table"
+    json = "json"
+
+
+def records(results: Results) -> list[dict[str, Any]]:
+    """The summary's rows as plain data; what is undefined becomes null."""
+    rows = results.summary.astype(object).where(results.summary.notna(), None)
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
+
+
+#: Columns of the printed table: header, column of the summary, digits.
+_PRINTED = (
+    ("TTFT\nmean s", "ttft_mean_s", ".3f"),
+    ("TTFT\np99 s", "ttft_p99_s", ".3f"),
+    ("p99 /\nalone", "ttft_over_isolated_p99", ".1f"),
+    ("blocking\np99 ms", "blocking_p99_s", ".1f"),
+    ("TPOT\nms", "tpot_mean_s", ".0f"),
+    ("turn-\naround s", "turnaround_mean_s", ".1f"),
+    ("SLO\nmet", "slo_attainment", ".1%"),
+    ("done\nper s", "throughput_rps", ".2f"),
+    ("preempted\ntimes", "preemptions", "d"),
+)
+_WIDTH = 110  #: columns that the table needs
+
+
+def print_table(results: Results, caption: str, folder: Path) -> None:
+    """Print the summary, a row per point, class and policy, then `caption` and where the files are."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    others = [key for key in results.config.sweep if key != "rate"]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("rate", *others, "class", "policy", *(header for header, _, _ in _PRINTED)):
+        table.add_column(name, justify="left" if name in ("class", "policy") else "right", no_wrap=True)
+    order = {name: position for position, name in enumerate(results.config.classes)}
+    ordered = results.summary.sort_values(["rate", *others], kind="stable")
+    previous: Any = None
+    for _, rows in ordered.groupby(["rate", *others], sort=False, dropna=False):
+        for _, row in rows.sort_values("class", key=lambda names: names.map(order), kind="stable").iterrows():
+            key = (row["rate"], *(row[o] for o in others), row["class"])
+            if previous is not None and previous != key:
+                table.add_section()
+            previous = key
+            table.add_row(
+                f"{row['rate']:g}",
+                *(str(row[other]) for other in others),
+                str(row["class"]),
+                str(row["policy"]),
+                *(_cell(row[column], digits, header) for header, column, digits in _PRINTED),
+            )
+    console = Console()
+    console.width = max(console.width, _WIDTH + 16 * len(others))  # a narrower one would cut the numbers
+    console.print(table)
+    console.print(f"{caption}\nResults: {folder}/", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_failures(results: Results) -> None:
+    """What failed, if anything, and why."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if results.failures.empty:
+        return
+    table = Table(box=SIMPLE_HEAD, title="Failed, and not in the results", title_justify="left")
+    for name in results.failures.columns:
+        table.add_column(str(name), overflow="fold")
+    for row in results.failures.itertuples(index=False):
+        table.add_row(*(escape(str(value)) for value in row))
+    Console().print(table)
+
+
+def _cell(value: Any, digits: str, header: str) -> str:
+    if value != value:  # nan
+        return "-"
+    return format(value * 1000 if header.endswith("ms") else value, digits)

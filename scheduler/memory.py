@@ -121,8 +121,10 @@ class Memory:
         return self.holders(level) < self.limits.max_seqs
 
     def admit(self, r: Request) -> bool:
-        """Take the KV blocks that the prefill of `r` needs, evicting strictly less urgent requests where that frees
-        enough. Returns whether it has them."""
+        """Take the KV blocks that the prefill of `r` needs, and say whether it has them.
+
+        Strictly less urgent requests are evicted where that frees enough.
+        """
         victims = self.room_for(r)
         if victims is None:
             return False
@@ -145,8 +147,11 @@ class Memory:
         return held + [r for r in self.waiting.holding.values() if r.level > above]
 
     def room_for(self, r: Request) -> list[Request] | None:
-        """Whom to evict so that `r` can be admitted: nobody where blocks are free, less urgent requests (last admitted
-        first) where theirs suffice, None where they do not or where a request in host memory goes first."""
+        """Whom to evict so that `r` can be admitted.
+
+        Nobody where blocks are free; less urgent requests, last admitted first, where theirs suffice; None where they
+        do not, or where a request in host memory goes first.
+        """
         if self.offloaded and any(o.level <= r.level for o in self.offloaded):
             return None
         need = self.kv.blocks(r.remaining)

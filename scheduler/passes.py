@@ -21,10 +21,26 @@ class Chunk(NamedTuple):
 class Pass:
     """Chunks of prefills, and a decode batch, in one forward pass.
 
-    `level` is the most urgent level in it, `prefill_level` the most urgent among its prefills (inf: only decodes).
-    `after_prefill`: whether what ran before it was launched had prefills.
-    `cursor` belongs to the device that runs the pass: where it stands. `restored` are requests whose KV comes back
-    from host memory before the pass, `offloaded` those whose KV goes there.
+    Attributes:
+        id: Number of the pass, from 0 in the order of the launches.
+        prefill: Chunks of prompts.
+        decode: Those that decode; None: nobody does.
+        n_decode: How many decode.
+        decode_context: KV tokens that they hold in all before the pass.
+        tokens: Tokens in the pass.
+        level: The most urgent level in it.
+        prefill_level: The most urgent level among its prefills; inf: it only decodes.
+        after_prefill: Whether what ran before it was launched had prefills.
+        launched: When it was launched or last went on, in seconds.
+        running_s: Seconds that it ran, until it was last suspended.
+        suspended_s: Seconds that it was suspended, until it last went on.
+        suspended_at: When it was last suspended, while it is; else inf.
+        preemptions: How often it was suspended.
+        restored: Requests whose KV comes back from host memory before the pass; None: no request's.
+        offloaded: Requests whose KV goes to host memory before the pass; None: no request's.
+        cancelled: Whether all its requests were aborted.
+        aborted: Those that were; None: none was.
+        cursor: What the device that runs the pass keeps of it, and where it stands.
     """
 
     __slots__ = (
@@ -62,13 +78,13 @@ class Pass:
             self.level = self.prefill_level
         else:
             self.n_decode = len(decode.members)
-            self.decode_context = decode.context  #: KV tokens of the decoding members before the pass
+            self.decode_context = decode.context
             level = decode.level
             self.level = level if level < self.prefill_level else self.prefill_level
         self.tokens = self.n_decode
         for c in prefill:
             self.tokens += c.tokens
-        self.launched = now  #: when it was launched or last resumed
+        self.launched = now
         self.running_s = 0.0
         self.suspended_s = 0.0
         self.suspended_at = NEVER
@@ -96,6 +112,35 @@ class Pass:
         if self.decode is not None:
             out.extend(self.decode.members.values())
         return out
+
+    def stop(self, now: float) -> None:
+        """It ran until now, and so did everybody in it."""
+        dt = now - self.launched
+        self.running_s += dt
+        if self.decode is not None:
+            self.decode.running_s += dt
+        for c in self.prefill:
+            c.request.running_s += dt
+
+    def suspend(self, now: float) -> None:
+        """It is suspended from now on, and so is everybody in it."""
+        self.suspended_at = now
+        self.preemptions += 1
+        if self.decode is not None:
+            self.decode.preemptions += 1
+        for c in self.prefill:
+            c.request.preemptions += 1
+
+    def resume(self, now: float) -> None:
+        """It was suspended until now, and so was everybody in it."""
+        dt = now - self.suspended_at
+        self.launched = now
+        self.suspended_at = NEVER
+        self.suspended_s += dt
+        if self.decode is not None:
+            self.decode.suspended_s += dt
+        for c in self.prefill:
+            c.request.suspended_s += dt
 
     def priority(self) -> int:
         """The most urgent priority among its requests, whatever levels the policy made of them."""

@@ -15,22 +15,31 @@ if TYPE_CHECKING:
 
 
 class Fcfs(Policy):
-    """Iteration-level first come, first served, blind to priority: when the batch has room, new arrivals are
-    prefilled together, then decoding goes on (Hugging Face TGI, the paper's baseline)."""
+    """Iteration-level first come, first served, blind to priority: the paper's baseline, as Hugging Face TGI has it.
+
+    When the batch has room, new arrivals are prefilled together, then decoding goes on.
+    """
 
     def level(self, r: Request) -> int:
         return 0
 
 
 class Priority(Policy):
-    """Iteration-level priority: like fcfs, but prefills and places in the batch go to the most urgent first; less
-    urgent requests that lose their place in the batch sit idle with their KV."""
+    """Iteration-level priority: like fcfs, but prefills and places in the batch go to the most urgent first.
+
+    Less urgent requests that lose their place in the batch sit idle with their KV.
+    """
 
 
 class Chunked(Policy):
-    """Iteration-level priority with chunked prefill (Sarathi-Serve, vLLM): each pass decodes everybody and fills up
-    to `budget` tokens with prefill, most urgent first, cutting prompts to fit. Where the batch is full, a prompt takes
-    the place of a less urgent request that decodes."""
+    """Iteration-level priority with chunked prefill, as Sarathi-Serve and vLLM have it.
+
+    Each pass decodes everybody and fills up with prefill, most urgent first, cutting prompts to fit. Where the batch
+    is full, a prompt takes the place of a less urgent request that decodes.
+
+    Args:
+        budget: Tokens that a pass is filled up to.
+    """
 
     def __init__(self, budget: int = 512):
         self.budget = _at_least(1, "chunked", "budget", budget)
@@ -46,15 +55,19 @@ class Chunked(Policy):
 class Qllm(Policy):
     """The paper's Algorithm 1, preempting a pass at expert boundaries when an LS prefill waits.
 
-    fill_tokens: how many BE prefill tokens may fill up an LS prefill batch. None: no bound, as the algorithm is
-        printed (whole prompts). 0: none, the LS prefill runs alone. Otherwise prompts are cut to fit.
-    resume: when a suspended pass goes on, "prefill": once no LS prefill waits, or "idle": only once no LS work is
-        left at all. The default is "prefill": it gives LS its TTFT, which is what preemption is for, while waiting
-        through every LS decode would starve BE, whose activations and KV blocks stay occupied meanwhile.
-    max_suspended_s: a pass that has been suspended for so long in all is not suspended again and goes on at the next
-        decision. None: no bound.
-    merge: whether tokens of suspended passes run along at the experts where they wait, in the launches of the pass
-        that runs (the paper's per-expert queues).
+    Args:
+        fill_tokens: How many BE prefill tokens may fill up an LS prefill batch. None: no bound, as the algorithm is
+            printed (whole prompts). 0: none, the LS prefill runs alone. Otherwise prompts are cut to fit.
+        resume: When a suspended pass goes on: once no LS prefill waits ("prefill"), or only once no LS work is left at
+            all ("idle"). The first gives LS its TTFT, which is what preemption is for. Waiting through every LS decode
+            would starve BE, whose activations and KV blocks stay occupied meanwhile.
+        max_suspended_s: A pass that has been suspended for so many seconds in all is not suspended again, and goes on
+            at the next decision. None: no bound.
+        merge: Whether the launches of the pass that runs take tokens of suspended passes that wait at the same experts
+            (the paper's per-expert queues).
+
+    Raises:
+        UnknownPolicy: A setting is not what is allowed.
     """
 
     granularity: Granularity = "expert"
@@ -125,11 +138,17 @@ class Layer(Qllm):
 
 
 class Hybrid(Qllm):
-    """Chunked prefill that also preempts for LS prefills: where LS waits, its prefill runs at once and alone,
-    suspending what runs; else everybody decodes and up to `budget` tokens are filled with prefill, most urgent first.
+    """Chunked prefill that also preempts for LS prefills.
 
-    So LS gets qllm's TTFT, and BE prefills never wait for decodes to end as they do under Algorithm 1. The budget may
-    be several times that of `chunked`, since it no longer bounds how long LS waits.
+    Where LS waits, its prefill runs at once and alone, suspending what runs. Else everybody decodes, and the pass is
+    filled up with prefill, most urgent first. So LS gets qllm's TTFT, and BE prefills never wait for decodes to end as
+    they do under Algorithm 1. The budget may be several times that of `chunked`, since it no longer bounds how long LS
+    waits.
+
+    Args:
+        budget: Tokens that a pass is filled up to.
+        max_suspended_s: As for `Qllm`.
+        merge: As for `Qllm`.
     """
 
     def __init__(self, budget: int = 2048, max_suspended_s: float | None = None, merge: bool = False):

@@ -25,7 +25,7 @@ class Policy:
     Attributes:
         granularity: Where a running pass may stop: at its end only ("iteration"), between layers ("layer"), or at
             every point inside a layer ("expert").
-        merge: Whether tokens of suspended passes run in the running pass's launches at the experts where they wait.
+        merge: Whether the launches of the pass that runs take tokens of suspended passes that wait at the same experts.
         urgent: Levels up to this one are latency-sensitive (LS), the others best-effort (BE). Only LS requests may
             use the KV blocks that `Limits.urgent_blocks` reserves.
     """

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 
 
 class State(IntEnum):
-    """Where a request stands. SUSPENDED is a state of a *pass* (nothing is lost); a request that gave its KV blocks
-    up is WAITING again (dropped, to be recomputed) or OFFLOADED (KV in host memory)."""
+    """Where a request stands.
+
+    Suspended is a state of a *pass*, by which nothing is lost. A request that gave its KV blocks up is WAITING again
+    (dropped, to be recomputed) or OFFLOADED (KV in host memory).
+    """
 
     WAITING = 0  #: in a prefill queue: new, between two chunks of its prompt, or dropped for memory
     READY = 1  #: prefilled, waits for its next decode pass

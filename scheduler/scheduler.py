@@ -29,14 +29,28 @@ from math import isnan
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
-from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.passes import Pass
 from qllm.scheduler.policy import Policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
 class Scheduler:
-    """Decides for one device. `policy` answers the questions, `limits` bounds the answers."""
+    """Decides for one device. All times are seconds.
+
+    Args:
+        policy: Answers the questions.
+        limits: Bounds the answers.
+
+    Attributes:
+        waiting: The prefill queues.
+        ready: Requests that are ready to decode.
+        kv: The KV budget.
+        requests: Everything in the system, by id.
+        suspended_passes: Those that may go on.
+        running: The pass on the device, if any.
+        passes: How many were launched.
+    """
 
     def __init__(self, policy: Policy, limits: Limits):
         self.policy = policy
@@ -45,16 +59,25 @@ class Scheduler:
         self.ready = DecodePool(limits.max_seqs, limits.block_size)
         self.memory = Memory(limits, policy.urgent, self.waiting, self.ready)
         self.kv = self.memory.kv
-        self.requests: dict[int, Request] = {}  #: everything in the system, by id
+        self.requests: dict[int, Request] = {}
         self.suspended_passes: list[Pass] = []
         self.running: Pass | None = None
-        self.passes = 0  #: passes launched
+        self.passes = 0
         self._ran_prefill = False  # what ran last had prefills
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
     def add(self, r: Request, now: float) -> None:
-        """A request arrives. Raises RequestTooLarge where it could never fit, SchedulerError on an id in use."""
+        """Take a request in.
+
+        Args:
+            r: The request. Its place in the queue follows from its `arrival`, which may lie before `now`.
+            now: Not read, as nothing is decided yet: every call says what time it is.
+
+        Raises:
+            RequestTooLarge: It could never fit the KV budget.
+            SchedulerError: A request of that id is in the system.
+        """
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
         level = self.policy.level(r)
@@ -71,8 +94,13 @@ class Scheduler:
         self.waiting.push(r)
 
     def abort(self, request_id: int, now: float) -> Pass | None:
-        """Take a request out, wherever it stands; unknown and ended ones are left alone. In a running pass it leaves
-        when that pass ends. Returns a suspended pass that now has nobody left, for the caller to discard."""
+        """Take a request out, wherever it stands; unknown and ended ones are left alone.
+
+        In a running pass it leaves when that pass ends.
+
+        Returns:
+            A suspended pass in which nobody is left, for the caller to discard.
+        """
         r = self.requests.get(request_id)
         if r is None or r.state is State.ABORTED:
             return None
@@ -101,14 +129,22 @@ class Scheduler:
         p.cancelled = True
         if p is self.running:
             return None
-        self._end_suspension(p, now)
+        self.suspended_passes.remove(p)
+        p.resume(now)
         self._disband(p, now, State.ABORTED)
         return p
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
     def next(self, now: float) -> Pass | None:
-        """The pass to launch, or to go on with; None if there is nothing to do. Nothing may be running."""
+        """Decide what runs now.
+
+        Returns:
+            The pass to launch, or to go on with; None if there is nothing to do.
+
+        Raises:
+            SchedulerError: A pass is running.
+        """
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
         if self.memory.offloaded:
@@ -133,7 +169,7 @@ class Scheduler:
         return None
 
     def should_yield(self, running: Pass, now: float) -> bool:
-        """Whether `running` gives way, asked at each preemption point; O(1) unless memory is short."""
+        """Return whether `running` gives way. Asked at each preemption point; O(1) unless memory is short."""
         if running.cancelled:
             return True
         limit = self.limits.max_suspended_tokens
@@ -142,30 +178,36 @@ class Scheduler:
         return self.policy.preempts(self, running, now)
 
     def recheck_at(self, running: Pass, now: float) -> float:
-        """The time (seconds) at which should_yield may turn true without an event; inf if it never does."""
+        """Return when `should_yield` may turn true without an event; inf if it never does."""
         return self.policy.recheck_at(self, running, now)
 
     # ---- what happened -----------------------------------------------------------------------------------------
 
     def suspended(self, p: Pass, now: float) -> bool:
-        """`p` stopped at a preemption point with its state kept. Returns False where nobody in it is left: the caller
-        discards it."""
+        """Note that `p` stopped at a preemption point, its state kept.
+
+        Returns:
+            False where nobody in it is left: the caller discards it.
+        """
         self._stopped(p, now)
         if p.cancelled:
             self._disband(p, now, State.ABORTED)
             return False
-        p.suspended_at = now
-        p.preemptions += 1
-        if p.decode is not None:
-            p.decode.preemptions += 1
-        for c in p.prefill:
-            c.request.preemptions += 1
+        p.suspend(now)
         self.suspended_passes.append(p)
         return True
 
     def finished(self, p: Pass, now: float, ended: Iterable[Request] = ()) -> list[Request]:
-        """`p` ran to its end at `now`: each of its requests whose prefill is complete has one token more. `ended` are
-        those that stop early (a stop token). Returns the requests that have all their tokens."""
+        """Note that `p` ran to its end: each of its requests whose prefill is complete has one token more.
+
+        Args:
+            p: The pass that was running.
+            now: When it ended.
+            ended: Those of its requests that stop early (a stop token).
+
+        Returns:
+            The requests that have all their tokens.
+        """
         self._stopped(p, now)
         done: list[Request] = []
         batch = p.decode
@@ -197,18 +239,22 @@ class Scheduler:
         return [r for r in done if r.state is State.FINISHED] if p.aborted else done
 
     def failed(self, p: Pass, now: float) -> list[Request]:
-        """`p`, running, broke: its requests end with it. Returns them."""
+        """Note that `p` broke while it ran. Its requests end with it.
+
+        Returns:
+            Those requests.
+        """
         self._stopped(p, now)
         return self._disband(p, now, State.FAILED)
 
     # ---- what policies ask -------------------------------------------------------------------------------------
 
     def has_slot(self, level: float) -> bool:
-        """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
+        """Return whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
         return self.memory.has_slot(level)
 
     def can_prefill(self, level: float) -> bool:
-        """Whether the first request waiting at `level` could be launched now."""
+        """Return whether the first request that waits at `level` could be launched now."""
         r = self.waiting.peek(level)
         if r is None:
             return False
@@ -236,32 +282,16 @@ class Scheduler:
         return p
 
     def _resume(self, p: Pass, now: float) -> Pass:
-        self._end_suspension(p, now)
-        p.launched = now
+        self.suspended_passes.remove(p)
+        p.resume(now)
         self.running = p
         return p
 
     def _stopped(self, p: Pass, now: float) -> None:
-        """`p` ran until now: it and all who are in it have run for so long."""
+        """`p` ran until now."""
         self.running = None
         self._ran_prefill = bool(p.prefill)
-        dt = now - p.launched
-        p.running_s += dt
-        if p.decode is not None:
-            p.decode.running_s += dt
-        for c in p.prefill:
-            c.request.running_s += dt
-
-    def _end_suspension(self, p: Pass, now: float) -> None:
-        """`p` was suspended until now, and so was everybody in it."""
-        self.suspended_passes.remove(p)
-        dt = now - p.suspended_at
-        p.suspended_at = NEVER
-        p.suspended_s += dt
-        if p.decode is not None:
-            p.decode.suspended_s += dt
-        for c in p.prefill:
-            c.request.suspended_s += dt
+        p.stop(now)
 
     def _disband(self, p: Pass, now: float, state: State) -> list[Request]:
         """End everybody in a pass that will not be finished."""

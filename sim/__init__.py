@@ -5,8 +5,7 @@ if __name__ != "qllm.sim":
 
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.sim.simulate import isolated_ttft, simulate, uniform
-from qllm.traces.results import PassSlice, Status
-from qllm.traces.results import RunResult as RunResult
+from qllm.traces.results import PassSlice, RunResult, Status
 
 __all__ = [
     "PassSlice",

@@ -5,7 +5,8 @@ makes `should_yield` true interrupts it; it then finds the next preemption point
 every point, as the engine does. Both give the same schedule to the last bit; the first is the one that is used, the
 second is what it is checked against.
 
-At one instant, what ends comes first, then what arrives, then what is decided (`_settle`).
+At one instant, what ends comes first, then what arrives, then what is decided: each has its priority among SimPy's
+events of that instant (`FINISH`, `DECISION`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import simpy
+from simpy.events import EventPriority
 
-from qllm.scheduler import Pass, Policy, Scheduler
+from qllm.scheduler import Pass, Policy, Request, Scheduler
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
 
-FINISH, ARRIVAL, DECISION = 0, 1, 2  # SimPy priorities of events at one instant: NORMAL (arrivals) is 1
+#: priorities of events at one instant; arrivals have SimPy's own, 1
+FINISH, DECISION = EventPriority(0), EventPriority(2)
 
 Process = Generator[simpy.Event, Any, None]
 #: called with (pass, run, start, end, steps done before, steps done after, whether it was suspended)
@@ -27,29 +30,26 @@ Observer = Callable[[Pass, SimulatedPass, float, float, int, int, bool], None]
 
 
 class Device:
-    """One GPU: the scheduler that decides for it, and what it does at the moment.
-
-    on_finished(pass, requests that ended): called at the end of each pass. observer: called for each stretch of time
-    that a pass ran, or None.
-    """
+    """One GPU: the scheduler that decides for it, and what it does at the moment."""
 
     def __init__(
         self,
         env: simpy.Environment,
         scheduler: Scheduler,
         gpu: GpuModel,
-        on_finished: Callable[[list], None],
+        on_finished: Callable[[list[Request]], None],
         observer: Observer | None = None,
     ):
+        """`on_finished` hears of the requests that end with a pass, `observer` of each stretch that a pass ran."""
         self.env = env
         self.scheduler = scheduler
         self.gpu = gpu
         self.on_finished = on_finished
         self.observer = observer
-        self.idle: simpy.Event | None = None
+        self.idle: simpy.Event | None = None  # what it waits for while nothing runs
         self.rested = False  # it stood idle for a time, and the next pass wakes it up
         self.interruptible: Pass | None = None  # the running pass, while an event may stop it
-        self.process: simpy.Process | None = None
+        self.process: simpy.Process  # from `start` on
 
     def start(self, kind: Callable[[Device], Process]) -> None:
         """Begin to run passes, with `fast_device` or `step_device`."""
@@ -61,7 +61,6 @@ class Device:
         if p is not None:
             if self.scheduler.should_yield(p, self.env.now):
                 self.interruptible = None
-                assert self.process is not None
                 self.process.interrupt()
         elif self.idle is not None:
             idle, self.idle = self.idle, None
@@ -81,13 +80,13 @@ class Device:
             run.wake()
         return run
 
-    def sleep(self, seconds: float, priority: int = FINISH) -> simpy.Event:
+    def sleep(self, seconds: float, priority: EventPriority = FINISH) -> simpy.Event:
         """An event `seconds` from now, before or after others of the same instant by `priority`."""
         env = self.env
         event = simpy.Event(env)
-        event._ok = True
+        event._ok = True  # as SimPy's Timeout does, which has no say in its priority
         event._value = None
-        env.schedule(event, priority, seconds)  # type: ignore[arg-type]
+        env.schedule(event, priority, seconds)
         return event
 
     def suspend(self, p: Pass, run: SimulatedPass) -> None:
@@ -110,7 +109,7 @@ def fast_device(device: Device) -> Process:
         if p is None:
             yield from device.rest()
             continue
-        run: SimulatedPass = p.cursor  # type: ignore[assignment]
+        run: SimulatedPass | None = p.cursor
         start = env._now
         if run is None:
             run = device.launch(p)
@@ -169,7 +168,7 @@ def step_device(device: Device) -> Process:
         if p is None:
             yield from device.rest()
             continue
-        run: SimulatedPass = p.cursor  # type: ignore[assignment]
+        run: SimulatedPass | None = p.cursor
         start = env.now
         if run is None:
             run = device.launch(p)

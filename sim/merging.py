@@ -1,13 +1,13 @@
-"""Merging: tokens of suspended passes run along with those of the running pass at the experts where they wait.
+"""Merging: the running pass takes along tokens of suspended passes that wait at the same experts.
 
-The rule is `PassCostModel.mergeable`. Which passes are suspended does not change while a pass runs, so the fast device
-plans a stretch when it begins and settles it when it ends (`Merging`). The step-by-step device does the same group by
-group (`merged_group_seconds`)."""
+`PassCostModel.mergeable` is the rule. Which passes are suspended does not change while a pass runs. So the fast device
+plans a stretch when it begins, and empties the queues when it ends (`Merging`). The step-by-step device does the same
+group by group (`merged_group_seconds`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from qllm.sim.passes import SimulatedPass
 
 
 def suspended_runs(scheduler: Scheduler) -> list[SimulatedPass]:
-    """Passes that stand suspended."""
-    return [cast(SimulatedPass, p.cursor) for p in scheduler.suspended_passes]
+    """What the device keeps of the passes that stand suspended."""
+    return [p.cursor for p in scheduler.suspended_passes]
 
 
 class Merging:
@@ -25,45 +25,45 @@ class Merging:
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
-        self._lent: dict[int, list[SimulatedPass]] = {}  # by layer, who stands before or between its experts
+        self._partners: dict[int, list[SimulatedPass]] = {}  # by layer, who stands before or between its experts
 
     def begin(self, run: SimulatedPass) -> None:
-        """Plan the times of `run` with what runs along with it, and without what ran with others."""
-        lent = self._lent = {}
+        """Plan the times of `run`: with the tokens it will merge, without those that others have merged."""
+        partners = self._partners = {}
         for q in suspended_runs(self._scheduler):
             layer, stage, _ = q.place()
             if stage == "experts":
-                lent.setdefault(layer, []).append(q)
+                partners.setdefault(layer, []).append(q)
         steps = run.steps
-        for layer in {*lent, *run.changed()}:
-            counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in lent.get(layer, ())])
+        for layer in {*partners, *run.changed()}:
+            counts = steps.merged(run.tokens(layer), [q.expert_queues() for q in partners.get(layer, ())])
             run.retime(layer, steps.group_seconds(run.cost, counts))
 
     def end(self, run: SimulatedPass, first: int, last: int | None) -> None:
-        """`run` did the steps from `first` to before `last` (None: to its end): what ran along waits no more."""
-        for layer, lenders in self._lent.items():
+        """`run` did the steps from `first` to before `last` (None: to its end): what it merged waits no more."""
+        for layer, partners in self._partners.items():
             start, size = run.first_group(layer), run.cost.experts_per_group
             own = run.tokens(layer).copy()
             own[: max(0, first - start) * size] = 0
             if last is not None:
                 own[max(0, last - start) * size :] = 0
-            for q in lenders:
-                joined = run.steps.mergeable(own, q.expert_queues())
-                if joined.any():
-                    q.mark_merged(joined)
+            for q in partners:
+                merged = run.steps.mergeable(own, q.expert_queues())
+                if merged.any():
+                    q.mark_merged(merged)
 
 
 def merged_group_seconds(run: SimulatedPass, suspended: Iterable[SimulatedPass]) -> float:
-    """Seconds of the group of experts that comes next in `run`; what runs along leaves the queues of `suspended`."""
+    """Seconds of the group of experts that comes next in `run`; what it merges leaves the queues of `suspended`."""
     layer, _, group = run.place()
     cost, steps = run.cost, run.steps
     experts = range(group * cost.experts_per_group, min((group + 1) * cost.experts_per_group, steps.n_experts))
     own = run.tokens(layer)
-    lenders = [q for q in suspended if q.place()[:2] == (layer, "experts")]
+    partners = [q for q in suspended if q.place()[:2] == (layer, "experts")]
     seconds = 0.0
     for e in experts:
         rows = int(own[e])
-        for q in lenders:
+        for q in partners:
             waiting = int(q.expert_queues()[e])
             if own[e] > 0 and 0 < waiting <= steps.merge_rows:
                 rows += waiting

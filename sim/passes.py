@@ -14,9 +14,15 @@ _VARIANTS = 32  # routing draws kept per size of a decode pass
 
 
 class SimulatedPass:
-    """One pass under way. `total`: seconds on the device from its start to its end; `at`: seconds of it done where it
-    stands suspended; both whole ticks. `done`: steps of `PassCostModel.times` that are done. Where passes merge at
-    experts (sim/merging.py), `total` is what is planned for the stretch that begins."""
+    """One pass under way.
+
+    Attributes:
+        steps: How long its steps take.
+        total: Seconds on the device from its start to its end, in whole ticks. Where passes merge at experts
+            (sim/merging.py), it is what is planned for the stretch that begins.
+        at: Seconds of it that are done where it stands suspended, in whole ticks.
+        done: Steps of `PassCostModel.times` that are done.
+    """
 
     __slots__ = (
         "_cost",
@@ -33,11 +39,9 @@ class SimulatedPass:
         "total",
     )
 
-    def __init__(
-        self, gpu: GpuModel, steps: PassCostModel, p: Pass, draw: int, total: float, cost: PassCost | None = None
-    ):
+    def __init__(self, gpu: GpuModel, p: Pass, draw: int, total: float, cost: PassCost | None = None):
         self._gpu = gpu
-        self.steps = steps
+        self.steps = gpu.steps
         self._size = (p.tokens, p.n_decode, p.decode_context, p.after_prefill)
         self._draw = draw
         self._cost = cost
@@ -51,7 +55,7 @@ class SimulatedPass:
 
     @property
     def cost(self) -> PassCost:
-        """How the pass is cut; worked out when first asked for in passes that only decode."""
+        """How the pass is split. In a pass that only decodes it is computed when first asked for."""
         if self._cost is None:
             _, n, context, after_prefill = self._size
             self._cost = self.steps.cost((), n, context, n, after_prefill=after_prefill)
@@ -74,13 +78,15 @@ class SimulatedPass:
         return self._cum
 
     def points(self) -> list[int]:
-        """Pieces after which it may stop."""
+        """Steps after which it may stop."""
         self.ends()
         return self._points
 
     def next_point(self, elapsed: float) -> int:
-        """Pieces done at the first preemption point at or after `elapsed` seconds of the pass, or, where none is
-        left, at its end. Points that lie where the pass last went on do not count."""
+        """Steps done at the first preemption point at or after `elapsed` seconds of the pass.
+
+        Where none is left: at its end. Points that lie where the pass last went on do not count.
+        """
         ends, points = self.ends(), self._points
         i = bisect_left(points, elapsed, key=ends.__getitem__)
         while i < len(points) and points[i] < self.done:
@@ -92,8 +98,10 @@ class SimulatedPass:
         return self.steps.position(self.cost, self.done)
 
     def expert_queues(self) -> np.ndarray:
-        """Tokens that wait at each expert of the layer where the pass stands, int[experts]: all zero unless it stands
-        before or between its experts."""
+        """Tokens that wait at each expert of the layer where the pass stands, int[experts].
+
+        All zero unless it stands before or between the experts.
+        """
         layer, stage, group = self.place()
         if stage != "experts":
             return np.zeros(self.steps.n_experts, dtype=np.int64)
@@ -102,7 +110,7 @@ class SimulatedPass:
         return queues
 
     def wake(self) -> None:
-        """The device stood idle before the pass, of which nothing is done yet."""
+        """The device stood idle before the pass, which has not begun."""
         self.cost.prologue_s += self.steps.wake_s
         self.total += self.steps.wake_s
 
@@ -113,13 +121,14 @@ class SimulatedPass:
         return 3 + layer * self.cost.steps_per_layer + self.cost.query_blocks
 
     def tokens(self, layer: int) -> np.ndarray:
-        """Tokens per expert of `layer`, int[experts], without those that ran along with another pass."""
+        """Tokens per expert of `layer`, int[experts], without those that another pass has merged."""
         if self._left is not None and self._left[0] == layer:
             return self._left[1]
-        return self.counts()[layer]
+        counts: np.ndarray = self.counts()[layer]
+        return counts
 
     def mark_merged(self, experts: np.ndarray) -> None:
-        """What waited at `experts` (bool[experts]) of the layer where the pass stands ran with another pass."""
+        """Another pass merged what waited at `experts`, bool[experts], of the layer where this one stands."""
         layer = self.place()[0]
         left = self.tokens(layer).copy()
         left[experts] = 0
@@ -145,12 +154,7 @@ class SimulatedPass:
 class GpuModel:
     """Passes of one model on one GPU: step times, and the routing that its tokens draw."""
 
-    def __init__(
-        self,
-        steps: PassCostModel,
-        routing: Routing | RecordedRouting | ResampledRouting,
-        granularity: str,
-    ):
+    def __init__(self, steps: PassCostModel, routing: Routing | RecordedRouting | ResampledRouting, granularity: str):
         self.steps = steps
         self.routing = routing
         self.granularity = granularity
@@ -164,16 +168,14 @@ class GpuModel:
             variants = self._decodes.get(n)
             if variants is None:
                 cost = steps.cost((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
-                variants = self._decodes[n] = self._variants(steps, n, cost)
+                variants = self._decodes[n] = self._variants(n, cost)
             draw, experts_s = variants[draw % _VARIANTS]
-            return SimulatedPass(
-                self, steps, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s
-            )
+            return SimulatedPass(self, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s)
         cost = steps.cost(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
         experts_s = steps.experts_of_pass(cost, self.routing.counts(p.tokens, draw))
-        return SimulatedPass(self, steps, p, draw, steps.total(cost, experts_s), cost)
+        return SimulatedPass(self, p, draw, steps.total(cost, experts_s), cost)
 
-    def _variants(self, steps: PassCostModel, tokens: int, cost: PassCost) -> list[tuple[int, float]]:
+    def _variants(self, tokens: int, cost: PassCost) -> list[tuple[int, float]]:
         """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
         draws = [self.routing.draw() for _ in range(_VARIANTS)]
-        return [(d, steps.experts_of_pass(cost, self.routing.counts(tokens, d))) for d in draws]
+        return [(d, self.steps.experts_of_pass(cost, self.routing.counts(tokens, d))) for d in draws]

@@ -21,9 +21,11 @@ _BLOCK = 1 << 12  # random numbers drawn at a time
 
 
 class RecordedRouting:
-    """Routing that was recorded, pass by pass in the order of their launches: what the real engine's tokens chose.
+    """Routing that was recorded: each pass gets what the real engine's tokens chose in it.
 
-    counts: one int[layers, experts] per pass. Raises IndexError where more passes are launched than were recorded.
+    Args:
+        counts: Tokens per expert of each pass in the order of the launches, int[layers, experts] each. There must be
+            as many as passes are launched.
     """
 
     pooled = False
@@ -33,21 +35,33 @@ class RecordedRouting:
         self._next = 0
 
     def draw(self) -> int:
-        """The number of the next pass."""
+        """Return the number of the next pass."""
         self._next += 1
         return self._next - 1
 
     def counts(self, tokens: int, draw: int) -> np.ndarray:
-        """Tokens per expert of pass number `draw`, int[layers, experts]."""
+        """Return the tokens per expert of pass number `draw`, int[layers, experts].
+
+        Raises:
+            IndexError: So many passes were not recorded.
+        """
         return np.asarray(self._counts[draw])
 
 
 class ResampledRouting:
-    """Routing like that of recorded passes: a pass gets the counts of one that was as large, or of one nearly as large
-    with its counts in proportion. Unlike `Routing`, it keeps that the tokens of one text go to the same experts.
+    """Routing like that of recorded passes.
 
-    counts: recorded passes, each int[MoE layers, experts]. Of `layers` layers, those beyond the recorded ones repeat
-    the last. ValueError where none is given.
+    A pass gets the counts of one that was as large, or of one nearly as large with its counts in proportion. Unlike
+    `Routing`, it keeps that the tokens of one text go to the same experts.
+
+    Args:
+        counts: Tokens per expert of recorded passes, int[MoE layers, experts] each.
+        top_k: Experts that each token chooses.
+        layers: Layers of the model. Those beyond the recorded ones repeat the last.
+        seed: Of the choice among passes.
+
+    Raises:
+        ValueError: No passes were recorded.
     """
 
     pooled = True
@@ -63,11 +77,14 @@ class ResampledRouting:
         self._rng = np.random.default_rng((seed, 2))
 
     def draw(self) -> int:
-        """A random integer below 2^30."""
+        """Return a random integer below 2^30."""
         return int(self._rng.integers(1 << 30))
 
     def counts(self, tokens: int, draw: int) -> np.ndarray:
-        """Tokens per expert of a pass of `tokens` tokens, int64[layers, experts]; the same `draw`, the same counts."""
+        """Return the tokens per expert of a pass of `tokens` tokens, int64[layers, experts].
+
+        The same `draw` gives the same counts.
+        """
         first, last = (int(np.searchsorted(self._sizes, tokens, side)) for side in ("left", "right"))
         if last - first < _NEAREST:  # few as large: some of the neighbours too
             first = max(0, min(first - (_NEAREST - (last - first)) // 2, len(self._sizes) - _NEAREST))
@@ -76,43 +93,54 @@ class ResampledRouting:
         counts = self._counts[at][self._layer]
         if self._sizes[at] == tokens:
             return counts
-        return np.minimum(np.rint(counts * (tokens / self._sizes[at])), tokens).astype(np.intp)
+        scaled: np.ndarray = np.minimum(np.rint(counts * (tokens / self._sizes[at])), tokens)
+        return scaled.astype(np.intp)
 
 
 class Routing:
     """Draws of tokens per expert; the same seed gives the same draws.
 
-    popularity: float[layers, experts], each row summing to 1. Choosing in proportion to popularity without replacement
-    flattens a very skewed table somewhat: no expert can get more than one choice of a token.
+    Choosing in proportion to popularity without replacement flattens a very skewed table somewhat: no expert can get
+    more than one choice of a token.
+
+    Args:
+        popularity: Share of tokens routed to each expert, float[layers, experts]; each row sums to 1.
+        top_k: Experts that each token chooses.
+        seed: Of the draws.
     """
 
     pooled = True  # draws may be kept and used again for passes of the same size
 
     def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0):
         self.layers, self.experts = popularity.shape
-        self.share = np.minimum(popularity * top_k, 1.0)  # of the tokens, at each expert
-        self._deviation = np.sqrt(self.share * (1 - self.share))
+        self.share: np.ndarray = np.minimum(popularity * top_k, 1.0)  # of the tokens, at each expert
+        self._deviation: np.ndarray = np.sqrt(self.share * (1 - self.share))
         self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
         self._rng = np.random.default_rng((seed, 1))
         self._draws: list[int] = []
 
     def draw(self) -> int:
-        """A random integer below 2^30."""
+        """Return a random integer below 2^30."""
         if not self._draws:
             self._draws = self._rng.integers(1 << 30, size=_BLOCK).tolist()
         return self._draws.pop()
 
     def counts(self, tokens: int, draw: int) -> np.ndarray:
-        """Tokens per expert of a pass of `tokens` tokens, int64[layers, experts]; the same `draw`, the same counts."""
+        """Return the tokens per expert of a pass of `tokens` tokens, int64[layers, experts].
+
+        The same `draw` gives the same counts.
+        """
         if tokens <= self.size:
             at = draw % self.size
-            return (self._sums[at + tokens] - self._sums[at]).astype(np.intp).reshape(self.share.shape)
-        drawn = self._deviation * self._noise[draw % len(self._noise)]
+            chosen: np.ndarray = self._sums[at + tokens] - self._sums[at]
+            return chosen.astype(np.intp).reshape(self.share.shape)
+        drawn: np.ndarray = self._deviation * self._noise[draw % len(self._noise)]
         drawn *= math.sqrt(tokens)
         drawn += tokens * self.share
         drawn += 0.5
         np.maximum(drawn, 0, out=drawn)
-        return np.minimum(drawn, tokens, out=drawn).astype(np.intp)
+        np.minimum(drawn, tokens, out=drawn)
+        return drawn.astype(np.intp)
 
 
 @lru_cache(maxsize=2)

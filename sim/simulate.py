@@ -12,8 +12,7 @@ from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.results import PassSlice, Status
-from qllm.traces.results import RunResult as RunResult
+from qllm.traces.results import PassSlice, RunResult
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
 
 
@@ -31,15 +30,28 @@ def simulate(
     until: float | None = None,
     step_by_step: bool = False,
 ) -> RunResult:
-    """Simulate `trace` on one GPU and return what became of each request.
+    """Simulate a request trace on one GPU.
 
-    priorities: integer priority of each of the trace's classes, lower is more urgent. steps: step times
-    (`qllm.traces.step_times.cost_model.PassCostModel`). popularity: share of tokens routed to each expert,
-    float[layers, experts]; uniform by default. seed: of the routing's draws. routing: recorded routing to use instead
-    of draws. timeline: record a PassSlice for each stretch that a pass runs. until: stop at that time (seconds) instead
-    of when everybody is served. step_by_step: use the slow reference device.
+    The same arguments give the same result to the last bit.
 
-    The same arguments give the same result to the last bit. Raises KeyError for a class without priority.
+    Args:
+        trace: The requests.
+        priorities: Priority of each of the trace's classes; lower is more urgent.
+        policy: Decides what runs.
+        limits: What the GPU can hold.
+        steps: How long the steps of a pass take.
+        popularity: Share of tokens routed to each expert, float[layers, experts]; uniform by default.
+        seed: Of the routing's draws.
+        routing: Recorded routing to use instead of draws.
+        timeline: Whether to record a PassSlice for each stretch that a pass runs.
+        until: When to stop, in seconds; by default when everybody is served.
+        step_by_step: Whether to use the slow reference device.
+
+    Returns:
+        What became of each request.
+
+    Raises:
+        KeyError: A class has no priority.
     """
     levels = [priorities[name] for name in trace.classes]
     workload = _Workload(trace, levels, Scheduler(policy, limits))
@@ -52,19 +64,28 @@ def simulate(
     device.start(step_device if step_by_step else fast_device)
     env.process(workload.arrivals(env, device))
     env.run(until)
-    return workload.result(slices)
+    return workload.end(slices)
 
 
 def uniform(steps: PassCostModel) -> np.ndarray:
-    """The popularity table in which all experts get the same share."""
+    """Return the popularity in which all experts get the same share, float64[layers, experts]."""
     return np.full((steps.layers, steps.n_experts), 1.0 / steps.n_experts)
 
 
 def isolated_ttft(
     prompt_tokens: np.ndarray, *, limits: Limits, steps: PassCostModel, popularity: np.ndarray | None = None
 ) -> np.ndarray:
-    """TTFT in seconds, float64[n], of prompts of so many tokens alone on an idle device: the floor for any policy.
-    Routing is taken at its mean."""
+    """Compute the TTFT of prompts alone on an idle device, routed at the mean: the floor for any policy.
+
+    Args:
+        prompt_tokens: Length of each prompt, int[n].
+        limits: What the GPU can hold.
+        steps: How long the steps of a pass take.
+        popularity: Share of tokens routed to each expert, float[layers, experts]; uniform by default.
+
+    Returns:
+        Seconds, float64[n].
+    """
     share = np.minimum((uniform(steps) if popularity is None else popularity) * steps.timings.top_k, 1.0)
     lengths, back = np.unique(prompt_tokens, return_inverse=True)
     return np.array([_isolated_prefill(int(n), limits.max_batched_tokens, steps, share) for n in lengths])[back]
@@ -92,17 +113,11 @@ class _Workload:
         self.trace = trace
         self.levels = levels
         self.scheduler = scheduler
-        n = len(trace)
-        self.arrival = ticks(trace.arrival)
-        self.times = np.full((6, n), np.nan)  # rows as in result()
-        self.counts = np.zeros((2, n), dtype=np.int64)
-        self.status = np.full(n, int(Status.UNFINISHED), dtype=np.int8)
-        self.reasons: dict[int, str] = {}
-        self.last = 0.0
+        self.result = RunResult.of(ticks(trace.arrival))
 
     def arrivals(self, env: simpy.Environment, device: Device) -> Process:
         """SimPy process: each request enters at its time."""
-        scheduler, status = self.scheduler, self.status
+        scheduler = self.scheduler
         for r in self.requests():
             wait = r.arrival - env.now
             if wait > 0:
@@ -110,8 +125,7 @@ class _Workload:
             try:
                 scheduler.add(r, r.arrival)
             except RequestTooLarge as error:
-                status[r.id] = Status.REJECTED
-                self.reasons[r.id] = str(error)
+                self.result.rejected(r.id, str(error))
             else:
                 device.poke()
 
@@ -119,7 +133,11 @@ class _Workload:
         """The trace's requests, made one by one."""
         t, levels = self.trace, self.levels
         rows = zip(
-            self.arrival.tolist(), t.prompt_tokens.tolist(), t.output_tokens.tolist(), t.cls.tolist(), strict=True
+            self.result.arrival.tolist(),
+            t.prompt_tokens.tolist(),
+            t.output_tokens.tolist(),
+            t.cls.tolist(),
+            strict=True,
         )
         for i, (arrival, prompt, output, cls) in enumerate(rows):
             yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls])
@@ -127,55 +145,36 @@ class _Workload:
     def record(self, done: list[Request]) -> None:
         """Requests have ended: keep what there is to know of them."""
         for r in done:
-            i = r.id
-            self.last = r.finish
-            self.times[:, i] = r.first_launch, r.first_token, r.finish, r.queueing_s, r.running_s, r.suspended_s
-            self.counts[:, i] = r.preemptions, r.evictions
-            self.status[i] = Status.FINISHED
+            self.result.finished(r.id, r)
 
-    def result(self, slices: list[PassSlice] | None) -> RunResult:
+    def end(self, slices: list[PassSlice] | None) -> RunResult:
+        """The simulation is over."""
+        result = self.result
         for r in self.scheduler.requests.values():
-            self.times[:2, r.id] = r.first_launch, r.first_token
-        first_launch, first_token, finish, queueing, running, suspended = self.times
-        preemptions, evictions = self.counts
-        return RunResult(
-            arrival=self.arrival,
-            first_launch=first_launch,
-            first_token=first_token,
-            finish=finish,
-            queueing=queueing,
-            running=running,
-            suspended=suspended,
-            preemptions=preemptions,
-            evictions=evictions,
-            status=self.status,
-            reasons=self.reasons,
-            makespan=self.last,
-            passes=self.scheduler.passes,
-            slices=slices,
-        )
+            result.launched(r.id, r)
+        result.passes = self.scheduler.passes
+        result.slices = slices
+        return result
 
 
 def _observer(gpu: GpuModel, slices: list[PassSlice]) -> Observer:
     def observe(p: Pass, run: SimulatedPass, start: float, end: float, first: int, last: int, suspended: bool) -> None:
-        where = gpu.steps.position
-        first_layer = where(run.cost, first)[0]
-        layer, stage, _ = where(run.cost, last)
+        layer, stage, _ = gpu.steps.position(run.cost, last)
         slices.append(
             PassSlice(
-                start,
-                end,
-                p.id,
-                p.priority(),
-                len(p.prefill),
-                p.n_decode,
-                p.tokens,
-                first,
-                last,
-                first_layer,
-                layer,
-                stage,
-                suspended,
+                start=start,
+                end=end,
+                pass_id=p.id,
+                priority=p.priority(),
+                prefills=len(p.prefill),
+                decodes=p.n_decode,
+                tokens=p.tokens,
+                first=first,
+                last=last,
+                first_layer=gpu.steps.position(run.cost, first)[0],
+                layer=layer,
+                stage=stage,
+                suspended=suspended,
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,9 +18,23 @@ class Status(IntEnum):
 
 
 class PassSlice(NamedTuple):
-    """A stretch of time (seconds) that a pass ran. `first` and `last`: steps done before and after (see
-    `PassCostModel.times`; on the engine's real clock: preemption points passed); `layer`: where it stopped; `priority`:
-    most urgent priority in it."""
+    """A stretch of time that a pass ran.
+
+    Attributes:
+        start: Seconds.
+        end: Seconds.
+        pass_id: Number of the pass, from 0 in the order of the launches.
+        priority: The most urgent priority in the pass.
+        prefills: Chunks of prompts in it.
+        decodes: Sequences that decode in it.
+        tokens: Tokens in it.
+        first: Steps done before (see `PassCostModel.times`; on the engine's real clock: preemption points passed).
+        last: Steps done after.
+        first_layer: Layer where it began.
+        layer: Layer where it stopped.
+        stage: Stage of that layer which comes next.
+        suspended: Whether it was suspended then; else it ended.
+    """
 
     start: float
     end: float
@@ -37,11 +51,44 @@ class PassSlice(NamedTuple):
     suspended: bool
 
 
+class RequestRecord(Protocol):
+    """What `RunResult` keeps of a request, in seconds on the clock of the run; a scheduler's `Request` has it."""
+
+    first_launch: float
+    first_token: float
+    finish: float
+    running_s: float
+    suspended_s: float
+    preemptions: int
+    evictions: int
+
+    @property
+    def queueing_s(self) -> float:
+        """Seconds from arrival to finish in no pass at all."""
+
+
 @dataclass
 class RunResult:
     """Columns, one element a request in the trace's order; times in seconds, nan where it never came to that.
 
     queueing + running + suspended = finish - arrival, for finished requests.
+
+    Attributes:
+        arrival: When each request arrived.
+        first_launch: When the first pass with the request in it started.
+        first_token: When it had its first token.
+        finish: When it had its last token.
+        queueing: How long it was in no pass.
+        running: How long a pass with it ran.
+        suspended: How long a pass with it was suspended.
+        preemptions: How often a pass with it was suspended, int64.
+        evictions: How often its KV had to give way, int64.
+        status: A `Status`, int8.
+        reasons: Why a request was rejected or broke, by index.
+        makespan: From the start of the trace to the last token.
+        passes: How many were launched.
+        slices: When each pass ran, if that was recorded.
+        routing: Of real passes in the order of their launches: tokens per expert, int64[MoE layers, experts].
     """
 
     arrival: np.ndarray
@@ -54,8 +101,45 @@ class RunResult:
     preemptions: np.ndarray
     evictions: np.ndarray
     status: np.ndarray
-    reasons: dict[int, str] = field(default_factory=dict)  #: why a request was rejected or broke, by index
-    makespan: float = 0.0  #: seconds from the trace's start to the last token
+    reasons: dict[int, str] = field(default_factory=dict)
+    makespan: float = 0.0
     passes: int = 0
     slices: list[PassSlice] | None = None
-    routing: list[np.ndarray] | None = None  #: real passes: int64[MoE layers, experts] tokens, in launch order
+    routing: list[np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, arrival: np.ndarray) -> RunResult:
+        """Return the result of a run that begins: no request that arrives at `arrival` (seconds) has been served."""
+        n = len(arrival)
+        return cls(
+            arrival=arrival,
+            first_launch=np.full(n, np.nan),
+            first_token=np.full(n, np.nan),
+            finish=np.full(n, np.nan),
+            queueing=np.full(n, np.nan),
+            running=np.full(n, np.nan),
+            suspended=np.full(n, np.nan),
+            preemptions=np.zeros(n, dtype=np.int64),
+            evictions=np.zeros(n, dtype=np.int64),
+            status=np.full(n, int(Status.UNFINISHED), dtype=np.int8),
+        )
+
+    def launched(self, i: int, r: RequestRecord) -> None:
+        """Request `i` is still in the system: keep how far it came."""
+        self.first_launch[i], self.first_token[i] = r.first_launch, r.first_token
+
+    def finished(self, i: int, r: RequestRecord, origin: float = 0.0) -> None:
+        """Request `i` has all its tokens. `origin`: when the trace started, on the clock of `r`."""
+        finish = r.finish - origin
+        self.first_launch[i] = r.first_launch - origin
+        self.first_token[i] = r.first_token - origin
+        self.finish[i] = finish
+        self.queueing[i], self.running[i], self.suspended[i] = r.queueing_s, r.running_s, r.suspended_s
+        self.preemptions[i], self.evictions[i] = r.preemptions, r.evictions
+        self.status[i] = Status.FINISHED
+        self.makespan = max(self.makespan, finish)
+
+    def rejected(self, i: int, reason: str) -> None:
+        """Request `i` was not served."""
+        self.status[i] = Status.REJECTED
+        self.reasons[i] = reason

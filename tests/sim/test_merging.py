@@ -1,4 +1,4 @@
-"""Merging in step model and simulator: what joins, what it costs, what still waits, and that both devices agree."""
+"""Merging in cost model and simulator: what is merged, what it costs, what still waits, and that both devices agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qllm.sim.merging import Merging
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import TICK, PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 from tests.worlds import PRIORITIES, Stack, run
 
 LIMITS = Limits(max_seqs=6, max_batched_tokens=64, kv_blocks=200, block_size=4)
@@ -26,14 +26,14 @@ def step_model(expert_s: float = EXPERT_S, max_step: float = 1e-5, mode: str = "
 
 
 @pytest.mark.parametrize(("expert_s", "rows"), [(50e-6, 52), (4e-6, 6), (0.5e-6, 2)])
-def test_as_many_rows_run_along_as_take_twice_the_time_of_one(expert_s, rows):
+def test_as_many_rows_are_merged_as_take_twice_the_time_of_one(expert_s, rows):
     steps = step_model(expert_s)
     assert steps.merge_rows == rows
     one, most, more = steps.experts(np.array([1, rows, rows + 1]))
     assert most <= 2 * one < more
 
 
-def test_what_joins_are_short_queues_at_experts_where_the_running_pass_has_tokens():
+def test_what_is_merged_are_short_queues_at_experts_where_the_running_pass_has_tokens():
     steps = step_model(4e-6)
     own = np.array([3, 0, 3, 3, 200, 0])
     waiting = np.array([6, 6, 7, 0, 1, 0])
@@ -69,7 +69,7 @@ def stopped_prefill(steps: PassCostModel, group: int, prompt: int = 40) -> tuple
 
 
 @pytest.mark.parametrize("group", range(8))
-def test_what_ran_along_waits_no_more_and_saves_the_reading_of_its_expert(group):
+def test_what_was_merged_waits_no_more_and_saves_the_reading_of_its_expert(group):
     steps = step_model()
     scheduler, gpu, be = stopped_prefill(steps, group)
     before, total = be.expert_queues(), be.total
@@ -79,20 +79,20 @@ def test_what_ran_along_waits_no_more_and_saves_the_reading_of_its_expert(group)
     alone, own = ls.total, ls.tokens(0).copy()
     merging = Merging(scheduler)
     merging.begin(ls)
-    joined = (own > 0) & (before > 0)
-    assert ls.total - alone == pytest.approx(before[joined].sum() * ROW_S, abs=20 * TICK)
+    merged = (own > 0) & (before > 0)
+    assert ls.total - alone == pytest.approx(before[merged].sum() * ROW_S, abs=20 * TICK)
     merging.end(ls, 0, None)
-    assert be.expert_queues().tolist() == np.where(joined, 0, before).tolist()
+    assert be.expert_queues().tolist() == np.where(merged, 0, before).tolist()
     scheduler.finished(p, be.at + ls.total)
     assert scheduler.next(be.at + ls.total) is not None
     merging.begin(be)
-    saved = joined.sum() * EXPERT_S + joined[1:].sum() * float(steps.timings.launches_per_expert * 5e-6)
+    saved = merged.sum() * EXPERT_S + merged[1:].sum() * float(steps.timings.launches_per_expert * 5e-6)
     assert (alone + total) - (ls.total + be.total) == pytest.approx(saved, abs=40 * TICK)
     assert be.ends()[-1] == be.total
     assert be.ends()[be.done - 1] == be.at
 
 
-def test_a_pass_that_stops_has_run_along_only_what_it_came_to():
+def test_a_pass_that_stops_has_merged_only_what_it_came_to():
     steps = step_model()
     scheduler, gpu, be = stopped_prefill(steps, 2)
     before = be.expert_queues()
@@ -103,9 +103,9 @@ def test_a_pass_that_stops_has_run_along_only_what_it_came_to():
     merging.begin(ls)
     ls.done = ls.first_group(0) + 5  # groups 0 to 4 are done
     merging.end(ls, 0, ls.done)
-    joined = (ls.tokens(0) > 0) & (np.arange(8) < 5)
-    assert (before[joined] > 0).any()
-    assert be.expert_queues().tolist() == np.where(joined, 0, before).tolist()
+    merged = (ls.tokens(0) > 0) & (np.arange(8) < 5)
+    assert (before[merged] > 0).any()
+    assert be.expert_queues().tolist() == np.where(merged, 0, before).tolist()
 
 
 def test_queues_longer_than_merge_rows_wait_for_their_own_pass():
@@ -157,13 +157,13 @@ MERGING = {
 
 @pytest.mark.parametrize("name", MERGING)
 def test_fast_device_merges_like_the_step_by_step_device(name, monkeypatch):
-    """Random workloads under tight limits, up to 6 or 52 rows running along, both expert modes, various cuts."""
+    """Random workloads under tight limits, up to 6 or 52 rows merged, both expert modes, various cuts."""
     seen: Counter[str] = Counter()
     begin, mark_merged = Merging.begin, SimulatedPass.mark_merged
 
     def watched(merging, run):
         begin(merging, run)
-        seen["several"] += any(len(lenders) > 1 for lenders in merging._lent.values())
+        seen["several"] += any(len(partners) > 1 for partners in merging._partners.values())
 
     def count(run, experts):
         seen["shared"] += 1

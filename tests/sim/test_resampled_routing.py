@@ -9,7 +9,7 @@ from qllm.scheduler import Limits, make_policy
 from qllm.sim import ResampledRouting, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 
 EXPERTS, TOP_K = 6, 2
 

@@ -15,7 +15,7 @@ from qllm.sim import Routing, Status, isolated_ttft, uniform
 from qllm.sim.passes import GpuModel
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import TICK, PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 from tests.worlds import limits, policies, run, step_models, traces
 
 COLUMNS = ("first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions", "evictions")

@@ -25,7 +25,7 @@ from qllm.sim import RunResult, isolated_ttft, simulate
 from qllm.sim.routing import RecordedRouting
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRIORITIES = {"ls": 0, "be": 1}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 
 CONFIG = """\
 name: small

@@ -20,7 +20,7 @@ from qllm.executor.model.split import Split
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits, Pass
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 
 LAYERS, EXPERTS = 2, 8
 ROOMY = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=100, block_size=4)

@@ -9,7 +9,7 @@ from qllm.scheduler import Limits, Policy, make_policy
 from qllm.sim import RunResult, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}
 

@@ -31,7 +31,8 @@ from qllm.executor.model.loading import LoadedModel, load, prepare_model, with_l
 from qllm.executor.testing import tiny_config, tiny_model
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
-from qllm.traces.step_times.timings import TimingError, Timings, affine_timings
+from qllm.traces.step_times.testing import affine_timings
+from qllm.traces.step_times.timings import TimingError, Timings
 
 pytestmark = pytest.mark.filterwarnings(f"ignore::{CalibrationWarning.__module__}.CalibrationWarning")
 EXTENT = Extent(max_tokens=16, max_context=32, max_batch=3)

@@ -15,7 +15,7 @@ from qllm.executor.calibration.environment import device_name
 from qllm.executor.errors import LoadError
 from qllm.experiment.engine_run import engine_clock, load_target
 from qllm.experiment.results import load_results
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 from tests.cli_support import qllm, write_config
 
 SMALL = ["--set", "sweep.rate=[20]", "--set", "seeds=1", "--set", "requests=8", "--set", "limits.kv_blocks=600"]

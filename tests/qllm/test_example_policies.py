@@ -11,7 +11,7 @@ from qllm.config.policies import file_policy
 from qllm.scheduler import Limits, make_policy
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 from tests.worlds import run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "configs" / "policies").glob("*.py"))

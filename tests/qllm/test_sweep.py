@@ -21,7 +21,7 @@ from qllm.plots.perfetto import record, timeline_runs, write_timeline
 from qllm.traces.requests.readers import read_requests
 from qllm.traces.requests.trace import RequestTrace, TraceError
 from qllm.traces.requests.writers import write_requests
-from qllm.traces.step_times.timings import affine_timings
+from qllm.traces.step_times.testing import affine_timings
 from tests.cli_support import CONFIG, write_config
 
 

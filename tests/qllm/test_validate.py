@@ -20,7 +20,8 @@ from qllm.scheduler import Limits, make_policy
 from qllm.sim import simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
-from qllm.traces.step_times.timings import Timings, affine_timings
+from qllm.traces.step_times.testing import affine_timings
+from qllm.traces.step_times.timings import Timings
 from qllm.validation.attribution import after_rest, by_pass
 from qllm.validation.results import report, save
 from qllm.validation.validate import REAL, SIMULATED, Comparison, compare, errors

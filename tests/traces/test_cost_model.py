@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qllm.sim import RecordedRouting, Routing, uniform
 from qllm.traces.step_times.cost_model import TICK, PassCostModel, ticks
-from qllm.traces.step_times.timings import Timings, affine_timings
+from qllm.traces.step_times.testing import affine_timings
+from qllm.traces.step_times.timings import Timings
 from tests.worlds import step_models
 
 chunks = st.lists(st.tuples(st.none(), st.integers(1, 300), st.integers(0, 500)), max_size=4)

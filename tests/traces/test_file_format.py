@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qllm.traces.step_times.file_format import Point, TimingError
-from qllm.traces.step_times.timings import Timings, affine_timings
+from qllm.traces.step_times.testing import affine_timings
+from qllm.traces.step_times.timings import Timings
 
 
 @pytest.fixture

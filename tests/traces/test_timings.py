@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qllm.traces.step_times.interpolate import isotonic, isotonic_grid
-from qllm.traces.step_times.timings import ExtrapolationWarning, TimingError, Timings, affine_timings, bundled
+from qllm.traces.step_times.testing import affine_timings
+from qllm.traces.step_times.timings import ExtrapolationWarning, TimingError, Timings, bundled
 
 CURVES = ("dense_pre", "dense_post", "expert", "head")
 GRIDS = ("attention_prefill", "attention_decode")

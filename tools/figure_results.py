@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def caption(name: str) -> str:
-    """One line that says who says so: the source, the command and the day."""
+    """One line that says who says so: the source, the command, the day, and the commit where that is an older one."""
     told = load(name)["provenance"]
     source = told["source"]
-    return f"{source[0].upper()}{source[1:]} (`{told['command']}`, {told['date']})."
+    of_old = re.search("commit .*", told.get("printed", ""))
+    return f"{source[0].upper()}{source[1:]} (`{told['command']}`, {told['date']}{f', {of_old[0]}' if of_old else ''})."
 
 
 def _named(table: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def headline() -> str:
     p99 = ", ".join(f"`{name}` {_ms(long['p99 s'][name])}" for name in names)
     stops = ", ".join(f"`{name}` {long['blocking p99 ms'][name]:.1f}" for name in ("priority", "layer", "qllm"))
     paid = ", ".join(f"`{name}` {_digits(long['BE turnaround s'][name])}" for name in ("fcfs", "qllm", "hybrid"))
-    close = f"{held['followed']['mean']} of {held['of']['mean']}"
+    close = f"{held['followed']['mean']} of {held['of']['mean']}, {held['average']['mean']} at average speed"
     gain = ", ".join(f"`{name}` {ratios[name]:.0f}x" for name in ("qllm", "priority"))
     served = ", ".join(f"`{name}` {_ms(mixed[name])}" for name in ("qllm", "priority"))
     imported, modelled, measured = "simulated, imported", "simulated, modelled", "measured, two CPU cores"

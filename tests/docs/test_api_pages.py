@@ -16,19 +16,26 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from docs_links import on_page_markdown  # noqa: E402
 
-FACES = {"qllm": "qllm", **{name: f"qllm.{name}" for name in ("scheduler", "sim", "traces", "executor")}}
+FACES = {"qllm": "qllm", **{name: f"qllm.{name}" for name in ("scheduler", "sim", "executor")}}
+OBJECT = re.compile(r"^::: (qllm(?:\.\w+){2,})$", re.MULTILINE)
 
 
-def listed(page: str) -> set[str]:
-    """The names that a page of docs/api shows."""
-    text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
-    alone = [name.rpartition(".")[2] for name in re.findall(r"^::: (qllm\.\w+\.\w+\.\w+)$", text, re.MULTILINE)]
-    return {*re.findall(r"^ +- (\w+)$", text, re.MULTILINE), *alone}
+def text_of(page: str) -> str:
+    """A page of docs/api."""
+    return (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", FACES)
 def test_an_api_page_lists_what_its_package_exports(page: str) -> None:
-    assert listed(page) == set(importlib.import_module(FACES[page]).__all__)
+    members = re.findall(r"^ +- (\w+)$", text_of(page), re.MULTILINE)
+    alone = [name.rpartition(".")[2] for name in OBJECT.findall(text_of(page))]
+    assert sorted(members + alone) == sorted(importlib.import_module(FACES[page]).__all__)
+
+
+@pytest.mark.parametrize("name", OBJECT.findall(text_of("traces") + text_of("sim")))
+def test_an_object_of_an_api_page_exists(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert getattr(importlib.import_module(module), attribute).__doc__
 
 
 def test_the_navigation_names_every_page() -> None:

@@ -50,7 +50,7 @@ figures: .venv/.installed
 # The documents as web pages in build/site, with API pages from docstrings. A warning is an error.
 docs: .venv/.installed-docs
 	$(AS_INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-lowest .venv-newest out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

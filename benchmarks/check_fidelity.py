@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from qllm import load_config
-from qllm.config.from_config import load_timings, popularity, request_trace, scheduler_limits, step_model
+from qllm.config.from_config import cost_model, load_timings, popularity, request_trace, scheduler_limits
 from qllm.experiment.run import Run, runs
 from qllm.scheduler import POLICIES, Limits, Policy, make_policy
 from qllm.sim import RunResult, isolated_ttft, simulate
@@ -118,7 +118,7 @@ def timed(run: Run, step_by_step: bool) -> tuple[RunResult, float]:
         priorities=config.priorities,
         policy=config.policies[run.policy].build(),
         limits=scheduler_limits(config, load_timings(config.timings)),
-        steps=step_model(config),
+        steps=cost_model(config),
         popularity=popularity(config),
         seed=run.seed,
         timeline=True,

@@ -24,7 +24,7 @@ import yaml
 from validation_table import repeats, summary
 
 from qllm.config.config import Config, load_config
-from qllm.config.from_config import request_trace, scheduler_limits, step_model
+from qllm.config.from_config import cost_model, request_trace, scheduler_limits
 from qllm.executor.calibration.calibrate import Extent, calibrate
 from qllm.executor.model.loading import LoadedModel, load
 from qllm.executor.testing import make_checkpoint
@@ -54,8 +54,8 @@ def capacity(config: Config) -> float:
         trace,
         priorities=config.priorities,
         policy=make_policy("fcfs"),
-        limits=scheduler_limits(config, step_model(config).timings),
-        steps=step_model(config),
+        limits=scheduler_limits(config, cost_model(config).timings),
+        steps=cost_model(config),
     )
     return len(trace) / result.makespan
 

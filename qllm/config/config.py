@@ -41,7 +41,7 @@ class Config(StrictModel):
     timings: str  #: a bundled timing trace or the path of one
     popularity: str = "uniform"  #: how tokens spread over experts: uniform, a bundled table or the path of one
     expert_mode: Literal["fused", "separate"] | None = None  #: default: what the timing trace was taken with
-    max_step: Positive = 0.002  #: longest step (seconds) of those that can be cut
+    max_step: Positive = 0.002  #: seconds that a query block or a group of experts should not exceed
     classes: dict[str, JobClass]
     arrival: Arrival = Poisson()
     rate: Positive | None = None  #: all classes together
@@ -162,9 +162,17 @@ class Config(StrictModel):
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read, override (`key.path=value`) and check a configuration, every point of its sweep included.
+    """Read and check a configuration, every point of its sweep included.
 
-    Raises ConfigError: one line that names file, line, key, the line's content and what is allowed.
+    Args:
+        path: The YAML file.
+        overrides: Keys to change, as "key.path=value".
+
+    Returns:
+        The configuration, its paths absolute.
+
+    Raises:
+        ConfigError: One line that names file, line, key, the line's content and what is allowed.
     """
     source = load_yaml(path)
     for assignment in overrides:

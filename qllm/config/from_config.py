@@ -136,19 +136,19 @@ def popularity(config: Config) -> np.ndarray:
     return _read_popularity(config.popularity, timings.experts, timings.layers, file_stamp(config.popularity))
 
 
-def step_model(config: Config) -> PassCostModel:
+def cost_model(config: Config) -> PassCostModel:
     """Step times of the configured model, GPU and cuts. Raises TimingError, PopularityError, ConfigError."""
-    return _step_model(*_device_key(config))
+    return _cost_model(*_device_key(config))
 
 
 def _device_key(config: Config) -> tuple[str, str, float, str | None, object]:
-    """What the step model of a configuration depends on."""
+    """What the cost model of a configuration depends on."""
     stamps = file_stamp(config.timings), file_stamp(config.popularity)
     return config.timings, config.popularity, config.max_step, config.expert_mode, stamps
 
 
 @lru_cache(maxsize=4)
-def _step_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> PassCostModel:
+def _cost_model(timings: str, table: str, max_step: float, expert_mode: str | None, _: object) -> PassCostModel:
     loaded = load_timings(timings)
     shares = _read_popularity(table, loaded.experts, loaded.layers, file_stamp(table))
     try:
@@ -163,7 +163,7 @@ def isolated(config: Config, prompt_tokens: np.ndarray) -> np.ndarray:
     new = np.array([n for n in np.unique(prompt_tokens).tolist() if n not in known], dtype=np.int64)
     if len(new):
         limits = scheduler_limits(config, load_timings(config.timings))
-        alone = isolated_ttft(new, limits=limits, steps=step_model(config), popularity=popularity(config))
+        alone = isolated_ttft(new, limits=limits, steps=cost_model(config), popularity=popularity(config))
         known.update(zip(new.tolist(), alone.tolist(), strict=True))
     return np.array([known[n] for n in prompt_tokens.tolist()])
 

@@ -41,8 +41,11 @@ class CachedRun:
 
 
 def keys(todo: list[Run]) -> list[str]:
-    """A name for each run: a hash of its resolved configuration, its seed, the content of every file that the
-    configuration names (a policy's Python file, but not what that imports), and the versions of what computes it."""
+    """A name for each run: a hash of everything that decides what it gives.
+
+    That is its resolved configuration, its seed, the content of every file that the configuration names (a policy's
+    Python file, but not what that imports), the project's own code, and the versions of what computes it.
+    """
     contents: Callable[[str], str] = cache(_content)
     base = {"sources": _sources(), "python": platform.python_version()}
     base |= {name: version(name) for name in ("numpy", "simpy")}

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from qllm.config.config import Config
-from qllm.config.from_config import limits_with, load_timings, request_trace, step_model
+from qllm.config.from_config import cost_model, limits_with, load_timings, request_trace
 from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
@@ -65,7 +65,7 @@ def engine_clock(target: LoadedModel, config: Config) -> RealClock:
     timings = load_timings(config.timings)
     here = model_facts(target.model) | {"source": "measured", "device": device_name(target.model.device)}
     same = all(getattr(timings, key) == here[key] for key in SAME)
-    return RealClock(step_model(config) if same else None, polls=True)
+    return RealClock(cost_model(config) if same else None, polls=True)
 
 
 def engine_limits(target: LoadedModel, config: Config) -> Limits:

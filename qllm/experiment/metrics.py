@@ -65,7 +65,7 @@ _T95 = (
 
 
 def per_request(requests: pd.DataFrame) -> pd.DataFrame:
-    """`requests` (columns as in requests.parquet) with ttft_s, tpot_s, turnaround_s, blocking_s, ttft_over_isolated."""
+    """Add ttft_s, tpot_s, turnaround_s, blocking_s and ttft_over_isolated to `requests` (as in requests.parquet)."""
     gaps = (requests["output_tokens"] - 1).where(requests["output_tokens"] > 1)
     ttft = requests["first_token_s"] - requests["arrival_s"]
     return requests.assign(
@@ -78,9 +78,9 @@ def per_request(requests: pd.DataFrame) -> pd.DataFrame:
 
 
 def good(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.Series:
-    """Per request (as from `per_request`): 1.0 finished within every SLO of its class, 0.0 not, nan without an SLO.
+    """Whether each request was good: 1.0 finished within every SLO of its class, 0.0 not, nan without an SLO.
 
-    A request of one output token has no TPOT and meets every TPOT SLO.
+    `requests` has the columns of `per_request`. A request of one output token has no TPOT and meets every TPOT SLO.
     """
     verdict = pd.Series(np.nan, index=requests.index)
     finished = requests["finish_s"].notna()
@@ -111,9 +111,15 @@ def band(seed_means: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def summarise(requests: pd.DataFrame, slos: Mapping[str, Slo | None], coordinates: Sequence[str] = ()) -> pd.DataFrame:
-    """The summary: a row per policy, rate (and other swept `coordinates`) and class, in order of appearance.
+    """Work out the summary: a row per policy, swept values and class, in order of appearance.
 
-    `slos` names the classes in the order wanted; a class without a request still has its row, with sent = 0.
+    Args:
+        requests: A row per request, as in requests.parquet.
+        slos: SLO of each class, in the order wanted. A class without a request still has its row, with sent = 0.
+        coordinates: The swept keys.
+
+    Returns:
+        The columns policy, rate, class, `SUMMARY_COLUMNS`, and the other swept keys.
     """
     values = per_request(requests)
     values["good"] = good(values, slos)

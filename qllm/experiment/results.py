@@ -22,14 +22,15 @@ REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config
 
 @dataclass(frozen=True)
 class Results:
-    """What a simulation gave.
+    """What a sweep gave.
 
-    requests  DataFrame, a row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
-              prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s,
-              suspended_s, preemptions, evictions, isolated_ttft_s, status, reason
-    summary   DataFrame, a row per point and class (see metrics.py)
-    config    the resolved configuration, with provenance
-    failures  DataFrame, a row per simulation that failed: policy, swept keys, seed, error; the other tables lack them
+    Attributes:
+        requests: A row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
+            prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s, suspended_s,
+            preemptions, evictions, isolated_ttft_s, status, reason.
+        summary: A row per point and class (see qllm.experiment.metrics).
+        config: The resolved configuration, with provenance.
+        failures: A row per simulation that failed: policy, swept keys, seed, error; the other tables lack these.
     """
 
     requests: pd.DataFrame
@@ -45,10 +46,16 @@ class Results:
         return cls(requests, summary, config, pd.DataFrame() if failures is None else failures)
 
     def save(self, out: str | Path) -> Path:
-        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv into the folder
-        `out`, made if need be.
+        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv.
 
-        Raises ConfigError where that cannot be done.
+        Args:
+            out: The folder, made if need be.
+
+        Returns:
+            Its path.
+
+        Raises:
+            ConfigError: The folder cannot be made or written.
         """
         folder = make_folder(out)
         try:
@@ -80,7 +87,17 @@ def make_folder(out: str | Path) -> Path:
 
 
 def load_results(folder: str | Path) -> Results:
-    """The results that `qllm simulate --out FOLDER` wrote. ConfigError where the folder does not hold them."""
+    """Read results back.
+
+    Args:
+        folder: What `qllm simulate --out FOLDER` wrote.
+
+    Returns:
+        The results; the summary is worked out anew from the requests.
+
+    Raises:
+        ConfigError: The folder does not hold results.
+    """
     folder = Path(folder)
     for name in (REQUESTS, CONFIG):
         if not (folder / name).is_file():

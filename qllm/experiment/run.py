@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from qllm.config.config import RATE, Config
-from qllm.config.from_config import isolated, load_timings, popularity, request_trace, scheduler_limits, step_model
+from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
 from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
@@ -64,7 +64,7 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunRe
             priorities=config.priorities,
             policy=policy.build(),
             limits=limits,
-            steps=step_model(config),
+            steps=cost_model(config),
             popularity=popularity(config),
             seed=run.seed,
             timeline=timeline,
@@ -76,14 +76,16 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunRe
 
 
 def run_table(run: Run) -> pd.DataFrame:
-    """Simulate `run`: a row per request, without what only this sweep calls it (see `sweep_rows`)."""
+    """Simulate `run`: a row per request, without the names that only this sweep has for it (see `sweep_rows`)."""
     trace = request_trace(run.config, run.seed)
     return request_table(run, trace, simulate_run(run, trace), isolated(run.config, trace.prompt_tokens))
 
 
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
-    """A row per request of `trace`; `isolated_ttft`: seconds, float64[n]. Classes and statuses are numbers, which
-    every table format gives back as they were."""
+    """A row per request of `trace`; `isolated_ttft`: seconds, float64[n].
+
+    Classes and statuses are numbers, which every table format gives back as they were.
+    """
     n, names = len(trace), list(run.config.classes)
     return pd.DataFrame(
         {
@@ -116,8 +118,10 @@ def rate_of(run: Run, trace: RequestTrace) -> float:
 
 
 def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
-    """The rows of requests.parquet for the `run_table` of `run`; text columns are categories, which keeps 100,000
-    requests small."""
+    """The rows of requests.parquet for the `run_table` of `run`.
+
+    Text columns are categories, which keeps 100,000 requests small.
+    """
     config, n = run.config, len(found)
 
     def text(codes: Any, names: list[str]) -> Any:

@@ -47,15 +47,28 @@ def simulate(
     keep: str | Path | None = None,
     progress: bool = False,
 ) -> Results:
-    """Simulate a configuration (a YAML file, or one that was loaded): every point of its sweep, policy and seed.
-
-    `set` overrides keys of the file, e.g. ["sweep.rate=[1,2,4]"]. `jobs` processes work in parallel on the `backend`
-    (see qllm.backends), with the same results whatever their number and place. `keep`: a folder for finished
-    simulations; those that are there already are not run again.
+    """Simulate a configuration: every point of its sweep, policy and seed.
 
     A simulation that fails does not stop the others: it stands in the results' `failures`, and a warning says so.
-    Where nothing succeeds, the first error is raised. Raises ConfigError, TraceError, TimingError, SchedulerError or
-    SweepError (lost workers), each one line.
+    Where nothing succeeds, the first error is raised.
+
+    Args:
+        config: A YAML file, or a configuration that was loaded.
+        set: Overrides keys of the file, e.g. ["sweep.rate=[1,2,4]"].
+        jobs: Processes that work in parallel; the results do not depend on it.
+        backend: Where they run: "local", "ray" or "dask" (see qllm.experiment.backends).
+        keep: Folder for finished simulations; those that are there already are not run again.
+        progress: Whether to show a progress bar on stderr.
+
+    Returns:
+        Tables of requests, of the summary and of what failed, with the resolved configuration.
+
+    Raises:
+        ConfigError: The configuration is wrong; one line says where and what is allowed.
+        TraceError: The same for a request trace.
+        TimingError: The same for a timing trace.
+        SchedulerError: The same for the limits or a policy's settings.
+        SweepError: The workers cannot be reached, or were lost.
     """
     if not isinstance(config, Config):
         config = load_config(config, set)
@@ -82,7 +95,7 @@ def _tasks(config: Config, keep: str | Path | None) -> list[Task]:
 
 
 def attempt(number: int, run: Run, file: Path | None) -> tuple[int, CachedRun | Failure]:
-    """What a worker does: simulate `run` and keep what it gives in `file`. An exception becomes a Failure."""
+    """Do a worker's job: simulate `run` and keep what it gives in `file`. An exception becomes a Failure."""
     try:
         return number, finish(run, file)
     except Exception as error:

@@ -25,10 +25,19 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """One TTFT column of the summary against the swept rate, for class `cls` (default: the most urgent one).
+    """Draw one TTFT column of the summary against the swept rate, a line per policy.
 
-    The band (mean TTFT only) is the 95 % t-interval over seeds; the dashed line is the class's SLO where `column` is
-    measured in the same unit. Returns the axes.
+    The band (mean TTFT only) is the 95 % t-interval over seeds. The dashed line is the SLO of the class, where `column`
+    is measured in the same unit.
+
+    Args:
+        results: What a sweep gave.
+        column: A TTFT column of the summary, in seconds or over the isolated TTFT.
+        cls: The class; default: the most urgent one.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
@@ -54,9 +63,17 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
 
 
 def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """SLO attainment (good / sent) of class `cls` (default: the most urgent one) against the swept rate.
+    """Draw SLO attainment (good / sent) against the swept rate, a line per policy.
 
-    The band is the 95 % t-interval over the seeds' attainments, cut off at 0 and 1. Returns the axes.
+    The band is the 95 % t-interval over the seeds' attainments, cut off at 0 and 1.
+
+    Args:
+        results: What a sweep gave.
+        cls: The class; default: the most urgent one.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
@@ -78,7 +95,7 @@ def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -
 
 
 def save_figures(results: Results, out: str | Path, caption: str) -> list[Path]:
-    """Write ttft.png, ttft.svg and, where a class has an SLO, slo.png and slo.svg into `out`. Returns their paths."""
+    """Write ttft.png, ttft.svg and, where a class has an SLO, slo.png and slo.svg into `out`; return their paths."""
     cls = most_urgent(results)
     slo = results.config.classes[cls].slo
     tail = "ttft_over_isolated_p99" if slo and slo.ttft_over_isolated else "ttft_p99_s"
@@ -166,7 +183,12 @@ def new_axes() -> Axes:
 
 
 def add_caption(figure: Figure, caption: str | Results) -> None:
-    """Write `caption` below the panels of `figure`; of results, whether they are simulated, and on what."""
+    """Write a caption below the panels of a figure.
+
+    Args:
+        figure: Any figure.
+        caption: The text; or results, of which it says whether they are simulated, and on what.
+    """
     text = caption if isinstance(caption, str) else _origin(caption.config.provenance["timings"])
     lines = textwrap.fill(text, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
     figure.supxlabel(lines, fontsize=7, color="0.35")

@@ -27,7 +27,7 @@ def timeline_runs(config: Config) -> list[Run]:
 
 
 def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
-    """Simulate the runs again with their slices recorded, without those that fail (the sweep has said so)."""
+    """Simulate again and record the passes, without the runs that fail (the sweep has said so)."""
     recorded = []
     for run in shown:
         with suppress(*EXPECTED):
@@ -36,7 +36,7 @@ def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
 
 
 def write_timeline(recorded: list[tuple[Run, RunResult]], path: str | Path, time: str = "simulated") -> int:
-    """Write what `record` gave to `path`; `time`: simulated or measured. Returns the number of events."""
+    """Write what `record` gave to `path`, and return the number of events; `time`: simulated or measured."""
     events = []
     for process, (run, result) in enumerate(recorded, start=1):
         events += trace_events(result.slices or [], run.config, process, str(run))
@@ -50,10 +50,10 @@ def trace_events(slices: list[PassSlice], config: Config, process: int = 1, name
     tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
     common = {"pid": process, "cat": "pass"}
     events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
-    for level in sorted({one.priority for one in slices}):
-        track = {"name": tracks.get(level, f"level {level}")}
-        events.append({**common, "ph": "M", "tid": level, "name": "thread_name", "args": track})
-        events.append({**common, "ph": "M", "tid": level, "name": "thread_sort_index", "args": {"sort_index": level}})
+    for priority in sorted({one.priority for one in slices}):
+        track, order = {"name": tracks.get(priority, f"priority {priority}")}, {"sort_index": priority}
+        events.append({**common, "ph": "M", "tid": priority, "name": "thread_name", "args": track})
+        events.append({**common, "ph": "M", "tid": priority, "name": "thread_sort_index", "args": order})
     suspended: set[int] = set()
     for one in slices:
         on_track = {**common, "tid": one.priority}

@@ -27,11 +27,23 @@ PER_REQUEST = {
 def plot_cdf(
     results: Results, column: str = "ttft_s", cls: str | None = None, at: float | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Share of *sent* requests of class `cls` (default: the most urgent one) whose `column` is at most x, a line per
-    policy. A request without the value (rejected, unfinished) never counts as below, so such a line ends below 1.
+    """Draw the distribution of a metric over the requests that were *sent*, a line per policy.
 
-    column: a key of `PER_REQUEST`. at: value of the swept key on the x axis of `plot_ttft`; default: the highest.
-    The x axis is logarithmic; zeros are left of it. Raises ConfigError. Returns the axes.
+    A request without the value (rejected, unfinished) never counts as below, so such a line ends below 1. The x axis
+    is logarithmic; zeros are left of it.
+
+    Args:
+        results: What a sweep gave.
+        column: Key of `PER_REQUEST`.
+        cls: The class; default: the most urgent one.
+        at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ConfigError: There is no such column, class or swept value.
     """
     if column not in PER_REQUEST:
         raise ConfigError(f"plot_cdf: column is {column!r}; allowed: {', '.join(PER_REQUEST)}")
@@ -60,9 +72,20 @@ def plot_ablation(
     at: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """One column of the summary at one point, a bar with its number per policy, the first policy on top.
+    """Draw one column of the summary at one point: a bar with its number per policy, the first policy on top.
 
-    Arguments as for `plot_cdf`, but `column` is one of qllm.metrics.SUMMARY_COLUMNS. Returns the axes.
+    Args:
+        results: What a sweep gave.
+        column: One of qllm.experiment.metrics.SUMMARY_COLUMNS.
+        cls: The class; default: the most urgent one.
+        at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ConfigError: There is no such column, class or swept value.
     """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
@@ -79,8 +102,20 @@ def plot_ablation(
 
 
 def plot_time_spent(results: Results, cls: str | None = None, at: float | None = None, ax: Axes | None = None) -> Axes:
-    """Mean turnaround of the finished requests of a class, split into queueing, suspended and running time (seconds),
-    a bar per policy. Arguments as for `plot_cdf`. Returns the axes."""
+    """Draw where the time goes: mean turnaround of finished requests, split into queueing, suspended and running.
+
+    Args:
+        results: What a sweep gave.
+        cls: The class; default: the most urgent one.
+        at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes: a bar in seconds per policy.
+
+    Raises:
+        ConfigError: There is no such class or swept value.
+    """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
     x, value, rows = _at(results, results.requests, cls, at)

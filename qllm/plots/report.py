@@ -40,21 +40,30 @@ class Cell:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the report on the results in `folders` (written by `qllm simulate`) to `out`. Returns its path.
+    """Write the report on some results to one file. The same results give the same bytes.
 
-    The same results give the same bytes. Raises ConfigError where a folder holds no results, or `out` cannot be
-    written.
+    Args:
+        folders: Folders written by `qllm simulate`.
+        out: The file to write.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConfigError: A folder holds no results, or `out` cannot be written.
     """
     loaded = [load_results(folder) for folder in folders]
     labels = _labels([Path(folder) for folder in folders])
-    runs = [_run(label, Path(folder), results) for label, folder, results in zip(labels, folders, loaded, strict=True)]
+    parts = [
+        _part(label, Path(folder), results) for label, folder, results in zip(labels, folders, loaded, strict=True)
+    ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qllm.plots", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
     text = environment.get_template("report.html.j2").render(
-        title=f"QLLM: {', '.join(dict.fromkeys(run['name'] for run in runs))}",
-        runs=runs,
-        figure_kinds=[kind for kind in _FIGURES if any(run["figures"][kind["name"]] for run in runs)],
+        title=f"QLLM: {', '.join(dict.fromkeys(part['name'] for part in parts))}",
+        parts=parts,
+        figure_kinds=[kind for kind in _FIGURES if any(part["figures"][kind["name"]] for part in parts)],
         differences=differences(loaded),
         compared=_table(compare(loaded, labels)),
     )
@@ -68,8 +77,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def differences(loaded: Sequence[Results]) -> list[tuple[str, list[str]]]:
-    """(dotted key, its value in each of the results) for every key of the configurations that is not the same in all;
-    '-' where it is absent."""
+    """The keys of the configurations that are not the same in all: (dotted key, its value in each, '-' for none)."""
     flat = [_flat(results.config.model_dump(exclude_none=True, by_alias=True)) for results in loaded]
     keys = list(dict.fromkeys(chain.from_iterable(flat)))
     rows = [(key, [values.get(key, "-") for values in flat]) for key in keys]
@@ -78,7 +86,9 @@ def differences(loaded: Sequence[Results]) -> list[tuple[str, list[str]]]:
 
 def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
     """A row per policy, point and class that several results have, with `COMPARED` of each: columns 'ttft_p99_s: A'.
-    Other swept keys are compared where all results swept them."""
+
+    Other swept keys are compared where all results swept them.
+    """
     swept = [set(results.config.sweep) - {"rate"} for results in loaded]
     at = ["policy", "rate", "class", *sorted(set.intersection(*swept))]
     tables = []
@@ -92,7 +102,7 @@ def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
     return joined[several][columns].reset_index()
 
 
-def _run(label: str, folder: Path, results: Results) -> dict[str, Any]:
+def _part(label: str, folder: Path, results: Results) -> dict[str, Any]:
     """What the template shows of one folder."""
     timings = results.config.provenance.get("timings", "unknown: unknown")
     source = timings.partition(": ")[2].partition(";")[0]

@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from qllm.config.from_config import step_model
+from qllm.config.from_config import cost_model
 from qllm.experiment.run import Run
 from qllm.plots.curves import COLOURS, new_axes
 from qllm.traces.results import PassSlice, RunResult
 
 _PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
 _SHOWN = 24  #: slices in a panel of `save_timeline`
-_OTHER = "0.6"  #: colour of levels without a name
+_OTHER = "0.6"  #: colour of priorities without a name
 _DOTTED: Any = (0, (1.5, 1.2))
 _STOP: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5, "mfc": "w", "mec": "k"}
 
@@ -34,20 +34,28 @@ def plot_timeline(
     requests: Iterable[tuple[int, float, float]] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the schedule of one run: time in seconds on the x axis, layers done on the y axis. Returns the axes.
+    """Draw the schedule of one run: time in seconds on the x axis, layers done on the y axis.
 
-    slices: stretches that passes ran, of a simulation or of an engine. names: level -> class; a pass has the colour of
-    the most urgent level in it, grey where that has no name. layers: of the model. requests: (level, arrival, first
-    token), seconds, drawn below as bars from one to the other. Within a slice the climb is drawn as a straight line.
+    Within a slice the climb is drawn as a straight line.
+
+    Args:
+        slices: Stretches of time that passes ran, of a simulation or of an engine.
+        names: Priority -> class. A pass has the colour of the most urgent class in it, grey where that has no name.
+        layers: Of the model.
+        requests: (priority, arrival, first token) in seconds, drawn below as bars from one to the other.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
     """
     ax = ax or new_axes()
     colours = _colours(names)
     passes: dict[int, list[PassSlice]] = {}
     for one in sorted(slices):
         passes.setdefault(one.pass_id, []).append(one)
-    for level in sorted({p[0].priority for p in passes.values()}, reverse=True):  # the most urgent on top
-        mine = [p for p in passes.values() if p[0].priority == level]
-        _draw_passes(ax, mine, layers, colours.get(level, _OTHER))
+    for priority in sorted({p[0].priority for p in passes.values()}, reverse=True):  # the most urgent on top
+        mine = [p for p in passes.values() if p[0].priority == priority]
+        _draw_passes(ax, mine, layers, colours.get(priority, _OTHER))
     floor = _draw_requests(ax, requests, layers, colours)
     ends = [one.end for slices_of_pass in passes.values() for one in slices_of_pass]
     ax.set_xlim(0, max(ends, default=1.0) * 1.01)
@@ -74,19 +82,21 @@ def _draw_passes(ax: Axes, passes: list[list[PassSlice]], layers: int, colour: s
 def _draw_requests(
     ax: Axes, requests: Iterable[tuple[int, float, float]], layers: int, colours: Mapping[int, str]
 ) -> float:
-    """A bar from arrival to first token for each request, below layer 0, in as few lanes as do not overlap. Returns
-    where the lowest lane ends."""
+    """Draw a bar from arrival to first token for each request, below layer 0, in as few lanes as do not overlap.
+
+    Returns where the lowest lane ends.
+    """
     lanes: list[float] = []  # when each is free again
     height = 0.085 * layers
-    for level, arrival, token in sorted(requests, key=lambda request: (request[0], request[1])):
+    for priority, arrival, token in sorted(requests, key=lambda request: (request[0], request[1])):
         end = token if token == token else arrival  # nan: none came
         lane = next((i for i, free in enumerate(lanes) if free < arrival), len(lanes))
         lanes[lane:] = [end, *lanes[lane + 1 :]]
         y = -height * (lane + 0.8)
-        ax.plot([arrival, end], [y, y], color=colours[level], linewidth=2.5, solid_capstyle="butt")
-        ax.plot([arrival], [y], "^", ms=6, color=colours[level], clip_on=False)
+        ax.plot([arrival, end], [y, y], color=colours[priority], linewidth=2.5, solid_capstyle="butt")
+        ax.plot([arrival], [y], "^", ms=6, color=colours[priority], clip_on=False)
         if token == token:
-            ax.plot([end], [y], "|", ms=8, mew=2, color=colours[level])
+            ax.plot([end], [y], "|", ms=8, mew=2, color=colours[priority])
             text = f"TTFT {1e3 * (end - arrival):,.0f} ms"
             ax.annotate(text, (end, y), (6, 0), textcoords="offset points", fontsize=8, va="center", color="0.2")
     return -height * (len(lanes) + 0.4) if lanes else 0.0
@@ -96,16 +106,16 @@ def timeline_key(names: Mapping[int, str]) -> dict[str, Any]:
     """Arguments of `legend` that explain the signs of `plot_timeline`."""
     colours = _colours(names)
     signs: dict[str, Any] = {}
-    for level, colour in colours.items():
-        signs[f"{names[level]} prefill"] = Patch(color=colour, alpha=_PREFILL)
-        signs[f"{names[level]} decode"] = Patch(facecolor=colour, alpha=_DECODE)
+    for priority, colour in colours.items():
+        signs[f"{names[priority]} prefill"] = Patch(color=colour, alpha=_PREFILL)
+        signs[f"{names[priority]} decode"] = Patch(facecolor=colour, alpha=_DECODE)
     signs["suspended, state kept"] = Line2D([], [], color="k", **{**_STOP, "linestyle": _DOTTED})
     signs["arrival to first token"] = Line2D([], [], color=next(iter(colours.values())), lw=2.5, marker="^", ms=6)
     return {"handles": list(signs.values()), "labels": list(signs), "handlelength": 2.4}
 
 
 def _colours(names: Mapping[int, str]) -> dict[int, str]:
-    return {level: COLOURS[i % len(COLOURS)] for i, level in enumerate(sorted(names))}
+    return {priority: COLOURS[i % len(COLOURS)] for i, priority in enumerate(sorted(names))}
 
 
 def _climb(one: PassSlice, layers: int) -> list[tuple[float, float]]:
@@ -117,11 +127,18 @@ def _climb(one: PassSlice, layers: int) -> list[tuple[float, float]]:
 def save_timeline(
     recorded: Sequence[tuple[Run, RunResult]], path: str | Path, caption: str, layers: int | None = None
 ) -> bool:
-    """Write a picture with a panel for each recorded run (qllm.timeline.record), all of the same moments: those around
-    the first suspension of any of them, else the first. Returns False, and writes nothing, where nothing ran.
+    """Write a picture with a panel for each recorded run, all of the same moments.
 
-    caption: says whether it is simulated or measured, and on what. layers: of the model that ran; by default of the
-    timing trace that the run's configuration names, as in a simulation.
+    These are the moments around the first suspension in any of them, else the first.
+
+    Args:
+        recorded: Runs and their results with slices (perfetto.record).
+        path: The file to write.
+        caption: Says whether it is simulated or measured, and on what.
+        layers: Of the model that ran; default: of the timing trace that the configuration names, as in a simulation.
+
+    Returns:
+        False, and writes nothing, where nothing ran.
     """
     shown = [(run, result.slices or []) for run, result in recorded]
     if not any(slices for _, slices in shown):
@@ -133,7 +150,7 @@ def save_timeline(
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
         inside = [one for one in slices if one.end >= start and one.start <= end]
-        plot_timeline(inside, classes, layers=layers or step_model(run.config).layers, ax=ax)
+        plot_timeline(inside, classes, layers=layers or cost_model(run.config).layers, ax=ax)
         ax.set_title(str(run), fontsize=10, loc="left")
         ax.set_xlabel("")
     panels[-1].set_xlabel("time (s)")

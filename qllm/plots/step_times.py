@@ -14,8 +14,18 @@ _MARKERS = {"measured": "o", "imported": "s", "modelled": "x"}
 
 
 def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
-    """f(m), microseconds that one expert with m tokens adds to its layer: the points of the trace by their source, with
-    their spread where it is known, and the curve that simulations use. Both axes are logarithmic. Returns the axes."""
+    """Draw f(m): microseconds that one expert with m tokens adds to its layer.
+
+    Shown are the points of the trace by their source, with their spread where it is known, and the curve that
+    simulations use. Both axes are logarithmic.
+
+    Args:
+        timings: The timing trace.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes.
+    """
     ax = ax or new_axes()
     points = sorted((p for p in timings.points if p.step == "expert"), key=lambda p: p.tokens)
     m = np.unique(np.geomspace(1, points[-1].tokens, 400).astype(int))
@@ -40,9 +50,17 @@ def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
 
 
 def roofline(tokens: np.ndarray, shape: ModelShape, weights: str, flops: float, bandwidth: float) -> np.ndarray:
-    """Seconds that one expert takes at least, float64[n], for int[n] tokens: the longer of its arithmetic
-    (2 operations a weight and token) and of reading its weights and moving its activations (Williams, Waterman and
-    Patterson, 2009). weights: a key of WEIGHT_BYTES. flops, bandwidth: of the device, per second and bytes per second.
+    """Seconds that one expert takes at least, float64[n] (Williams, Waterman and Patterson, 2009).
+
+    The longer of its arithmetic (2 operations a weight and token), and of reading its weights and moving its
+    activations.
+
+    Args:
+        tokens: Tokens of the expert, int[n].
+        shape: Sizes of the model.
+        weights: Key of WEIGHT_BYTES.
+        flops: Operations per second of the device.
+        bandwidth: Bytes per second of its memory.
     """
     arithmetic = 2.0 * shape.expert_weights * tokens / flops
     activations = 2.0 * tokens * (2 * shape.hidden + 3 * shape.inter)  # 16 bits each; in, out, gate, up, product
@@ -50,8 +68,16 @@ def roofline(tokens: np.ndarray, shape: ModelShape, weights: str, flops: float, 
 
 
 def plot_popularity(shares: np.ndarray, layers: list[int], ax: Axes | None = None) -> Axes:
-    """Shares of `layers` in float[layers, experts] `shares`, experts sorted by share, times the number of experts (1 is
-    an even share). Returns the axes."""
+    """Draw how unevenly tokens are spread over the experts of a layer, experts sorted by their share.
+
+    Args:
+        shares: Share of the tokens that go to each expert, float[layers, experts].
+        layers: The layers to draw, a line each.
+        ax: Where to draw; default: axes of a new figure.
+
+    Returns:
+        The axes; 1 on the y axis is an even share.
+    """
     ax = ax or new_axes()
     experts = shares.shape[1]
     for position, layer in enumerate(layers):

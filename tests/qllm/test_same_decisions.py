@@ -20,7 +20,7 @@ from qllm.traces.requests.trace import RequestTrace  # noqa: E402
 from qllm.traces.results import RunResult, Status  # noqa: E402
 from qllm.traces.step_times.cost_model import PassCostModel  # noqa: E402
 from qllm.traces.step_times.testing import affine_timings  # noqa: E402
-from qllm.validation.validate import after_rest  # noqa: E402
+from qllm.validation.attribution import after_rest  # noqa: E402
 from tests.worlds import Stack  # noqa: E402
 
 PRIORITIES = {"ls": 0, "be": 1, "bulk": 2}

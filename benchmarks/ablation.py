@@ -62,7 +62,7 @@ def main() -> None:
         if args.out:
             source = f"simulated; step times {results.config.provenance['timings']}"
             tables = {"ablation": ablation(results.summary).reset_index(), "summary": results.summary[KEPT]}
-            save(args.out, source=source, tables=tables, config=config)
+            save(args.out, source=source, tables=tables, config=Path(config).name)
 
 
 if __name__ == "__main__":

@@ -232,3 +232,21 @@ def test_the_check_of_fidelity_finds_no_difference() -> None:
     told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
     assert "identical" in told
     assert "DIFFERENT" not in told
+
+
+FINDINGS = sorted((ROOT / "findings").glob("*.sh"))
+
+
+@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
+def test_a_finding_keeps_the_form(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    comment = text[: text.index("set -euo pipefail")]
+    for told in ("# One would guess:", "# What happens:", "# Versions:", "# Run: 20"):
+        assert told in comment, told
+    assert re.search(r"^# (Reported|Documented): ", comment, re.MULTILINE)
+    installed = re.search(r"pip\" install --quiet (.*)$", text, re.MULTILINE)
+    assert installed is not None
+    assert all("==" in package for package in installed[1].split()), "packages are pinned"
+    assert "qllm" not in text
+    assert f"({path.name})" in (ROOT / "findings" / "README.md").read_text(encoding="utf-8")
+    assert subprocess.run(["bash", "-n", str(path)]).returncode == 0

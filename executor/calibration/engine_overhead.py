@@ -21,6 +21,7 @@ from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.execution import Execution, RealExecution
 from qllm.executor.engine.replay import replay
 from qllm.executor.engine.requests import EngineRequest
+from qllm.executor.model.info import embedding
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.scheduler import Limits, Pass
@@ -100,7 +101,7 @@ def wake_seconds(model: PreTrainedModel) -> float:
     PAUSE_S.
     """
     rng = np.random.default_rng(0)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    vocabulary = embedding(model).num_embeddings
     limits = Limits(
         max_seqs=1, max_batched_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK
     )

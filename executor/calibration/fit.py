@@ -72,13 +72,9 @@ def _heads(measured: Measured, lead: dict[int, float]) -> dict[int, Point]:
 def attention_points(measured: Measured, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
     """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
 
-    Passes that were not measured are filled in and marked as modelled: sizes midway between those of a prompt; what a
-    context adds to a prefill, which grows with its tokens; what it adds to a decode batch, along the context.
-
-    Args:
-        measured: all kinds of passes.
-        layers: attention layers in a pass.
-        beyond: what decode passes take beyond their steps (`beyond_steps`).
+    Decode passes get what they take `beyond` their steps (`beyond_steps`). What was not measured is filled in and
+    marked as modelled: sizes midway between those of a prompt; what a context adds to a prefill, which grows with its
+    tokens; what it adds to a decode batch, along the context.
     """
     mine = baselines(measured)
     one = {(kind.new, kind.context): found for kind, found in mine.items() if kind.sequences == 1}
@@ -90,10 +86,10 @@ def attention_points(measured: Measured, layers: int, beyond: Mapping[tuple[int,
 def beyond_steps(
     measured: Measured, dense: list[Point], fit: ExpertFit, layers: int, host_s: float
 ) -> dict[tuple[int, int], float]:
-    """What each kind of decode pass takes beyond its attention and its other steps, by (sequences, context).
+    """Seconds that a decode pass takes beyond its attention and its other steps, by (sequences, context); may be < 0.
 
-    Seconds a pass, also below zero. The other steps are the same for all contexts, and yet they take longer after an
-    attention over much KV, which leaves them less of the processor's cache.
+    The other steps are the same for all contexts, and yet they take longer after an attention over much KV, which
+    leaves them less of the processor's cache.
     """
     curves = {
         step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T
@@ -187,11 +183,7 @@ def _continued(known: list[tuple[int, float]], at: int) -> float:
 
 
 def expert_fit(measured: Measured) -> ExpertFit:
-    """base and f from every measured layer whose experts ran as one group, but those right after a prompt.
-
-    Raises:
-        CalibrationError: no expert was reached.
-    """
+    """base and f from every measured layer whose experts ran as one group, but those right after a prompt."""
     seconds: list[float] = []
     counts: list[np.ndarray] = []
     weights: list[float] = []

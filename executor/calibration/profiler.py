@@ -25,7 +25,6 @@ from qllm.executor.calibration.stopwatch import (
     timed,
 )
 from qllm.executor.calibration.store import MeasurementStore
-from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
 
@@ -43,32 +42,20 @@ Progress = Callable[[int, int], None]
 
 
 class Profiler:
-    """Measures passes over random prompts on one model.
-
-    Args:
-        model: what is measured.
-        kv_tokens: KV slots that the passes may use.
-        max_batch: most sequences in a pass.
-    """
+    """Measures passes over random prompts on one model, up to `max_batch` sequences in `kv_tokens` KV slots."""
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
-        self.split = Split()
-        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, splitter=self.splitter)
+        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK)
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
         self.sampled = Counter[PassKind]()
 
-    def splitter(self, batch: Batch) -> Split:
-        """How the next pass is split."""
-        return self.split
-
     def sequences(self, kind: PassKind) -> Entries:
-        """The sequences of a pass: random tokens over random KV.
+        """The sequences of a pass, of different lengths, as in serving (`mixed_lengths`).
 
-        Each repeat gets other tokens, so that the mean is over many routings. The same repeat of a whole pass and of
-        a split one gets the same. Sequences that decode together are of different lengths, as in serving: from half of
-        the context to one and a half.
+        Each repeat has other tokens, so that the mean is over many routings. The same repeat of a whole pass and of a
+        split one has the same.
         """
         positions = self.runner.max_positions
         most = None if positions is None else positions - kind.new
@@ -79,12 +66,7 @@ class Profiler:
         """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one.
 
         How often a round repeats a kind is settled beforehand by how long it takes. A further round repeats all kinds,
-        not only those that scatter: re-measuring only slow samples biases the mean.
-
-        Args:
-            kinds: what to measure.
-            store: gets every repeat; those that it holds already are not made again.
-            progress: called after each repeat.
+        not only those that scatter: re-measuring only slow samples biases the mean. What `store` holds is not repeated.
         """
         with torch.inference_mode(), timed(self.model) as watch:
             took = {kind: self.sample(kind, watch).seconds for kind in kinds}  # kernels are made at their first use
@@ -111,11 +93,11 @@ class Profiler:
         """A repeat of a kind of pass, after one that may run before it in serving (`preceding_pass`)."""
         entries = self.sequences(kind)
         self.sampled[kind] += 1
-        self.split = Split(kind.experts_per_group, kind.query_blocks)
-        measure(self.runner, watch, preceding_pass(self.runner, entries, kind.preceding_prompt))
-        watch.steer = (lambda index, _: steered(index, kind.forced_experts)) if kind.forced_experts else None
-        passed = measure(self.runner, watch, entries)
-        watch.steer = None
+        split = Split(kind.experts_per_group, kind.query_blocks)
+        measure(self.runner, watch, preceding_pass(self.runner, entries, kind.preceding_prompt), split)
+        watch.forced_experts = kind.forced_experts
+        passed = measure(self.runner, watch, entries, split)
+        watch.forced_experts = 0
         return passed
 
     def switch_seconds(self) -> float:
@@ -124,7 +106,6 @@ class Profiler:
         A prefill is suspended before the attention of each layer for a decode pass of another sequence. What both take
         for themselves is taken off; the least of several runs each.
         """
-        self.split = Split(1 << 30, 1)
         new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
         long, short = self.sequences(PassKind(1, new, 0))[0], self.sequences(PassKind(1, 1, new))[0]
         short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]
@@ -183,10 +164,3 @@ def spread(often: dict[PassKind, int]) -> list[tuple[PassKind, int]]:
         for turn in range(times)
     ]
     return [(kind, turn) for _, _, kind, turn in sorted(at)]
-
-
-def steered(index: torch.Tensor, forced: int) -> torch.Tensor:
-    """Top-k indices like `index` `[T, k]` that send all tokens to the first `forced` experts in turn."""
-    rows, k = index.shape
-    flat = torch.arange(rows * k, device=index.device, dtype=index.dtype)
-    return (flat % forced).view(rows, k)

@@ -9,30 +9,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from qllm.executor.errors import CalibrationError
 from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner
+from qllm.traces.messages import first_line
+from qllm.traces.step_times.comment_header import render_header
 from qllm.traces.step_times.popularity import COLUMNS
 
 BLOCK = 16
 
 
 def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
-    """Run the prompts in the file `prompts` (one a line) through the model and write the share of each layer's
-    assignments per expert to `out`; returns the number of tokens. A prompt is cut at `max_tokens` tokens.
+    """Run prompts through the model and write the share of each layer's assignments that each expert gets.
 
-    Raises CalibrationError without a tokenizer, prompts or trained weights.
+    Args:
+        subject: the model, loaded from a checkpoint.
+        name_or_path: of its tokenizer.
+        prompts: a file with one a line.
+        out: the popularity table to write.
+        max_tokens: where a prompt is cut.
+
+    Returns:
+        The number of tokens.
+
+    Raises:
+        CalibrationError: there is no tokenizer, no prompt, or no trained weights.
     """
     if subject.weights != "checkpoint":
         raise CalibrationError(f"--prompts: the routing of weights that are {subject.weights} says nothing")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"--prompts needs the model's tokenizer: {str(error).splitlines()[0]}") from None
+        raise CalibrationError(f"--prompts needs the model's tokenizer: {first_line(error)}") from None
     lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise CalibrationError(f"--prompts {prompts}: holds no prompt; one a line is needed")
@@ -72,8 +83,7 @@ def count_routing(
 def write_popularity(out: Path, counts: dict[int, np.ndarray], header: dict[str, str]) -> None:
     """Write `counts` (by layer, int64[experts]) as a table that `qllm.traces.step_times.popularity` reads."""
     with out.open("w", encoding="utf-8", newline="") as file:
-        for line in yaml.safe_dump(header, sort_keys=False, allow_unicode=True, width=110).splitlines():
-            file.write(f"# {line}\n")
+        file.write(render_header(header))
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for layer, rows in sorted(counts.items()):

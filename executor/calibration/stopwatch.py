@@ -27,11 +27,13 @@ from transformers.integrations.moe import ExpertsInterface
 
 from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.attention import attention_forward
-from qllm.executor.model.experts import experts_forward
+from qllm.executor.model.experts import ExpertsModule, experts_forward
 from qllm.executor.model.hooks import NAME
+from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass, current_pass
 from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.split import Split
 
 TIMED = "qllm_timed"
 PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
@@ -39,18 +41,11 @@ DECODING = 4  # sequences that decode before a prompt
 #: a sequence of a pass, and how many of its tokens are new in it
 Entry = tuple[Sequence, int]
 Entries = list[Entry]
-#: top-k indices `[T, k]` of a layer -> those to use instead
-Steer = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class PassTimes:
-    """One measured pass.
-
-    Attributes:
-        parts: (name, seconds) in order, names as in the module's text.
-        routing: rows of each expert for each MoE layer.
-    """
+    """One measured pass: (name, seconds) of its parts (see above), and rows of each expert by MoE layer."""
 
     parts: tuple[tuple[str, float], ...]
     routing: tuple[tuple[int, ...], ...]
@@ -71,11 +66,7 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.device = device
         self.marks: list[tuple[str, Any]] = []
-        self.steer: Steer | None = None
-
-    def restart(self) -> None:
-        """Forget all readings."""
-        self.marks = []
+        self.forced_experts = 0  #: all tokens go to so many experts; 0 leaves them to the router
 
     def mark(self, name: str) -> None:
         """Read the clock."""
@@ -102,11 +93,11 @@ class Stopwatch:
         return out
 
     def experts(
-        self, module: torch.nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The experts hook between two readings; `steer` chooses the experts where it is set."""
-        if self.steer is not None and current_pass() is not None:
-            index = self.steer(index, module.num_experts)  # type: ignore[arg-type]
+        """The experts hook between two readings."""
+        if self.forced_experts and current_pass() is not None:
+            index = forced(index, self.forced_experts)
         self.mark("experts")
         out = experts_forward(module, hidden, index, weights)
         self.mark("routed")
@@ -128,12 +119,14 @@ def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
         model.set_experts_implementation(NAME)
 
 
-def fill_cache(runner: Runner) -> None:
-    """Fill the KV cache with random values.
+def forced(index: torch.Tensor, experts: int) -> torch.Tensor:
+    """Top-k indices like `index` `[T, k]` that send all tokens to the first `experts` in turn."""
+    flat = torch.arange(index.numel(), device=index.device, dtype=index.dtype)
+    return (flat % experts).view(index.shape)
 
-    Memory that was never written is one page of zeros. It would be read from the processor's cache, faster than KV ever
-    is in serving.
-    """
+
+def fill_cache(runner: Runner) -> None:
+    """Fill the KV cache with random values: memory that was never written is read faster than KV ever is in serving."""
     entry = Sequence([0], [0])
     run_to_end(runner.begin([(entry, 1)]))  # layers are made at their first write
     for store in (*runner.cache.keys, *runner.cache.values):
@@ -141,14 +134,11 @@ def fill_cache(runner: Runner) -> None:
 
 
 def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
-    """Entries of a pass over sequences of random new tokens.
+    """Entries of a pass over random tokens, `sizes`: (new, cached before) of each sequence.
 
-    Args:
-        runner: whose blocks they get, one after another; what lies there is taken for their KV.
-        sizes: (new tokens, tokens cached before) of each sequence.
-        seed: of the tokens.
+    They lie in the runner's blocks, one after another; what lies there is taken for their KV.
     """
-    vocabulary: int = runner.model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    vocabulary = embedding(runner.model).num_embeddings
     rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
     entries = []
     for new, cached in sizes:
@@ -160,16 +150,10 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
 
 
 def preceding_pass(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
-    """A pass that may run before one over `entries` in serving, with other tokens, which go to other experts.
+    """A pass that may run before one over `entries` in serving: a prompt of so many tokens, or sequences that decode.
 
-    A pass that is measured alone finds the weights of its experts in the processor's cache, and after a pass of its own
-    size its memory too, as it never does in serving.
-
-    Args:
-        runner: that both run on.
-        entries: of the pass that follows.
-        prompt: tokens of a prompt (as many as there are KV slots, at most). 0: as many sequences that decode before
-            decoding ones, and a few before prompts.
+    Its tokens go to other experts. A pass that is measured alone finds the weights of its experts in the processor's
+    cache, and after a pass of its own size its memory too, as it never does in serving.
     """
     if prompt:
         sizes = [(min(prompt, runner.cache.n_blocks * runner.cache.block_size), 0)]
@@ -210,12 +194,12 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(runner: Runner, watch: Stopwatch, entries: Entries) -> PassTimes:
+def measure(runner: Runner, watch: Stopwatch, entries: Entries, split: Split | None = None) -> PassTimes:
     """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
     with rewound(entries):
-        watch.restart()
+        watch.marks = []
         watch.mark("start")
-        running = runner.begin(entries)
+        running = runner.begin(entries, split)
         run_to_end(running)
         watch.mark("logits")
         sample_greedily(running)

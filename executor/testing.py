@@ -153,29 +153,31 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     if size > MAX_PARAMETERS:
         raise UnsupportedModelError(f"{model_type}: its tiny configuration has {size / 1e6:.0f} M parameters")
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
 
 
 def small_config(*, vocabulary: int, hidden: int, width: int, experts: int) -> Qwen3MoeConfig:
     """A Qwen3-MoE of 8 layers with experts `width` wide, the 4 best of which each token goes to."""
-    return Qwen3MoeConfig(  # type: ignore[call-arg]
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=width,
-        moe_intermediate_size=width,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=hidden // 8,
-        num_experts=experts,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=16384,
-        initializer_range=0.05,  # with the usual 0.02 at this size, every prompt is continued with the same few tokens
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+    values: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": hidden // 8,
+        "num_experts": experts,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 16384,
+        "initializer_range": 0.05,  # with the usual 0.02 prompts of this size are continued with the same few tokens
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    return Qwen3MoeConfig(**values)
 
 
 def demo_model(
@@ -184,7 +186,8 @@ def demo_model(
     """The model that `DEMO` describes: 29 M parameters, vocabulary 4,000, up to 16,384 positions."""
     config = small_config(vocabulary=4000, hidden=256, width=256, experts=16)
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(torch.device(device)).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).to(torch.device(device)).eval()
+    return model
 
 
 def make_checkpoint(folder: str | Path, seed: int = 0) -> Path:
@@ -204,10 +207,10 @@ def make_checkpoint(folder: str | Path, seed: int = 0) -> Path:
     if not (folder / "tokenizer_config.json").exists():  # written last
         torch.manual_seed(seed)
         config = small_config(vocabulary=CHECKPOINT_VOCAB, hidden=512, width=384, experts=32)
-        Qwen3MoeForCausalLM(config).to(torch.float32).save_pretrained(folder)
+        Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
         words = {"<bos>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, CHECKPOINT_VOCAB)}
         splitter = Tokenizer(models.WordLevel(words, unk_token="t2"))
-        splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(
             tokenizer_object=splitter, bos_token="<bos>", eos_token="<eos>", pad_token="<bos>"
         ).save_pretrained(folder)

@@ -26,7 +26,8 @@ PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for `x` `[..., K]`, `weight` `[N, K]` (packed), `bias` `[N]`."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
 
 
 def can_pack() -> bool:
@@ -42,7 +43,8 @@ def can_pack() -> bool:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """A packed copy of `weight` `[N, K]` (float32, CPU) for `linear`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACK_ROWS)
+    return packed
 
 
 class PackedWeights:
@@ -89,7 +91,7 @@ def pack_model(model: torch.nn.Module) -> int:
     count = 0
     for module in model.modules():
         if type(module) is torch.nn.Linear and packable(module.weight):
-            module.forward = forward_of(PackedWeights([module.weight]), module.bias)  # type: ignore[assignment, method-assign]
+            module.forward = forward_of(PackedWeights([module.weight]), module.bias)  # type: ignore[assignment, method-assign]  # in place of its own
             if users[id(module.weight)] == 1:
                 release(module.weight)
             count += 1

@@ -24,7 +24,7 @@ from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import EngineClosed, RequestError
-from qllm.executor.model.info import blocks_in, model_facts, stop_ids
+from qllm.executor.model.info import blocks_in, embedding, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import LinearSplitter, Splitter
@@ -91,7 +91,7 @@ class Engine:
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
         self._runner = Runner(model, given.kv_blocks, given.block_size, splitter)
         self._stop_ids = stop_ids(model)
-        self.vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self.vocabulary = embedding(model).num_embeddings
         self._ids = itertools.count()
         self._seed = secrets.randbits(63) if seed is None else seed
         self._loop = Loop(self._runner, self.scheduler, self.clock)

@@ -69,7 +69,7 @@ class RealExecution:
     def may_stop(self) -> bool:
         if self._granularity == "layer":
             point = self.running.point
-            return point is not None and point.stage == "attention" and point.index == 0
+            return point is not None and point.stage == "attention" and point.number == 0
         return self._granularity == "expert"
 
     def place(self) -> tuple[int, str]:
@@ -137,15 +137,15 @@ class VirtualExecution:
         others = [np.array(q.waiting) for q in running.shared_queues()]
         return float(steps.group_seconds(self._cost, steps.merged(own, others))[index])
 
-    def _follow(self, layer: int, stage: str, index: int) -> None:
+    def _follow(self, layer: int, stage: str, number: int) -> None:
         """Bring the real pass to that point, or to the first one after it where there is none."""
-        target = (layer, STAGES.index(stage), index)
+        target = (layer, STAGES.index(stage), number)
         while not self.running.done and (self.running.point is None or _order(self.running.point) < target):
             self.running.advance()
 
 
 def _order(point: Point) -> tuple[int, int, int]:
-    return point.layer, STAGES.index(point.stage), point.index
+    return point.layer, STAGES.index(point.stage), point.number
 
 
 def cost_of(steps: PassCostModel, p: Pass) -> PassCost:

@@ -162,7 +162,7 @@ class Keys:
         """K and V, each `[kv_heads, high - low, D]`; contiguous within a head where asked for."""
         if block.slots is None:
             if contiguous:
-                self._own = tuple(t.contiguous() for t in self._own)  # type: ignore[assignment]
+                self._own = (self._own[0].contiguous(), self._own[1].contiguous())
             k, v = self._own
         else:
             if block.slots is not self._slots:

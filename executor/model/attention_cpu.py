@@ -48,7 +48,8 @@ def available() -> bool:
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T`. `weight` `[N, K]` must be contiguous, or the transpose of such: with other strides oneDNN is a
     thousand times slower."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return out
 
 
 def attend(

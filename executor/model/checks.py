@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.model.hooks import NAME, PASS_THROUGH
+from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
@@ -40,7 +41,7 @@ def check_model(model: PreTrainedModel) -> None:
     experts that return their input, since in half precision rounding alone changes a token's experts.
     """
     name = model.config.model_type
-    vocab: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    vocab = embedding(model).num_embeddings
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
     with torch.inference_mode():
         model.set_experts_implementation(PASS_THROUGH)

@@ -11,8 +11,15 @@ import torch
 class ExpertQueues:
     """One pass's rows at the experts of the layer where it stands, and the outputs so far.
 
-    hidden `[T, H]`, top_k_index and top_k_weights `[T, k]`. `waiting`: rows that wait at each expert. `merge_rows`:
-    longest queue that another pass may run along with its own.
+    Args:
+        hidden: `[T, H]`.
+        top_k_index: experts of each token, `[T, k]`.
+        top_k_weights: their weights, `[T, k]`.
+        n_experts: of the layer.
+
+    Attributes:
+        waiting: rows that wait at each expert.
+        merge_rows: longest queue that another pass may merge into its own.
     """
 
     holds_activations = True
@@ -33,7 +40,7 @@ class ExpertQueues:
         self._outputs = make((len(self._order), hidden.shape[1]), dtype=dtype, device=hidden.device)
 
     def can_merge(self, expert: int) -> bool:
-        """Whether rows wait at `expert`, few enough for another pass to run them along with its own."""
+        """Whether rows wait at `expert`, few enough for another pass to merge them into its own."""
         return 0 < self.waiting[expert] <= self.merge_rows
 
     def span(self, expert: int) -> slice:

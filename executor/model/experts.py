@@ -3,33 +3,58 @@
 Follows the attributes of transformers' experts interface (`transformers.integrations.moe`): gated or not, bias,
 transposed weights, the module's own `_apply_gate`, a norm after each expert. Each token's k outputs are summed in the
 order of its top-k indices, so the result depends neither on the grouping nor on who shares the batch's experts.
+
+A launch may merge rows of suspended passes that wait at the same expert into its own; each pass gets its outputs back
+in its own queues.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from qllm.executor.cpu.linear import PackedWeights
 from qllm.executor.model.expert_queues import ExpertQueues
 from qllm.executor.model.passes import RunningPass, current_pass
 
 TILE_ROWS = 64
 
 
-def experts_forward(
-    module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    """Output of the MoE layer `module`, `[T, H]`, for `hidden` `[T, H]`, `top_k_index` and `top_k_weights` `[T, k]`.
+class ExpertsModule(Protocol):
+    """The experts of one layer, as transformers' experts interface makes them; their weights lie beside these."""
 
-    Outside of a pass it computes the same without preemption points.
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+    post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
+
+
+def experts_forward(
+    module: ExpertsModule, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts of one MoE layer. Outside of a pass it computes the same without preemption points.
+
+    Args:
+        module: the experts, as transformers' interface makes them.
+        hidden: `[T, H]`.
+        top_k_index: experts of each token, `[T, k]`.
+        top_k_weights: their weights, `[T, k]`.
+
+    Returns:
+        `[T, H]`.
     """
     running = current_pass()
-    n_experts: int = module.num_experts  # type: ignore[assignment]
-    queues = ExpertQueues(hidden, top_k_index, top_k_weights, n_experts)
+    queues = ExpertQueues(hidden, top_k_index, top_k_weights, module.num_experts)
     if running is None:
-        for tile in tiles([e for e in range(n_experts) if queues.waiting[e]], queues.waiting):
+        for tile in tiles([e for e in range(module.num_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
     else:
         queues.merge_rows = running.split.merge_rows
@@ -38,18 +63,18 @@ def experts_forward(
         try:
             run_groups(module, queues, running)
         finally:
-            running.queues = None  # of a pass that broke or was closed, nobody runs anything along
+            running.queues = None  # nobody merges rows of a pass that broke or was closed
     return queues.result().to(hidden.dtype)
 
 
-def run_groups(module: torch.nn.Module, queues: ExpertQueues, running: RunningPass) -> None:
+def run_groups(module: ExpertsModule, queues: ExpertQueues, running: RunningPass) -> None:
     """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
     size = running.split.experts_per_group
     for number, first in enumerate(range(0, len(queues.waiting), size)):
         experts = range(first, min(first + size, len(queues.waiting)))
         if any(queues.waiting[e] for e in experts):
             running.reach("experts", number)
-            # while it stood there, some may have run along with another pass
+            # while it stood there, another pass may have merged some of its rows
             group = [e for e in experts if queues.waiting[e]]
             others = running.shared_queues()
             for tile in tiles(group, queues.waiting):
@@ -71,14 +96,14 @@ def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
 
 
 def run_tile(
-    module: torch.nn.Module, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
+    module: ExpertsModule, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
 ) -> None:
-    """Run what waits in `queues` at each expert of `tile`, and in the same launch what `others` have waiting there."""
+    """Run what waits in `queues` at each expert of `tile`, and in the same launch what may be merged from `others`."""
     shares = [[queues, *(q for q in others if q.can_merge(e))] for e in tile]
     parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
     sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
     whole = slice(parts[0][1].start, parts[-1][1].stop)
-    if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nobody else's, one after another
+    if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nothing is merged: one after another
         queues.put(whole, run_experts(module, tile, sizes, queues.rows(whole)))
     else:
         out = run_experts(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
@@ -90,25 +115,26 @@ def run_tile(
 
 
 def _length(span: slice) -> int:
-    return span.stop - span.start
+    length: int = span.stop - span.start
+    return length
 
 
 def run_experts(
-    module: torch.nn.Module, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
+    module: ExpertsModule, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """Unweighted outputs `[S, H]` of `rows` `[S, H]`: `sizes[i]` rows for `experts[i]`, one after another."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = project(module, name, experts, sizes, rows)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
     out = project(module, "down_proj", experts, sizes, hidden)
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
 def project(
-    module: torch.nn.Module, name: str, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
+    module: ExpertsModule, name: str, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """`rows` through the weight (and bias) `name` of each expert in turn."""
-    packed = getattr(module, f"_qllm_{name}", None)
+    packed: PackedWeights | None = getattr(module, f"_qllm_{name}", None)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
     if packed is not None:
         out = packed.products(rows, experts, sizes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -29,13 +29,18 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         run_to_end(running)
     return {
         "layers": running.layer + 1,
-        "hidden": int(model.get_input_embeddings().weight.shape[1]),  # type: ignore[index]  # a Module to mypy
+        "hidden": embedding(model).weight.shape[1],
         "experts": len(running.routing[0]),
         "top_k": sum(running.routing[0]),
         "dtype": str(model.dtype).removeprefix("torch."),
         "moe_layers": len(running.routing),
         "kv_bytes_per_token": runner.cache.bytes_per_block() // 2,
     }
+
+
+def embedding(model: PreTrainedModel) -> torch.nn.Embedding:
+    """The model's input embedding: `num_embeddings` token ids."""
+    return cast(torch.nn.Embedding, model.get_input_embeddings())
 
 
 def stop_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -29,18 +29,12 @@ class Point(NamedTuple):
     Attributes:
         layer: attention calls begun before this one (the decoder layer's number in all supported models).
         stage: "attention" or "experts".
-        index: the number of the group of query blocks or of experts that comes next; groups without work are skipped.
+        number: of the group of query blocks or of experts that comes next; groups without work are skipped.
     """
 
     layer: int
     stage: str
-    index: int
-
-
-class PassGreenlet(greenlet):
-    """A greenlet that knows its pass; the hooks find the pass through it."""
-
-    running: RunningPass
+    number: int
 
 
 class RunningPass:
@@ -82,8 +76,8 @@ class RunningPass:
         self.queues: ExpertQueues | None = None
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
-        self._greenlet = PassGreenlet(lambda: forward(batch))
-        self._greenlet.running = self
+        self._greenlet = greenlet(lambda: forward(batch))
+        self._greenlet.running_pass = self  # the hooks find the pass through its greenlet
 
     @property
     def sampled(self) -> list[Entry]:
@@ -111,7 +105,7 @@ class RunningPass:
         answer = self._greenlet.switch()
         if not self._greenlet.dead:
             self.point = answer
-            return answer
+            return self.point
         self.point = None
         self.logits = answer
         for entry in self.batch.entries:
@@ -169,10 +163,10 @@ class RunningPass:
         begun = len(self.routing)
         return [p.queues for p in self.partners if p.queues is not None and len(p.routing) == begun]
 
-    def reach(self, stage: str, index: int) -> None:
+    def reach(self, stage: str, number: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
         self._run_ahead.mark()
-        point = Point(self.layer, stage, index)
+        point = Point(self.layer, stage, number)
         self._greenlet.parent.switch(point)
 
 
@@ -188,8 +182,8 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
 
 def current_pass() -> RunningPass | None:
     """The pass whose code is running, None outside of any."""
-    current = getcurrent()
-    return current.running if isinstance(current, PassGreenlet) else None
+    running: RunningPass | None = getattr(getcurrent(), "running_pass", None)
+    return running
 
 
 class RunAhead:

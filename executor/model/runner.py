@@ -58,7 +58,7 @@ class Runner:
         """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""
         keep = {"logits_to_keep": batch.sample_rows} if self._keeps_logits else {}
         out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keep)
-        logits = out.logits[0]
+        logits: torch.Tensor = out.logits[0]
         return logits if keep else logits.index_select(0, batch.sample_rows)
 
 

@@ -141,7 +141,7 @@ def test_longer_queues_than_merge_rows_wait_for_their_own_pass(model, shared):
             assert bool(shared) == bool(rows)
 
 
-def test_a_companion_that_was_closed_lends_nothing(model, shared, alone):
+def test_nothing_is_merged_from_a_partner_that_was_closed(model, shared, alone):
     _, be, ls = scene(model)
     while (point := be.advance()) is not None and point.stage != "experts":
         pass
@@ -175,7 +175,7 @@ def test_a_pass_that_breaks_in_a_shared_launch_leaves_the_other_right(model, sha
         assert close_to(run_to_end(be), alone[0])
 
 
-def test_the_engines_own_cutter_lends_as_many_rows_as_cost_one_reading(model):
+def test_the_engines_own_splitter_merges_as_many_rows_as_cost_one_reading(model):
     costs = LinearSplitter(n_experts=8, top_k=2, expert=1e-4, row=1e-5)
     runner = Runner(model, kv_blocks=12, block_size=4, splitter=costs)
     assert runner.begin([(Sequence([3], [0]), 1)]).split.merge_rows == 10
@@ -209,7 +209,7 @@ def test_tokens_under_load_are_those_of_generate(model, shared, expected, name):
 
 
 def test_aborts_of_suspended_passes_change_nobody_elses_tokens(model, shared, expected):
-    """Every suspended pass loses one of its requests, or all of them, while another one runs along with it."""
+    """Every suspended pass loses one of its requests, or all of them, while another merges its rows."""
     victims = set()
 
     def hook(loop, p, execution):

@@ -66,13 +66,13 @@ def test_points_lie_before_attention_between_query_blocks_and_between_expert_gro
     assert points[0] == Point(0, "attention", 0)
     for layer in range(4):
         groups = {
-            stage: [p.index for p in points if p.layer == layer and p.stage == stage]
+            stage: [p.number for p in points if p.layer == layer and p.stage == stage]
             for stage in ("attention", "experts")
         }
         assert groups["attention"] == [0, 1]
         assert groups["experts"] == list(range(len(groups["experts"])))
         assert 2 <= len(groups["experts"]) <= 3  # at most 8 experts, 3 a group
-    assert points == sorted(points, key=lambda p: (p.layer, p.stage, p.index))
+    assert points == sorted(points, key=lambda p: (p.layer, p.stage, p.number))
 
 
 def test_a_suspended_pass_gives_the_same_bits_wherever_it_was_suspended(model):

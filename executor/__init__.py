@@ -31,32 +31,25 @@ with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", 
 if __name__ != "qllm.executor":
     raise ImportError("this package is called qllm.executor: from qllm.executor import ...")
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qllm._lazy import lazy
 
 if TYPE_CHECKING:
     from qllm.executor.engine.clock import RealClock as RealClock
     from qllm.executor.engine.clock import VirtualClock as VirtualClock
     from qllm.executor.engine.engine import Engine as Engine
     from qllm.executor.engine.replay import replay as replay
+    from qllm.executor.errors import ExecutorError as ExecutorError
 
 # Loaded when first used: torch and transformers take seconds to import.
 _WHERE = {
     "Engine": "qllm.executor.engine.engine",
+    "ExecutorError": "qllm.executor.errors",
     "RealClock": "qllm.executor.engine.clock",
     "VirtualClock": "qllm.executor.engine.clock",
     "replay": "qllm.executor.engine.replay",
 }
 
 __all__ = [*_WHERE]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'executor' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(_WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -7,12 +7,15 @@ results.summary       # DataFrame, a row per policy, rate and class
 plot_slo(results)     # matplotlib axes
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qllm._lazy import lazy
 
 if TYPE_CHECKING:
+    from qllm._version import __version__ as __version__
     from qllm.config.config import load_config as load_config
     from qllm.config.yaml_lines import ConfigError as ConfigError
+    from qllm.errors import SweepError as SweepError
     from qllm.experiment.metrics import summarise as summarise
     from qllm.experiment.results import Results as Results
     from qllm.experiment.results import load_results as load_results
@@ -26,10 +29,11 @@ if TYPE_CHECKING:
     from qllm.plots.step_times import plot_expert_times as plot_expert_times
     from qllm.plots.step_times import plot_popularity as plot_popularity
 
-# Loaded when first used: pandas and matplotlib take longer to import than `qllm --help` may take.
 _WHERE = {
     "ConfigError": "qllm.config.yaml_lines",
     "Results": "qllm.experiment.results",
+    "SweepError": "qllm.errors",
+    "__version__": "qllm._version",
     "add_caption": "qllm.plots.curves",
     "load_config": "qllm.config.config",
     "load_results": "qllm.experiment.results",
@@ -45,13 +49,4 @@ _WHERE = {
 }
 
 __all__ = [*_WHERE]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'qllm' has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(_WHERE)
+__getattr__, __dir__ = lazy(__name__, _WHERE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,6 +24,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Simulate and serve Mixture-of-Experts models for latency-sensitive and best-effort jobs on one GPU.",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from qllm._version import __version__
+
+        typer.echo(f"qllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave")
+    ] = False,
+) -> None:
+    """Options in front of a command."""
+
+
 app.command("simulate")(cli_simulate.simulate)
 app.command("run")(cli_run.run)
 app.command("report")(cli_report.report)

@@ -22,10 +22,10 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Device, model, source (measured, imported or modelled), licence and measured ranges of a timing trace."""
-    from qllm.traces.step_times.timings import Timings, bundled
+    from qllm.traces.step_times.timings import Timings, bundled_timings
 
     if file is None:
-        told = {name: Timings.load(name) for name in bundled()}
+        told = {name: Timings.load(name) for name in bundled_timings()}
         if as_json:
             typer.echo(json.dumps(list(told)))
         for name, timings in ({} if as_json else told).items():

@@ -28,7 +28,7 @@ from qllm.traces.requests.strict_model import (
     looks_like_path,
 )
 from qllm.traces.step_times.popularity import bundled_popularity
-from qllm.traces.step_times.timings import bundled as bundled_timings
+from qllm.traces.step_times.timings import bundled_timings
 
 #: Axis of the figures and column of every table, though it need not be swept.
 RATE = "rate"

@@ -23,7 +23,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import qllm
 from qllm import config, experiment, scheduler, sim, traces
 from qllm.experiment.run import Run, run_table
 from qllm.traces.step_times.timings import ExtrapolationWarning
@@ -117,7 +116,7 @@ def _content(path: str) -> str:
 
 def source_files() -> list[Path]:
     """Every file that a simulation's result may depend on: the code that runs in it and the data that ship."""
-    files = sorted(Path(qllm.__path__[0]).glob("*.py"))
+    files = sorted(Path(config.__path__[0]).parent.glob("*.py"))
     for package in (config, experiment, scheduler, sim, traces):
         files += sorted(path for path in Path(package.__path__[0]).rglob("*") if path.suffix in (".py", ".csv"))
     return files

@@ -19,7 +19,7 @@ from qllm.experiment.run import Run, runs
 from qllm.experiment.sweep import simulate
 from qllm.traces.requests.quantile_table import bundled_lengths
 from qllm.traces.step_times.popularity import bundled_popularity
-from qllm.traces.step_times.timings import bundled
+from qllm.traces.step_times.timings import bundled_timings
 from tests.cli_support import CONFIG, qllm, write_config
 
 RUNS = 8  # of CONFIG: two rates, policies and seeds
@@ -137,7 +137,7 @@ print(*sorted(loaded - {{str(path) for path in source_files()}}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [], done.stderr
     shipped = {path.stem for path in cache.source_files() if path.suffix == ".csv"}
-    assert {*bundled(), *bundled_popularity(), *bundled_lengths()} <= shipped
+    assert {*bundled_timings(), *bundled_popularity(), *bundled_lengths()} <= shipped
 
 
 def test_fresh_runs_everything_again(tmp_path: Path) -> None:

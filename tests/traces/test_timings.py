@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qllm.traces.step_times.interpolate import isotonic, isotonic_grid
 from qllm.traces.step_times.testing import affine_timings
-from qllm.traces.step_times.timings import ExtrapolationWarning, TimingError, Timings, bundled
+from qllm.traces.step_times.timings import ExtrapolationWarning, TimingError, Timings, bundled_timings
 
 CURVES = ("dense_pre", "dense_post", "expert", "head")
 GRIDS = ("attention_prefill", "attention_decode")
@@ -26,7 +26,7 @@ def shipped(request) -> Timings:
 
 
 def test_the_bundled_names():
-    assert bundled() == NAMES
+    assert bundled_timings() == NAMES
 
 
 @pytest.mark.filterwarnings("ignore::qllm.traces.step_times.timings.ExtrapolationWarning")
@@ -195,8 +195,8 @@ def test_describe_tells_measured_from_modelled(shipped):
 
 def test_loading_needs_neither_pandas_nor_torch():
     code = (
-        "import sys; from qllm.traces.step_times.timings import Timings, bundled;"
-        "[Timings.load(n).expert(3) for n in bundled()];"
+        "import sys; from qllm.traces.step_times.timings import Timings, bundled_timings;"
+        "[Timings.load(n).expert(3) for n in bundled_timings()];"
         "sys.exit(bool({'pandas', 'torch', 'pyarrow', 'scipy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -25,12 +25,12 @@ from qllm.traces.step_times.file_format import (
 )
 from qllm.traces.step_times.interpolate import Curve, ExtrapolationWarning, Grid
 
-__all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "bundled"]
+__all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "bundled_timings"]
 
 _FOLDER = Path(__file__).parents[1] / "data" / "timings"
 
 
-def bundled() -> list[str]:
+def bundled_timings() -> list[str]:
     """Names of the timing traces that ship with the package; each can be given to `Timings.load`."""
     return sorted(path.stem for path in _FOLDER.glob("*.csv"))
 
@@ -60,10 +60,11 @@ class Timings(TimingHeader):
     def load(cls, path: str | Path) -> Timings:
         """The timing trace in the file `path`, or the bundled one of that name. TimingError if there is none such."""
         name = str(path)
-        if name in bundled():
+        if name in bundled_timings():
             path = _FOLDER / f"{name}.csv"
         elif not Path(path).is_file():
-            raise TimingError(f"{name}: no such file, and no bundled timing trace; bundled: {', '.join(bundled())}")
+            names = ", ".join(bundled_timings())
+            raise TimingError(f"{name}: no such file, and no bundled timing trace; bundled: {names}")
         header, points = read(Path(path))
         return cls(points=tuple(points), **header)
 

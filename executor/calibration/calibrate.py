@@ -73,7 +73,7 @@ class Extent:
 
 
 def calibrate(
-    subject: LoadedModel, out: Path, extent: Extent | None = None, progress: Progress | None = None
+    loaded: LoadedModel, out: Path, extent: Extent | None = None, progress: Progress | None = None
 ) -> Timings:
     """Measure a model on its device and write a timing trace.
 
@@ -81,7 +81,7 @@ def calibrate(
     an interruption goes on from there.
 
     Args:
-        subject: the model, loaded.
+        loaded: the model, on its device.
         out: the timing trace to write.
         extent: how far to measure.
         progress: called with (passes measured, passes planned) after each.
@@ -96,7 +96,7 @@ def calibrate(
         CalibrationWarning: measurements scatter.
     """
     extent = extent or Extent()
-    model, facts = subject.model, model_facts(subject.model)
+    model, facts = loaded.model, model_facts(loaded.model)
     limit = max_positions(model.config) or 1_000_000_000
     if extent.max_tokens + extent.max_context > limit:
         raise CalibrationError(
@@ -106,7 +106,7 @@ def calibrate(
     device = device_name(model.device)
     kv_tokens = extent.kv_tokens(int(KV_SHARE * memory_bytes(model.device)[0] / facts["kv_bytes_per_token"]))
     kinds = pass_kinds(**vars(extent), kv_tokens=kv_tokens, experts=facts["experts"], top_k=facts["top_k"])
-    measured_of = {"model": subject.name, "device": device, **facts, **vars(extent), "versions": versions()}
+    measured_of = {"model": loaded.name, "device": device, **facts, **vars(extent), "versions": versions()}
     store = MeasurementStore(out.with_name(out.name + ".measured"), measured_of)
     profiler = Profiler(model, kv_tokens, extent.max_batch)
     profiler.measure(kinds, store, progress)
@@ -122,7 +122,7 @@ def calibrate(
         store.add_number("wake_s", wake_seconds(model))
     measured = {kind: store.samples[kind.key] for kind in kinds}
     _warn(measured)
-    timings = _timings(subject, facts, device, measured, store.numbers)
+    timings = _timings(loaded, facts, device, measured, store.numbers)
     timings.save(out)
     store.path.unlink()
     return timings
@@ -143,7 +143,7 @@ def _warn(measured: Measured) -> None:
 
 
 def _timings(
-    subject: LoadedModel, facts: dict[str, Any], device: str, measured: Measured, numbers: dict[str, float]
+    loaded: LoadedModel, facts: dict[str, Any], device: str, measured: Measured, numbers: dict[str, float]
 ) -> Timings:
     """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
@@ -160,20 +160,20 @@ def _timings(
         "attention_prefill": "sizes between the measured ones",
         "attention_decode": "corners whose KV does not fit in memory: along the last slope over the context",
     }
-    if subject.layers != layers:
-        modelled["layers"] = f"{layers} layers with random weights were measured, {subject.layers} are assumed alike"
+    if loaded.layers != layers:
+        modelled["layers"] = f"{layers} layers with random weights were measured, {loaded.layers} are assumed alike"
     return Timings(
         points=tuple(points),
-        name=f"{device}: {subject.name}",
+        name=f"{device}: {loaded.name}",
         source="measured",
         device=device,
-        model=subject.name,
+        model=loaded.name,
         dtype=facts["dtype"],
         framework="qllm",
         date=date.today().isoformat(),
         licence="of whoever measured it",
-        provenance=f"qllm calibrate, weights: {subject.weights}, random prompts",
-        layers=subject.layers,
+        provenance=f"qllm calibrate, weights: {loaded.weights}, random prompts",
+        layers=loaded.layers,
         hidden=facts["hidden"],
         experts=facts["experts"],
         top_k=facts["top_k"],
@@ -188,14 +188,14 @@ def _timings(
         suspend_s=numbers["switch_s"] / 2,
         resume_s=numbers["switch_s"] / 2,
         wake_s=numbers["wake_s"],
-        kv_bytes_per_token=facts["kv_bytes_per_token"] * subject.layers // layers,
-        weights_bytes=subject.weights_bytes,
-        memory_bytes=memory_bytes(subject.model.device)[1],
+        kv_bytes_per_token=facts["kv_bytes_per_token"] * loaded.layers // layers,
+        weights_bytes=loaded.weights_bytes,
+        memory_bytes=memory_bytes(loaded.model.device)[1],
         host_bandwidth=numbers["bandwidth"],
         repeats=min(found.repeats for found in measured.values()),
         versions=versions(),
         conditions={
-            **conditions(subject.model.device),
+            **conditions(loaded.model.device),
             "statistic": "means; spread_s is the interquartile range",
             "precision": f"repeated until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} rounds",
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),

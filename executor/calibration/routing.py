@@ -22,11 +22,11 @@ from qllm.traces.step_times.popularity import COLUMNS
 BLOCK = 16
 
 
-def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
+def record_popularity(loaded: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
     """Run prompts through the model and write the share of each layer's assignments that each expert gets.
 
     Args:
-        subject: the model, loaded from a checkpoint.
+        loaded: the model, from a checkpoint.
         name_or_path: of its tokenizer.
         prompts: a file with one a line.
         out: the popularity table to write.
@@ -38,8 +38,8 @@ def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, ou
     Raises:
         CalibrationError: there is no tokenizer, no prompt, or no trained weights.
     """
-    if subject.weights != "checkpoint":
-        raise CalibrationError(f"--prompts: the routing of weights that are {subject.weights} says nothing")
+    if loaded.weights != "checkpoint":
+        raise CalibrationError(f"--prompts: the routing of weights that are {loaded.weights} says nothing")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
@@ -48,10 +48,10 @@ def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, ou
     if not lines:
         raise CalibrationError(f"--prompts {prompts}: holds no prompt; one a line is needed")
     sequences = (tokenizer.encode(line)[:max_tokens] for line in lines)
-    counts, tokens = count_routing(subject, sequences, max_tokens)
+    counts, tokens = count_routing(loaded, sequences, max_tokens)
     header = {
         "source": f"measured by qllm calibrate: {len(lines)} prompts, {tokens} tokens of {prompts.name}",
-        "model": subject.name,
+        "model": loaded.name,
         "date": date.today().isoformat(),
     }
     write_popularity(out, counts, header)
@@ -59,10 +59,10 @@ def record_popularity(subject: LoadedModel, name_or_path: str, prompts: Path, ou
 
 
 def count_routing(
-    subject: LoadedModel, sequences: Iterable[list[int]], max_tokens: int
+    loaded: LoadedModel, sequences: Iterable[list[int]], max_tokens: int
 ) -> tuple[dict[int, np.ndarray], int]:
     """Rows of each expert by the layer's number, int64[experts], and the tokens of `sequences` (token ids)."""
-    runner = Runner(subject.model, -(-max_tokens // BLOCK), BLOCK)
+    runner = Runner(loaded.model, -(-max_tokens // BLOCK), BLOCK)
     counts: dict[int, np.ndarray] = {}
     total = 0
     with torch.inference_mode():

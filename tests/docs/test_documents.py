@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import pkgutil
 import re
 import shlex
 import shutil
@@ -34,6 +35,10 @@ DOCS = [*sorted(ROOT.glob("*.md")), *(path for name in FOLDERS for path in sorte
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:qllm|python|make) [^`\n]*)`")
+FILE = re.compile(
+    r"`((?:scheduler|sim|traces|executor|qllm|benchmarks|tools|tests|configs|examples|findings|docs)/[\w./-]+)`"
+)
+NAME = re.compile(r"`(qllm(?:\.\w+)+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FEWER = ["--set", "sweep.rate=[1]", "--set", "requests=30", "--set", "seeds=1", "--jobs", "1"]
 NOT_RUN = {
@@ -128,6 +133,18 @@ def test_commands_inside_sentences_exist(path: Path) -> None:
     for found in INLINE.findall(text):
         if not re.search(r"\.\.\.|[A-Z]{3,}", found):  # a placeholder
             parse(shlex.split(found))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=IDS)
+def test_files_and_names_in_the_text_exist(path: Path) -> None:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    missing = [name for name in FILE.findall(text) if not (ROOT / name).exists()]
+    assert missing == [], f"{path.name} names files that do not exist"
+    for name in NAME.findall(text):
+        try:
+            pkgutil.resolve_name(name)
+        except (AttributeError, ImportError) as error:
+            pytest.fail(f"{path.name}: {name}: {error}")
 
 
 @pytest.mark.parametrize("path", DOCS, ids=IDS)

@@ -1,0 +1,1 @@
+"""Configurations: YAML with its line numbers, the models that check it, and what is made from it."""

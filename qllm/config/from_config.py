@@ -1,4 +1,4 @@
-"""What a configuration describes, made real: the request trace, the timings, the limits."""
+"""What a configuration describes: the request trace, the step times, the scheduler's limits."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
 
 
 def scheduler_limits(config: Config, timings: Timings) -> Limits:
-    """The scheduler's limits; KV blocks, unless given, from what the GPU's memory has room for:
+    """The scheduler's limits; KV blocks, unless given, from what the GPU's memory has room for.
 
-    (memory_bytes * memory_fraction - weights_bytes - activation_bytes) / (kv_bytes_per_token * block_size).
+    That is (memory_bytes * memory_fraction - weights_bytes - activation_bytes) / (kv_bytes_per_token * block_size).
     ConfigError where the model does not fit.
     """
     given = config.limits

@@ -1,0 +1,1 @@
+"""Figures, timelines and the report."""

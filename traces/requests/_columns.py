@@ -30,14 +30,13 @@ FORMATS = (*CSV_COLUMNS, *JSONL_COLUMNS, "sharegpt")
 
 @dataclass
 class Columns:
-    """What a file holds, in its own order: arrival in seconds, tokens, the class of each row (None: no such column)
-    and the classes that the file declares (None: it declares none)."""
+    """What a file holds, in its own order."""
 
-    arrival: np.ndarray
-    prompt: np.ndarray
+    arrival: np.ndarray  # seconds
+    prompt: np.ndarray  # tokens
     output: np.ndarray
-    names: list[str] | None = None
-    classes: tuple[str, ...] | None = None
+    names: list[str] | None = None  # the class of each row; None: no such column
+    classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
 
 
 class SkippedRows:

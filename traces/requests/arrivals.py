@@ -32,8 +32,10 @@ def gamma(rng: np.random.Generator, requests: int, *, rate: float, cv: float) ->
 def onoff(
     rng: np.random.Generator, requests: int, *, rate: float, on_s: float, off_s: float, burst: float | None = None
 ) -> np.ndarray:
-    """Poisson arrivals whose rate alternates: `on_s` seconds at `burst` * rate, then `off_s` seconds at what keeps
-    the mean over one cycle at `rate`. The first cycle begins at time 0, with its on phase.
+    """Poisson arrivals at an alternating rate: `on_s` seconds at `burst` * rate, then `off_s` seconds at less.
+
+    In the off phase the rate is what keeps the mean over one cycle at `rate`. The first cycle begins at time 0, with
+    its on phase.
 
     `burst` lies between 1 (plain Poisson) and (on_s + off_s) / on_s (nothing arrives in the off phase), which is the
     default. The phases keep their length in seconds at every rate, so here only the underlying unit-rate draws are

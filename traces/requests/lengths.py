@@ -42,18 +42,18 @@ def draw_pairs(rng: np.random.Generator, n: int, pairs: Pairs) -> tuple[np.ndarr
     return trace.prompt_tokens[rows], trace.output_tokens[rows]
 
 
-def fixed(rng: np.random.Generator, n: int, tokens: int, column: str) -> np.ndarray:
+def fixed(_rng: np.random.Generator, n: int, tokens: int, _column: str) -> np.ndarray:
     """Always `tokens`."""
     return np.full(n, tokens, dtype=np.int64)
 
 
-def uniform(rng: np.random.Generator, n: int, ends: list[int], column: str) -> np.ndarray:
+def uniform(rng: np.random.Generator, n: int, ends: list[int], _column: str) -> np.ndarray:
     """Integers from [low, high], both ends included."""
     low, high = ends
     return low + np.floor(rng.random(n) * (high - low + 1)).astype(np.int64)
 
 
-def lognormal(rng: np.random.Generator, n: int, settings: Lognormal, column: str) -> np.ndarray:
+def lognormal(rng: np.random.Generator, n: int, settings: Lognormal, _column: str) -> np.ndarray:
     """See `Lognormal`."""
     if settings.median is not None:
         mu = math.log(settings.median)

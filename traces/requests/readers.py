@@ -34,20 +34,30 @@ def read_requests(
     skip_invalid: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> RequestTrace:
-    """Read one request trace; `format` (one of FORMATS) is found from the content when not given.
+    """Read one request trace.
 
-    azure      TIMESTAMP, ContextTokens, GeneratedTokens: dates in UTC
-    burstgpt   Timestamp (s), Request tokens, Response tokens; other columns are not used. The releases with
-               failures mark them by 0 response tokens: not a request, so an error unless `skip_invalid`
-    mooncake   timestamp (ms), input_length, output_length a line; hash_ids (prefix sharing) are not used
-    sharegpt   a list of {"id", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}: the
-               first two turns make one request, its lengths len(tokenizer(text)); without a `tokenizer` each entry
-               must hold integers "prompt_tokens" and "output_tokens". There are no arrivals: all are 0 and
-               `rate` is None (see generate.assign_arrivals)
-    csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class
+    The formats:
 
-    A trace without classes has the one class "all" (see generate.assign_classes).
-    Raises TraceError; warns with TraceWarning (the count and the first reason) where `skip_invalid` left rows out.
+        azure      TIMESTAMP, ContextTokens, GeneratedTokens: dates in UTC
+        burstgpt   Timestamp (s), Request tokens, Response tokens; other columns are not used. The releases with
+                   failures mark them by 0 response tokens: not a request, so an error unless `skip_invalid`
+        mooncake   timestamp (ms), input_length, output_length a line; hash_ids (prefix sharing) are not used
+        sharegpt   a list of {"id", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}: the
+                   first two turns make one request, its lengths len(tokenizer(text)); without a `tokenizer` each
+                   entry must hold integers "prompt_tokens" and "output_tokens". There are no arrivals: all are 0 and
+                   `rate` is None (see `assign_arrivals`)
+        csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class
+
+    A trace without classes has the one class "all" (see `assign_classes`).
+
+    Args:
+        path: The file.
+        format: One of FORMATS; default: found from the content.
+        skip_invalid: Leave out rows that are no requests, with a TraceWarning: the count and the first reason.
+        tokenizer: From text to its tokens, for format sharegpt.
+
+    Raises:
+        TraceError: The file cannot be read, or a row is no request; the message names file and line.
     """
     path = Path(path)
     if format is None:

@@ -23,13 +23,17 @@ class TraceWarning(UserWarning):
 class RequestTrace:
     """The columns of one request trace, one element a request, sorted by arrival.
 
-    arrival        float64[n], seconds from the trace's start, finite, >= 0, non-decreasing
-    prompt_tokens  int64[n], >= 1
-    output_tokens  int64[n], >= 1
-    cls            int64[n], index into `classes`
-    classes        names, distinct and printable; one may have no request
+    The arrays are copied and made read-only.
 
-    The arrays are copied and made read-only. Raises TraceError where a column breaks these rules.
+    Attributes:
+        arrival: Seconds from the start of the trace, float64[n]; finite, >= 0, non-decreasing.
+        prompt_tokens: int64[n], >= 1.
+        output_tokens: int64[n], >= 1.
+        cls: Index into `classes`, int64[n].
+        classes: Names, distinct and printable; one may have no request.
+
+    Raises:
+        TraceError: A column breaks these rules.
     """
 
     arrival: np.ndarray
@@ -85,7 +89,8 @@ class RequestTrace:
     def at_rate(self, rate: float) -> RequestTrace:
         """The same requests with a mean arrival rate of `rate` requests per second.
 
-        Raises TraceError for a trace without arrival times (ShareGPT), which has no rate to scale.
+        Raises:
+            TraceError: The trace has no arrival times (ShareGPT), and so no rate to scale.
         """
         if self.rate is None:
             raise TraceError("this trace has no arrival times to scale: give it some (generate.assign_arrivals)")

@@ -11,11 +11,18 @@ from qllm.traces.requests.trace import RequestTrace, TraceError
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
-    """Write `trace` to `path`, whose suffix (.csv or .jsonl) chooses the format.
+    """Write a request trace.
 
-    The CSV begins with the lines of `comment` (where the trace comes from, its licence), each behind '# ', and a line
-    that names the classes in order; JSONL begins with one object that names them and holds no comment.
-    Raises TraceError for another suffix, a comment in JSONL, a trace without requests, a path not to be written.
+    The CSV begins with the comment, and a line that names the classes in order. JSONL begins with one object that names
+    them.
+
+    Args:
+        trace: The requests.
+        path: Its suffix (.csv or .jsonl) chooses the format.
+        comment: Where the trace comes from, its licence: lines behind '# ', in CSV only.
+
+    Raises:
+        TraceError: Another suffix, a comment in JSONL, a trace without requests, or a path that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".csv", ".jsonl"):

@@ -64,8 +64,10 @@ def by_tokens(tokens: np.ndarray, seconds: np.ndarray, x: np.ndarray) -> np.ndar
 
 
 class Curve:
-    """Seconds by number of tokens (or rows): 0 at 0, non-decreasing unless it need not rise; integers inside the range
-    are table look-ups."""
+    """Seconds by number of tokens (or rows): 0 at 0, non-decreasing unless it need not rise.
+
+    Integers inside the range are looked up in a table.
+    """
 
     def __init__(self, step: str, tokens: Sequence[int], seconds: Sequence[float], rises: bool = True) -> None:
         self.step = step

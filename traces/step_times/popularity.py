@@ -31,10 +31,18 @@ def bundled_popularity() -> list[str]:
 
 
 def load_popularity(name_or_path: str | Path, experts: int, layers: int) -> np.ndarray:
-    """Shares for `layers` layers of `experts` experts, float64[layers, experts], each row summing to 1.
+    """Read how tokens spread over the experts.
 
-    name_or_path: a bundled name ("uniform" needs no table) or a file. PopularityError if the file is missing or
-    broken, or holds another number of experts.
+    Args:
+        name_or_path: A bundled name ("uniform" needs no table) or a file.
+        experts: Experts in a layer of the model.
+        layers: Layers of the model.
+
+    Returns:
+        Share of the tokens that go to each expert, float64[layers, experts]; each row sums to 1.
+
+    Raises:
+        PopularityError: The file is missing or broken, or holds another number of experts.
     """
     if str(name_or_path) == "uniform":
         return np.full((layers, experts), 1 / experts)
@@ -46,9 +54,18 @@ def load_popularity(name_or_path: str | Path, experts: int, layers: int) -> np.n
 
 
 def describe_popularity(name_or_path: str | Path, layers: int) -> dict[str, Any]:
-    """The table's header, the layers that it holds, for each of `layers` layers the one it takes, and the skew.
+    """Describe a popularity table.
 
-    skew: for each layer of the table, its largest share divided by the mean share. PopularityError as above.
+    Args:
+        name_or_path: A bundled name or a file.
+        layers: Layers of the model.
+
+    Returns:
+        The table's header; `layers_held`: the layers that it holds; `layer_taken`: for each layer of the model, the one
+        whose shares it takes; `skew`: for each layer of the table, its largest share over the mean share.
+
+    Raises:
+        PopularityError: The file is missing or broken.
     """
     _, header, table = _read(name_or_path)
     skew = {layer: float(shares.max() * len(shares)) for layer, shares in table.items()}

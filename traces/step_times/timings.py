@@ -37,12 +37,13 @@ def bundled_timings() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings(TimingHeader):
-    """One timing trace. The header's keys are attributes; the methods give seconds for ONE layer (head: one pass).
+    """One timing trace.
 
-    Every method takes numbers or numpy arrays, and never falls when an argument grows. No work takes no time: 0 tokens
-    give 0.0. Outside the measured range (`range`) the last segment is continued, and one ExtrapolationWarning per step
-    says so. Not included in any of them: launches and the host's time (`launch_s`, `host_s`), unless `expert_mode`
-    is "separate", where `expert` includes the launches of its kernels.
+    The header's keys are attributes; the methods give seconds for ONE layer (head: one pass). Every method takes
+    numbers or numpy arrays, and never falls when an argument grows. No work takes no time: 0 tokens give 0.0. Outside
+    the measured range (`range`) the last segment is continued, and one ExtrapolationWarning per step says so. None of
+    them includes launches and the host's time (`launch_s`, `host_s`), unless `expert_mode` is "separate": then `expert`
+    includes the launches of its kernels.
 
     A whole MoE layer whose experts got m_0, m_1, ... tokens takes `experts_base_s + sum_e expert(m_e)` seconds.
     """
@@ -58,7 +59,14 @@ class Timings(TimingHeader):
 
     @classmethod
     def load(cls, path: str | Path) -> Timings:
-        """The timing trace in the file `path`, or the bundled one of that name. TimingError if there is none such."""
+        """Read a timing trace.
+
+        Args:
+            path: The file, or the name of a bundled trace.
+
+        Raises:
+            TimingError: There is no such file or name, or the file is broken; the message names the row or the key.
+        """
         name = str(path)
         if name in bundled_timings():
             path = _FOLDER / f"{name}.csv"
@@ -97,15 +105,20 @@ class Timings(TimingHeader):
         return self._attention_decode(batch, context)
 
     def launch(self, tokens: Any) -> Any:
-        """One launch more in a pass of `tokens` tokens: seconds; `launch_s` at all sizes where the trace has no curve.
-        It may fall, and beyond the curve it stays what it is at its end."""
+        """One launch more in a pass of `tokens` tokens: seconds.
+
+        `launch_s` at all sizes where the trace has no curve. A curve may fall, and beyond its end it stays what it is
+        there.
+        """
         if self._launch is None:
             return self.launch_s
         return self._launch(min(max(tokens, self._launch.lo), self._launch.hi))
 
     def after_prefill(self, batch: Any) -> Any:
-        """What a pass of `batch` decoding sequences takes longer right after a pass with prompts: seconds a pass; none
-        where the trace does not say."""
+        """What a pass of `batch` decoding sequences takes longer right after a pass with prompts: seconds a pass.
+
+        0 where the trace does not say.
+        """
         return 0.0 if self._after_prefill is None else self._after_prefill(batch)
 
     @property
@@ -114,8 +127,14 @@ class Timings(TimingHeader):
         return (*STEPS, *(step for step in OPTIONAL if any(point.step == step for point in self.points)))
 
     def check_matches(self, **used: Any) -> None:
-        """TimingError unless the header says what the trace is used with: any of device, model, dtype, layers, hidden,
-        experts, top_k. The message names each key that differs."""
+        """Check that the trace is of the model and device that it is used with.
+
+        Args:
+            **used: Any of device, model, dtype, layers, hidden, experts, top_k.
+
+        Raises:
+            TimingError: The header says otherwise; the message names each key that differs.
+        """
         differing = [(key, getattr(self, key), value) for key, value in used.items() if getattr(self, key) != value]
         if differing:
             told = "; ".join(f"{key} is {mine!r}, used with {value!r}" for key, mine, value in differing)

@@ -136,7 +136,8 @@ def _dates(cells: Sequence[str]) -> np.ndarray:
     if min(map(len, cells)) < len("2023-11-16 18:15:46"):
         raise ValueError
     dates = np.array([cell.removesuffix("+00:00") for cell in cells], dtype="datetime64[ns]")
-    return (dates - dates.min()).astype(np.int64) / 1e9
+    seconds: np.ndarray = (dates - dates.min()).astype(np.int64) / 1e9
+    return seconds
 
 
 _ALLOWED: dict[Convert, str] = {

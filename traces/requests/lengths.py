@@ -65,13 +65,16 @@ def lognormal(rng: np.random.Generator, n: int, settings: Lognormal, _column: st
     drawn = np.exp(np.minimum(mu + settings.sigma * rng.standard_normal(n), 700.0))
     if settings.max is None and n and drawn.max() > high:
         raise TraceError(f"draws {drawn.max():g} tokens: give a max")
-    return np.rint(np.clip(drawn, low, high)).astype(np.int64)
+    tokens: np.ndarray = np.rint(np.clip(drawn, low, high)).astype(np.int64)
+    return tokens
 
 
 def quantiles(rng: np.random.Generator, n: int, table: str, column: str) -> np.ndarray:
     """Inverse of the distribution function that joins the table's quantiles by straight lines, rounded."""
     known = load_table(table)
-    return np.rint(np.interp(rng.random(n), known["quantile"], known[COLUMN[column]])).astype(np.int64)
+    drawn = np.interp(rng.random(n), known["quantile"], known[COLUMN[column]])
+    tokens: np.ndarray = np.rint(drawn).astype(np.int64)
+    return tokens
 
 
 def from_trace(rng: np.random.Generator, n: int, path: str, column: str) -> np.ndarray:

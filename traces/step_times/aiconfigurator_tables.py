@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class Tables:
         for folder in (self.root, *list(self.root.parents)[:2]):
             path = folder / f"{self.gpu}.yaml"
             if path.is_file():
-                return yaml.safe_load(path.read_text(encoding="utf-8"))
+                system: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+                return system
         raise TimingError(f"{self.root}: no {self.gpu}.yaml, which gives memory size and bandwidth")
 
     def read(self, kind: str, choice: str, **wanted: Any) -> tuple[pd.DataFrame, str]:
@@ -136,17 +138,18 @@ def gemm_seconds(frame: pd.DataFrame, n: int, k: int) -> pd.Series:
     return _between(frame["k"], k, at_k)
 
 
-def _between(grid: pd.Series, value: int, curve: Any) -> pd.Series:
+def _between(grid: pd.Series, value: int, curve: Callable[[int], pd.Series]) -> pd.Series:
     sizes = np.unique(grid.to_numpy())
     if value in sizes or value < sizes[0]:
         return curve(max(value, int(sizes[0])))
     if value > sizes[-1]:
-        return curve(int(sizes[-1])) * (value / sizes[-1])
+        return curve(int(sizes[-1])) * float(value / sizes[-1])
     high = int(np.searchsorted(sizes, value))
     low_size, high_size = int(sizes[high - 1]), int(sizes[high])
     share = np.log(value / low_size) / np.log(high_size / low_size)
     low_curve, high_curve = curve(low_size).align(curve(high_size), join="inner")
-    return np.exp((1 - share) * np.log(low_curve) + share * np.log(high_curve))
+    between: pd.Series = np.exp((1 - share) * np.log(low_curve) + share * np.log(high_curve))
+    return between
 
 
 def add(*parts: pd.Series) -> pd.Series:
@@ -162,8 +165,8 @@ class Memory:
 
     def __init__(self, system: dict[str, Any]) -> None:
         gpu = system["gpu"]
-        self.bandwidth = gpu["mem_bw"] * gpu.get("mem_bw_empirical_scaling_factor", 0.8)
-        self.latency = gpu.get("mem_empirical_constant_latency", 3e-6)
+        self.bandwidth: float = gpu["mem_bw"] * gpu.get("mem_bw_empirical_scaling_factor", 0.8)
+        self.latency: float = gpu.get("mem_empirical_constant_latency", 3e-6)
 
     def seconds(self, traffic: float) -> float:
         """Seconds to move `traffic` bytes through device memory, in one kernel."""

@@ -284,8 +284,8 @@ class PassCostModel:
         if granularity == "expert":
             post = 1 + cost.query_blocks
             inside += [*range(1, cost.query_blocks), post, *range(post + 1, n - 1)]
-        starts = 1 + n * np.arange(self.layers)
-        return (starts[:, None] + np.array(inside)).ravel()
+        points: np.ndarray = (1 + n * np.arange(self.layers))[:, None] + np.array(inside)
+        return points.ravel()
 
     def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
         """Where a pass is after `done` steps: (layer, stage, index in the stage) of the step that comes next.

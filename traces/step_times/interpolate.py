@@ -51,11 +51,11 @@ def isotonic_grid(values: np.ndarray, sweeps: int = 20) -> np.ndarray:
 
 def _line(xs: np.ndarray, ys: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Piecewise-linear through (xs, ys): flat below xs[0], the last segment's slope above xs[-1]."""
-    inside = np.interp(x, xs, ys)
-    if len(xs) < 2:
-        return inside
-    slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
-    return inside + slope * np.maximum(x - xs[-1], 0.0)
+    line: np.ndarray = np.interp(x, xs, ys)
+    if len(xs) > 1:
+        slope = (ys[-1] - ys[-2]) / (xs[-1] - xs[-2])
+        line = line + slope * np.maximum(x - xs[-1], 0.0)
+    return line
 
 
 def by_tokens(tokens: np.ndarray, seconds: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -102,7 +102,8 @@ class Curve:
 
     def table(self, limit: int) -> np.ndarray:
         """Seconds for 0..limit tokens, float64[limit + 1], extrapolated (with the warning) where needed."""
-        return self(np.arange(limit + 1))
+        seconds: np.ndarray = self(np.arange(limit + 1))
+        return seconds
 
     def _warn(self, low: float, high: float) -> None:
         if not self._warned:
@@ -195,7 +196,8 @@ class Grid:
         rows = np.arange(len(flat_x))
         left, right = columns[rows, at], columns[rows, at + 1]
         share = (flat_y - self.ys[at]) / (self.ys[at + 1] - self.ys[at])
-        return (left + share * (right - left)).reshape(x.shape)
+        seconds: np.ndarray = left + share * (right - left)
+        return seconds.reshape(x.shape)
 
     def _warn(self, x: float, y: float) -> None:
         if not self._warned:

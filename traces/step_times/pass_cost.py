@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import overload
 
 import numpy as np
 
@@ -16,10 +16,15 @@ TICKS_PER_S = 1 << 30
 TICK = 1.0 / TICKS_PER_S
 
 
-def ticks(seconds: Any) -> Any:
+@overload
+def ticks(seconds: np.ndarray) -> np.ndarray: ...
+@overload
+def ticks(seconds: float) -> float: ...
+def ticks(seconds: float | np.ndarray) -> float | np.ndarray:
     """`seconds` (float or array) rounded to the nearest multiple of TICK."""
     if isinstance(seconds, np.ndarray):
-        return np.rint(seconds * TICKS_PER_S) * TICK
+        rounded: np.ndarray = np.rint(seconds * TICKS_PER_S) * TICK
+        return rounded
     return round(seconds * TICKS_PER_S) * TICK
 
 

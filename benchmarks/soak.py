@@ -31,7 +31,8 @@ from qllm.scheduler import Limits, Pass, make_policy
 from qllm.traces.step_times.cost_model import PassCost
 
 BLOCKS = 40
-GROWTH_MB = 64  # allowed between a fifth of the way and the end: allocators and thread pools fill up late
+EARLY = 0.2  # of the time and of the requests, when memory is read for the first time
+GROWTH_MB = 64  # allowed from then to the end: allocators and thread pools fill up late
 
 
 class Injected(RuntimeError):
@@ -60,6 +61,8 @@ class FaultyExecution(RealExecution):
 
 
 class FaultyClock(RealClock):
+    """Real time, with executions that break."""
+
     def __init__(self, rng: random.Random, every: int):
         super().__init__()
         self._rng, self._every = rng, every
@@ -91,8 +94,11 @@ def soak(
     clients: int = 6,
     at_least: int = 0,
 ) -> dict:
-    """Run it for so many seconds, and on until `at_least` requests have been sent; returns counts of endings, "sent",
-    "unanswered", "leaked_blocks", "passes", and resident memory early and late in MB."""
+    """Run it for so many seconds, and on until `at_least` requests have been sent.
+
+    Returns counts of endings, "sent", "unanswered", "leaked_blocks", "passes", and resident memory in MB: "early_mb",
+    after a fifth of the way, and "late_mb", at the end.
+    """
     rng = random.Random(seed)
     limits = Limits(max_seqs=6, max_batched_tokens=96, kv_blocks=BLOCKS, block_size=4, urgent_blocks=4, evict=evict)
     endings: Counter[str] = Counter()
@@ -132,7 +138,8 @@ def soak(
         threads = [threading.Thread(target=client, args=(random.Random(seed + i),)) for i in range(clients)]
         for thread in threads:
             thread.start()
-        time.sleep(max(0.0, until - time.monotonic() - 0.8 * seconds))
+        while time.monotonic() < until - (1 - EARLY) * seconds or sent < EARLY * at_least:
+            time.sleep(0.01)
         early = memory_mb()
         for thread in threads:
             thread.join()
@@ -162,7 +169,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", default="qllm")
-    parser.add_argument("--merge", action="store_true", help="suspended passes' tokens run along at shared experts")
+    parser.add_argument("--merge", action="store_true", help="merge suspended passes' tokens at shared experts")
     parser.add_argument("--evict", choices=("recompute", "offload"), default="offload")
     args = parser.parse_args()
     found = soak(args.minutes * 60, args.seed, args.policy, args.evict, args.merge)

@@ -1,7 +1,8 @@
-"""Which KV blocks are whose. The scheduler's budget says how many may be taken, this says which."""
+"""Which KV blocks belong to which sequence. The scheduler's budget says how many may be taken, this says which."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,12 +12,14 @@ from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.scheduler import State
 
+log = logging.getLogger(__name__)
+
 
 class BlockManager:
-    """The blocks of one cache: free ones, those in the sequences' block tables, and the way to host memory and back.
+    """Gives the blocks of one cache to sequences, and moves KV to host memory and back.
 
-    A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes
-    longer on a CPU, which fetches ahead what lies behind.
+    A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes longer on a
+    CPU, which reads ahead.
     """
 
     def __init__(self, cache: PagedKVCache):
@@ -57,6 +60,7 @@ class BlockManager:
 
     def forget(self, sequence: EngineRequest) -> None:
         """The scheduler dropped the KV of `sequence`: it will be computed again."""
+        log.info("request %d evicted: its KV is dropped, to be computed again", sequence.request.id)
         self.release(sequence)
         sequence.computed = 0
 
@@ -66,6 +70,7 @@ class BlockManager:
             host = self._cache.offload(sequence.blocks, sequence.computed)
             self.release(sequence)
             sequence.host = host
+            log.info("request %d evicted: its KV is in host memory, %d bytes", sequence.request.id, host.nbytes)
 
     def restore(self, sequence: EngineRequest, others: Iterable[EngineRequest]) -> None:
         """Bring the KV of `sequence` back from host memory, unless the scheduler has decided otherwise since."""

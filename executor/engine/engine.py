@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import secrets
 import threading
 import warnings
@@ -23,7 +24,7 @@ from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer
 from qllm.executor.engine.sampling import SamplingParams
-from qllm.executor.errors import EngineClosed, RequestError
+from qllm.executor.errors import EngineClosed, RequestError, SamplingError
 from qllm.executor.model.info import blocks_in, embedding, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.runner import Runner
@@ -32,13 +33,26 @@ from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 THREAD = "qllm-engine"  # the name of each engine's thread
 
 
 @dataclass(frozen=True)
 class Stats:
-    """The engine at one moment. `suspended_bytes`: activations that suspended passes hold; `host_bytes`: KV in host
-    memory; blocks are KV blocks."""
+    """The engine at one moment.
+
+    Attributes:
+        requests: in the system.
+        waiting: of these, in a prefill queue.
+        passes: launched so far.
+        suspended_passes: suspended now.
+        suspended_tokens: tokens in these passes.
+        suspended_bytes: bytes of the activations that they hold.
+        free_blocks: free KV blocks.
+        total_blocks: all KV blocks.
+        host_bytes: bytes of KV in host memory.
+    """
 
     requests: int
     waiting: int
@@ -52,15 +66,27 @@ class Stats:
 
 
 class Engine:
-    """Serves one model. `submit` from any thread; `close()` it, or use it as a context manager.
+    """Serves one model. Any thread may `submit`; `close()` it, or use it as a context manager.
 
-    model: a causal MoE model, prepared here where it is not yet (see executor.model). tokenizer: for prompts given as
-    text and for the text of tokens. policy: a name of scheduler.POLICIES, or a policy. limits: what the scheduler may
-    use; kv_memory: bytes for KV, in place of limits.kv_blocks; where neither is given, a share of the free memory.
-    clock: real time by default. splitter: how passes are cut (executor.cuts) unless the clock's step model does it;
-    by default so that no step should exceed `max_step` seconds. seed: of requests that bring none.
+    Args:
+        model: a causal MoE model; prepared here where it is not yet (`qllm.executor.load_model`).
+        tokenizer: for prompts given as text, and for the text of tokens.
+        policy: a name in `qllm.scheduler.POLICIES`, or a policy.
+        limits: what the scheduler may use.
+        kv_memory: bytes for KV, in place of `limits.kv_blocks`. Where neither is given, a share of the free memory.
+        clock: real time by default.
+        splitter: how passes are split (`qllm.executor.model.split`), unless the clock's step model does it.
+        max_step: seconds that no step should exceed, for the default splitter.
+        seed: of requests that bring none.
 
-    Raises UnsupportedModelError, SchedulerError, and ValueError for memory in which no KV block fits.
+    Attributes:
+        model, tokenizer, clock, limits: as above, with what was chosen by default.
+        vocabulary: number of token ids.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served.
+        SchedulerError: the policy or the limits are not possible.
+        ValueError: not a single KV block fits the memory.
     """
 
     def __init__(
@@ -103,6 +129,11 @@ class Engine:
                 stacklevel=2,
             )
         release_team()  # this thread has prepared the model and is not going to compute any more
+        log.info(
+            "engine started: %s, %s, on %s, %d KV blocks of %d tokens, policy %s",
+            *(model.config.model_type, facts["dtype"], model.device, given.kv_blocks, given.block_size),
+            type(self.scheduler.policy).__name__,
+        )
         self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
         self._thread.start()
 
@@ -116,7 +147,18 @@ class Engine:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> Engine:
-        """Load a Hugging Face checkpoint and, where it has one, its tokenizer. `settings`: those of Engine."""
+        """An engine for a Hugging Face checkpoint, with the checkpoint's tokenizer where it has one.
+
+        Args:
+            name_or_path: a folder, or a name on the hub.
+            device: where the model is to run.
+            dtype: of the weights; "auto" for that of the checkpoint.
+            trust_remote_code: whether code that comes with the checkpoint may run.
+            settings: the other arguments of Engine.
+
+        Raises:
+            UnsupportedModelError, SchedulerError, ValueError: as Engine does.
+        """
         model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer: Any
         try:
@@ -138,24 +180,44 @@ class Engine:
         min_tokens: int = 0,
         stop: Iterable[int] | None = None,
     ) -> Stream:
-        """Queue a request and return the stream of its tokens.
+        """Queue a request. Returns at once.
 
-        priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship. temperature 0 is
-        greedy. stop: token ids that end the request, the last of its tokens; by default the model's own, with an empty
-        `stop` there are none. Raises RequestError, SamplingError, EngineClosed.
+        Args:
+            prompt: text, or token ids.
+            max_new_tokens: tokens to generate, at most.
+            priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship.
+            temperature: 0 is greedy.
+            top_k: draw from so many most likely tokens; 0 for all.
+            top_p: draw from the most likely tokens that together have this probability.
+            seed: of the draws; one of the engine's own by default.
+            min_tokens: tokens before which no stop token is chosen.
+            stop: token ids that end the request, the last of its tokens; by default the model's own, with an empty
+                `stop` there are none.
+
+        Returns:
+            The stream of its tokens.
+
+        Raises:
+            RequestError: the prompt, its length or `stop` is not possible with this model.
+            SamplingError: a sampling parameter is outside its range.
+            EngineClosed: the engine was closed, or broke.
         """
-        stops = self._stop_ids if stop is None else frozenset(stop)
-        if any(not 0 <= token < self.vocabulary for token in stops):
-            raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
-        sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
-        sequence = self.make_request(prompt, max_new_tokens, priority, sampling, self.clock.now())
+        try:
+            stops = self._stop_ids if stop is None else frozenset(stop)
+            if any(not 0 <= token < self.vocabulary for token in stops):
+                raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
+            sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
+            sequence = self.make_request(prompt, max_new_tokens, priority, sampling, self.clock.now())
+        except (RequestError, SamplingError) as error:
+            log.warning("request refused: %s", error)
+            raise
         self._loop.send(lambda: self._loop.add(sequence))
         return sequence.stream
 
     def make_request(
         self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: SamplingParams, arrival: float
     ) -> EngineRequest:
-        """A request checked against the model, not queued yet. `arrival`: seconds on the engine's clock."""
+        """A request, checked against the model but not queued. `arrival`: seconds on the engine's clock."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
@@ -182,7 +244,15 @@ class Engine:
             self._loop.send(lambda: self._loop.abort(sequence))
 
     def call(self, function: Callable[[Loop], T]) -> T:
-        """`function(loop)`, run by the engine's thread at its next preemption point. Raises EngineClosed."""
+        """Have the engine's thread call `function` with its loop at the next preemption point, and wait for it.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            EngineClosed: the engine was closed, or broke.
+            BaseException: what the function raises.
+        """
         answer: Future[T] = Future()
 
         def message() -> None:

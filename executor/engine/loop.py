@@ -64,6 +64,7 @@ class Loop:
                     self._turn()
         except BaseException as error:
             self.error = error
+            log.error("engine broke: %s", type(error).__name__)
             raise
         finally:
             self._close()

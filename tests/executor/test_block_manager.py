@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("torch")
-
 from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.errors import ExecutorError
 

@@ -10,19 +10,16 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import qllm.executor.engine.loop
+from qllm.executor import Engine, RealClock
+from qllm.executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError
+from qllm.executor.model.passes import tensors
+from qllm.executor.testing import tiny_model
+from qllm.scheduler import Limits, RequestTooLarge
+from tests.engine_worlds import LAYERS, make_model, prompts
 
-import qllm.executor.engine.loop  # noqa: E402
-from qllm.executor import Engine, RealClock  # noqa: E402
-from qllm.executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError  # noqa: E402
-from qllm.executor.model.passes import tensors  # noqa: E402
-from qllm.executor.testing import tiny_model  # noqa: E402
-from qllm.scheduler import Limits, RequestTooLarge  # noqa: E402
-from tests.engine_worlds import LAYERS, make_model, prompts  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 NEW = 9
 
 

@@ -1,19 +1,14 @@
 """Packed weights compute what the plain ones did."""
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+from qllm.executor.cpu import linear as onednn
+from qllm.executor.cpu import packed_matmul
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.testing import tiny_model
 
-from qllm.executor.cpu import linear as onednn  # noqa: E402
-from qllm.executor.cpu import packed_matmul  # noqa: E402
-from qllm.executor.model.loading import prepare_model  # noqa: E402
-from qllm.executor.testing import tiny_model  # noqa: E402
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(not onednn.can_pack(), reason="this PyTorch has no packed linear"),
-]
+pytestmark = pytest.mark.skipif(not onednn.can_pack(), reason="this PyTorch has no packed linear")
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 70])

@@ -9,22 +9,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import qllm.executor.model.experts
+from qllm.executor import Engine
+from qllm.executor.engine.execution import execution_of
+from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.model.passes import RunningPass
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.split import LinearSplitter, Split
+from qllm.executor.testing import tiny_model
+from qllm.scheduler import Limits, make_policy
+from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve
 
-import qllm.executor.model.experts  # noqa: E402
-from qllm.executor import Engine  # noqa: E402
-from qllm.executor.engine.execution import execution_of  # noqa: E402
-from qllm.executor.model.packed_batch import Sequence  # noqa: E402
-from qllm.executor.model.passes import RunningPass  # noqa: E402
-from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
-from qllm.executor.model.split import LinearSplitter, Split  # noqa: E402
-from qllm.executor.testing import tiny_model  # noqa: E402
-from qllm.scheduler import Limits, make_policy  # noqa: E402
-from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-5
 
 

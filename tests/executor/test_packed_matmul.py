@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from qllm.executor.cpu import linear, packed_matmul  # noqa: E402
+from qllm.executor.cpu import linear, packed_matmul
 
 pytestmark = pytest.mark.skipif(not linear.can_pack(), reason="this PyTorch has no packed linear")
 

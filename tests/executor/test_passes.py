@@ -5,21 +5,17 @@ import os
 import sys
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from qllm.executor.errors import PassError  # noqa: E402
-from qllm.executor.model.kv_cache import PagedKVCache  # noqa: E402
-from qllm.executor.model.loading import prepare_model  # noqa: E402
-from qllm.executor.model.packed_batch import Sequence  # noqa: E402
-from qllm.executor.model.passes import Point  # noqa: E402
-from qllm.executor.model.runner import Runner, run_to_end  # noqa: E402
-from qllm.executor.model.split import LinearSplitter, Split, whole  # noqa: E402
-from qllm.executor.testing import tiny_model  # noqa: E402
-from tests.engine_worlds import finest  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+from qllm.executor.errors import PassError
+from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.model.passes import Point
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.split import LinearSplitter, Split, whole
+from qllm.executor.testing import tiny_model
+from tests.engine_worlds import finest
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import qllm.executor.engine.loop  # noqa: E402
-from qllm.executor.engine.execution import execution_of  # noqa: E402
-from qllm.executor.errors import RequestFailed  # noqa: E402
-from qllm.executor.testing import tiny_model  # noqa: E402
-from qllm.scheduler import Limits, State  # noqa: E402
-from qllm.traces.step_times.cost_model import TICK  # noqa: E402
-from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve, step_model  # noqa: E402
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+import qllm.executor.engine.loop
+from qllm.executor.engine.execution import execution_of
+from qllm.executor.errors import RequestFailed
+from qllm.executor.testing import tiny_model
+from qllm.scheduler import Limits, State
+from qllm.traces.step_times.cost_model import TICK
+from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve, step_model
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Sampling: filters, seeds and stop tokens."""
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-from qllm.executor.engine.sampling import SamplingParams, draw, sample, uniform  # noqa: E402
-from qllm.executor.errors import SamplingError  # noqa: E402
+from qllm.executor.engine.sampling import SamplingParams, draw, sample, uniform
+from qllm.executor.errors import SamplingError
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
 

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("policy", "evict", "merge"), [("qllm", "offload", True), ("hybrid", "recompute", False)])
 def test_random_load_with_aborts_and_exceptions_leaves_nothing_behind(one_thread, policy, evict, merge):
     spec = importlib.util.spec_from_file_location("soak", SCRIPT)
@@ -22,7 +18,6 @@ def test_random_load_with_aborts_and_exceptions_leaves_nothing_behind(one_thread
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.soak(0.0, seed=1, policy=policy, evict=evict, merge=merge, at_least=60)
-    found["late_mb"] = found["early_mb"]  # a few requests say nothing about growth
     assert module.flaws(found) == []
     assert found["sent"] >= 60
     assert found["cancelled"] > 0

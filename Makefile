@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 AS_INSTALLED = rm -rf build/typed && mkdir -p build/typed/qllm && \
 	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
 
-.PHONY: demo demo-engine test test-all test-lowest test-newest lint figures docs clean
+.PHONY: demo demo-engine test test-all test-lowest test-newest lint types figures docs clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
@@ -40,6 +40,9 @@ test-newest:
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: .venv/.installed-dev
 	$(AS_INSTALLED)
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 

@@ -1,31 +1,19 @@
 """The executor: Hugging Face MoE models in PyTorch, every forward pass suspendable between two experts.
 
-model      load a model with the hooks, or refuse it          passes    one pass in a greenlet: advance, suspend, close
-support    what is refused, and why                           cuts      where a pass can stop
-hooks      registration with transformers                     batch     packed rows and their attention plan
-attention  attention hook                                     kv_cache  paged KV, moved to host memory and back
-experts    experts hook                                       sampling  logits to tokens
-linear     packed weights on CPUs                             families  the MoE families of transformers, tiny models
-runner     starts passes over one model and one KV cache
+    from qllm.executor import Engine
 
-engine     serves requests: submit, cancel, close             loop      the thread that decides and runs passes
-streams    tokens as they come, and the record of times       jobs      a request inside the engine
-clock      real time, or that of a step model                 replays   a request trace, sent and recorded
-memory     which KV blocks are whose                          tape      the timeline and routing of a run
-asides     what the engine's thread does beside serving
+    with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", dtype="bfloat16") as engine:
+        for token in engine.submit("Hello", max_new_tokens=32, priority=0):
+            print(token.text, end="")
 
-calibrate  a timing trace from measured passes                measure   one pass, timed part by part
-bench      the passes of a calibration, in rounds             grids     which passes
-measured   finished measurements, kept on disk                timing_points  from them to the trace's points
-subject    the model that is calibrated                       facts     device, sizes, versions, clocks
-loop_cost  the engine's own time between passes               routing_record  experts that real prompts use
-calibration_check  whole passes against the sum of their steps
+engine/         serves requests: the engine and its thread, clocks, sampling, replay of request traces
+model/          one model: loading and checks, the hooks, one pass in a greenlet, the KV cache
+cpu/            what makes float32 on CPUs fast: packed weights, a kernel, huge pages
+calibration/    measures a model's passes and writes a timing trace
+errors.py       the errors of all of them
+testing.py      models without a checkpoint: tiny ones of any family, a demo, one to compare engines on
 
-from qllm.executor import Engine
-
-with Engine.from_pretrained("Qwen/Qwen3-30B-A3B", policy="qllm", device="cuda", dtype="bfloat16") as engine:
-    for token in engine.submit("Hello", max_new_tokens=32, priority=0):
-        print(token.text, end="")
+Imports run downwards only: calibration, engine, model, cpu. Each folder's text says what lies in it.
 """
 
 if __name__ != "qllm.executor":
@@ -39,15 +27,47 @@ if TYPE_CHECKING:
     from qllm.executor.engine.clock import RealClock as RealClock
     from qllm.executor.engine.clock import VirtualClock as VirtualClock
     from qllm.executor.engine.engine import Engine as Engine
+    from qllm.executor.engine.engine import Stats as Stats
     from qllm.executor.engine.replay import replay as replay
+    from qllm.executor.engine.requests import Completion as Completion
+    from qllm.executor.engine.requests import RequestTimes as RequestTimes
+    from qllm.executor.engine.requests import Stream as Stream
+    from qllm.executor.engine.requests import Token as Token
+    from qllm.executor.engine.sampling import SamplingParams as SamplingParams
+    from qllm.executor.errors import EngineClosed as EngineClosed
     from qllm.executor.errors import ExecutorError as ExecutorError
+    from qllm.executor.errors import LoadError as LoadError
+    from qllm.executor.errors import RequestError as RequestError
+    from qllm.executor.errors import RequestFailed as RequestFailed
+    from qllm.executor.errors import SamplingError as SamplingError
+    from qllm.executor.errors import UnsupportedModelError as UnsupportedModelError
+    from qllm.executor.model.loading import load_model as load_model
+    from qllm.executor.model.loading import prepare_model as prepare_model
+    from qllm.executor.model.split import LinearSplitter as LinearSplitter
+    from qllm.executor.model.split import Split as Split
 
 # Loaded when first used: torch and transformers take seconds to import.
 _WHERE = {
+    "Completion": "qllm.executor.engine.requests",
     "Engine": "qllm.executor.engine.engine",
+    "EngineClosed": "qllm.executor.errors",
     "ExecutorError": "qllm.executor.errors",
+    "LinearSplitter": "qllm.executor.model.split",
+    "LoadError": "qllm.executor.errors",
     "RealClock": "qllm.executor.engine.clock",
+    "RequestError": "qllm.executor.errors",
+    "RequestFailed": "qllm.executor.errors",
+    "RequestTimes": "qllm.executor.engine.requests",
+    "SamplingError": "qllm.executor.errors",
+    "SamplingParams": "qllm.executor.engine.sampling",
+    "Split": "qllm.executor.model.split",
+    "Stats": "qllm.executor.engine.engine",
+    "Stream": "qllm.executor.engine.requests",
+    "Token": "qllm.executor.engine.requests",
+    "UnsupportedModelError": "qllm.executor.errors",
     "VirtualClock": "qllm.executor.engine.clock",
+    "load_model": "qllm.executor.model.loading",
+    "prepare_model": "qllm.executor.model.loading",
     "replay": "qllm.executor.engine.replay",
 }
 

@@ -23,14 +23,14 @@ def named_policy(name: str, settings: dict[str, Any]) -> Policy:
 
 
 def file_policy(file: str | Path, class_name: str | None, settings: dict[str, Any]) -> Policy:
-    """The subclass of scheduler.Policy in a Python file, `class_name` if it defines several, with its settings.
+    """The subclass of qllm.scheduler.Policy in a Python file, `class_name` if it defines several, with its settings.
 
     The file is run as any Python module is. ConfigError (file and line) where it breaks or defines no such class.
     """
     path = Path(file)
     spec = importlib.util.spec_from_file_location(f"qllm_policy_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: not a Python file; expected one that defines a subclass of scheduler.Policy")
+        raise ConfigError(f"{path}: not a Python file; expected one that defines a subclass of qllm.scheduler.Policy")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -45,7 +45,7 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
         raise ConfigError(f"{path}: no policy class {class_name!r}; {suggestion(class_name, list(found))}")
     if class_name is None and len(found) != 1:
         names = f"{len(found)} of them ({', '.join(found)}); name one with class:" if found else "none"
-        raise ConfigError(f"{path}: expected one subclass of scheduler.Policy, found {names}")
+        raise ConfigError(f"{path}: expected one subclass of qllm.scheduler.Policy, found {names}")
     chosen = class_name or next(iter(found))
     try:
         return build_policy(found[chosen], chosen, settings)

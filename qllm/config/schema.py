@@ -57,7 +57,7 @@ Arrival = Annotated[Poisson | Gamma | OnOff | Replay, Field(discriminator="proce
 
 
 class LimitsConfig(StrictModel):
-    """What the batches and the memory may hold (see scheduler.Limits)."""
+    """What the batches and the memory may hold (see qllm.scheduler.Limits)."""
 
     max_seqs: Count = 32  #: sequences in a pass
     max_batched_tokens: Count = 8192  #: tokens in a pass; a longer prompt takes several passes

@@ -51,7 +51,7 @@ def test_a_policy_file_decides(tmp_path: Path) -> None:
     [
         ("def broken(:\n", {}, ["mine.py:1", "SyntaxError"]),
         ("import nothing_of_that_name\n", {}, ["mine.py:1", "ModuleNotFoundError"]),
-        ("x = 1\n", {}, ["one subclass of scheduler.Policy", "none"]),
+        ("x = 1\n", {}, ["one subclass of qllm.scheduler.Policy", "none"]),
         (SHORTEST + "class Other(ShortestFirst):\n    pass\n", {}, ["2 of them", "ShortestFirst, Other", "class:"]),
         (SHORTEST, {"lengest": 3}, ["mine.py", "lengest", "longest"]),
         (

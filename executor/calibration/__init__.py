@@ -1,0 +1,1 @@
+"""Calibration: passes of the engine, timed part by part, become a timing trace."""

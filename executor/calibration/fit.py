@@ -208,7 +208,9 @@ def expert_points(fit: ExpertFit, share: float) -> list[Point]:
 
 def launch_points(measured: Measured, share: float) -> list[Point]:
     """What a further group of experts with tokens costs, by tokens of the pass: the same passes split and whole.
-    `share`: as in `expert_points`."""
+
+    `share`: as in `expert_points`.
+    """
     extra: dict[int, list[tuple[float, float, int]]] = {}
     for kind, found in measured.items():
         if kind.experts_per_group == ALL:

@@ -124,7 +124,9 @@ def pass_kinds(
 
 
 def mixed_lengths(mean: float, sequences: int, most: int | None = None) -> list[int]:
-    """Lengths of sequences as they meet in serving: evenly spread from half of `mean` to one and a half, none above
-    `most`, summing to `sequences` x `mean` but for rounding."""
+    """Lengths of sequences as they meet in serving: evenly spread from half of `mean` to one and a half.
+
+    None is above `most`; they sum to `sequences` x `mean` but for rounding.
+    """
     width = mean if most is None else min(mean, 2 * (most - mean))
     return [round(mean + width * ((i + 0.5) / sequences - 0.5)) for i in range(sequences)]

@@ -1,0 +1,1 @@
+"""Validation: the same requests on the real engine and in the simulator."""

@@ -10,10 +10,13 @@ _MADV_COLLAPSE = 25  # Linux 6.1; also where transparent huge pages are left to 
 
 
 def collapse_anonymous() -> int:
-    """Put the process's anonymous memory into huge pages, as far as the kernel does so; returns the bytes asked for.
+    """Put the process's anonymous memory into huge pages, as far as the kernel does so.
 
     A decode step reads all the weights that it needs once, and with small pages a part of its time goes into looking
     them up. Takes about two seconds a GB, once. Does nothing on other systems.
+
+    Returns:
+        The bytes for which the kernel was asked.
     """
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from qllm.executor.cpu.packed_matmul import packed_matmul_of
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-#: oneDNN makes code for each number of rows, and keeps it for 1,024 products (1.7 MB each), fewer than prompts bring to
-#: experts, so that it was made anew (benchmarks/fidelity/first_passes.py). So it gets multiples of so many rows.
+#: oneDNN makes code for each number of rows and keeps that of 1,024 products (1.7 MB each). Prompts bring more numbers
+#: of rows than that to experts, and the code was made anew (benchmarks/fidelity/first_passes.py). So oneDNN gets
+#: multiples of so many rows.
 EVEN_ROWS = 4
 PACK_ROWS = 4  # rows that the packed format is chosen for: a decode step brings few to each expert
 
@@ -54,19 +55,27 @@ class PackedWeights:
         plain = list(weights)
         self._packed = [pack(weight) for weight in plain]
         self._n, k = plain[0].shape
-        self._strips = packed_matmul_of(self._packed, self._n, k, linear)
+        self._matmul = packed_matmul_of(self._packed, self._n, k, linear)
 
     def __len__(self) -> int:
         return len(self._packed)
 
     def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """`[S, N]`: of `x` `[S, K]`, `sizes[i]` rows times weight `which[i]`, one after another.
+        """The products of some rows with each of some weights.
 
-        How a row is computed depends on the number of rows that come with it to its weight at most, and by the kernel
-        of `qllm.executor.cpu.packed_matmul` on nothing.
+        The bits of a row may depend on how many rows come to the same weight. With the kernel of
+        `qllm.executor.cpu.packed_matmul` they depend on nothing but the row.
+
+        Args:
+            x: `[S, K]`; the rows of one weight after those of another.
+            which: numbers of the weights.
+            sizes: rows of each.
+
+        Returns:
+            `[S, N]`.
         """
-        if self._strips is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
-            return self._strips.products(x, which, sizes)
+        if self._matmul is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
+            return self._matmul.products(x, which, sizes)
         parts = zip(x.split(list(sizes)), which, strict=True)
         outputs = [linear_of_even_size(part, self._packed[weight]) for part, weight in parts]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -79,11 +88,14 @@ def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_model(model: torch.nn.Module) -> int:
-    """Pack the linear layers and experts of a float32 CPU model, and free the plain weights; returns how many.
+    """Pack the linear layers and experts of a float32 CPU model, and free the plain weights.
 
-    The parameters keep their shapes but hold NaN without memory: the model computes through `linear` alone afterwards.
-    Only exact `torch.nn.Linear` modules are packed (a subclass, quantised say, has its own forward), and a weight that
-    several modules share stays as it is too.
+    The parameters keep their shapes but hold NaN without memory: afterwards the model computes with the packed weights
+    alone. Only exact `torch.nn.Linear` modules are packed: a subclass, for a quantised layer say, has its own forward.
+    A plain weight that several modules share is kept.
+
+    Returns:
+        The number of weights packed.
     """
     if not can_pack():
         return 0
@@ -108,6 +120,7 @@ def pack_model(model: torch.nn.Module) -> int:
 
 
 def packable(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's packed format is for such a weight."""
     return weight.dtype is torch.float32 and weight.device.type == "cpu"
 
 
@@ -117,6 +130,8 @@ def release(parameter: torch.Tensor) -> None:
 
 
 def forward_of(packed: PackedWeights, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a linear layer with one packed weight."""
+
     def forward(input: torch.Tensor) -> torch.Tensor:  # the name that torch.nn.Linear.forward gives it
         rows = input.reshape(-1, input.shape[-1])
         out = packed.products(rows, [0], [rows.shape[0]])

@@ -23,8 +23,10 @@ def runtime() -> ctypes.CDLL | None:
 
 
 def release_team() -> bool:
-    """End the helpers of the calling thread, which come back when it computes again. False where that cannot be done:
-    another runtime, or another system than Linux."""
+    """End the helpers of the calling thread; they come back when it computes again.
+
+    Returns False where that cannot be done: another runtime, or another system than Linux.
+    """
     openmp = runtime()
     return (
         openmp is not None and hasattr(openmp, "omp_pause_resource_all") and openmp.omp_pause_resource_all(_SOFT) == 0

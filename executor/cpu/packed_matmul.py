@@ -1,10 +1,14 @@
-"""Products with many packed weights in one call (`strips.cpp`), on CPUs with AVX-512.
+"""Products with many packed weights in one call (`packed_matmul.cpp`), on CPUs with AVX-512.
 
-A product of oneDNN's costs about 13 microseconds besides its arithmetic, where a decode step needs two for each expert
-that it hits, and oneDNN makes code for each number of rows that it sees. The kernel has neither cost, computes a row
-with the same bits whatever comes with it, reads oneDNN's own packed weights, so that nothing is held twice, and shares
-PyTorch's OpenMP team. It is compiled when the package is installed, where there is a C++ compiler; without it, or where
-the packed format is another, oneDNN does all products.
+A product of oneDNN's costs about 13 microseconds besides its arithmetic, and a decode step needs two for each expert
+that it hits. oneDNN also makes code for each number of rows that it sees. The kernel has neither cost:
+
+- It computes a row with the same bits whatever comes with it.
+- It reads oneDNN's own packed weights, so that nothing is held twice.
+- It shares PyTorch's OpenMP team.
+
+It is compiled when the package is installed, where there is a C++ compiler. Without it, or where the packed format is
+another, oneDNN does all products.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 
 from qllm.executor.cpu.openmp import runtime
 
-STRIP = 64  # outputs in a strip of the packed format, as in strips.cpp
+STRIP = 64  # outputs in a strip of the packed format, as in packed_matmul.cpp
 
 
 @cache
@@ -40,7 +44,10 @@ def kernel() -> Callable[..., None] | None:
 
 
 class PackedMatmul:
-    """Where the strips of packed weights `[n, k]`, all of one shape, lie in memory."""
+    """Products with packed weights `[n, k]`, all of one shape.
+
+    The packed format holds STRIP outputs together; this keeps where these strips lie in memory.
+    """
 
     def __init__(self, packed: Sequence[torch.Tensor], n: int, k: int):
         self._packed = packed  # keeps the memory
@@ -49,9 +56,19 @@ class PackedMatmul:
         self._stride = torch.ops.mkldnn._nbytes(packed[0]) // 4 // -(-n // STRIP)
 
     def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """`[S, n]`: of `x` `[S, k]` (float32), `sizes[i]` rows times weight `which[i]`, one after another.
+        """The products of some rows with each of some weights.
 
-        Raises ValueError where `x` has another shape, RuntimeError without the kernel.
+        Args:
+            x: `[S, k]`, float32; the rows of one weight after those of another.
+            which: numbers of the weights.
+            sizes: rows of each.
+
+        Returns:
+            `[S, n]`.
+
+        Raises:
+            ValueError: `x` has another shape.
+            RuntimeError: there is no kernel.
         """
         run = kernel()
         if run is None:
@@ -78,9 +95,9 @@ class PackedMatmul:
 def packed_matmul_of(
     packed: Sequence[torch.Tensor], n: int, k: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> PackedMatmul | None:
-    """The strips of oneDNN's packed weights `[n, k]`; None without the kernel or where they are packed in another way.
+    """The kernel over oneDNN's packed weights `[n, k]`; None without it, or where they are packed in another way.
 
-    The format is oneDNN's own affair and may change with its version, the processor and the shape; so the kernel's
+    The format is internal to oneDNN and may change with its version, the processor and the shape. So the kernel's
     products with each weight are compared with those of oneDNN (`product(x, weight)`) before it is trusted.
     """
     if kernel() is None or not hasattr(torch.ops.mkldnn, "data_ptr"):
@@ -89,8 +106,8 @@ def packed_matmul_of(
     sizes = {torch.ops.mkldnn._nbytes(w) for w in packed}
     if len(sizes) != 1 or min(sizes) % (4 * n_strips) or min(sizes) < 4 * n_strips * STRIP * k:
         return None
-    strips, x = PackedMatmul(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k)
-    out = strips.products(x, range(len(packed)), [1] * len(packed))
+    matmul, x = PackedMatmul(packed, n, k), torch.linspace(-2, 3, k).sin().expand(len(packed), k)
+    out = matmul.products(x, range(len(packed)), [1] * len(packed))
     expected = torch.cat([product(x[:1], w) for w in packed])
     tolerance = 1e-4 * float(expected.abs().nan_to_num(0, 0).max())
-    return strips if torch.allclose(out, expected, rtol=1e-3, atol=tolerance, equal_nan=True) else None
+    return matmul if torch.allclose(out, expected, rtol=1e-3, atol=tolerance, equal_nan=True) else None

@@ -84,8 +84,11 @@ class BlockManager:
         return self._cache.n_blocks - self.held
 
     def _room(self, need: int) -> int:
-        """Where to put `need` blocks: in the middle of the longest run of free ones, so that they and those before the
-        run can grow; at its start where it is not longer."""
+        """Where to put `need` blocks.
+
+        In the middle of the longest run of free ones, so that they and those before the run can grow; at its start
+        where it is not longer than `need`.
+        """
         edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
         starts, ends = edges[::2], edges[1::2]
         longest = int((ends - starts).argmax())

@@ -80,7 +80,8 @@ class Engine:
         seed: of requests that bring none.
 
     Attributes:
-        model, tokenizer, clock, limits: as above, with what was chosen by default.
+        limits: what the scheduler may use, KV blocks included.
+        clock: what time it is.
         vocabulary: number of token ids.
 
     Raises:
@@ -157,7 +158,9 @@ class Engine:
             settings: the other arguments of Engine.
 
         Raises:
-            UnsupportedModelError, SchedulerError, ValueError: as Engine does.
+            UnsupportedModelError: the model cannot be served.
+            SchedulerError: the policy or the limits are not possible.
+            ValueError: not a single KV block fits the memory.
         """
         model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer: Any

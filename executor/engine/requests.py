@@ -138,7 +138,9 @@ class Stream:
         """Wait for the end and return the whole output.
 
         Raises:
-            RequestFailed, EngineClosed, RequestTooLarge: as iterating does.
+            RequestFailed: the pass that the request was in broke.
+            EngineClosed: the engine was closed, or broke.
+            RequestTooLarge: the request can never fit the KV budget.
         """
         for _ in self:
             pass
@@ -150,7 +152,7 @@ class Stream:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop", "length", "cancelled" or "error"; None before the end was reached by iterating."""
+        """Why it ended: "stop", "length", "cancelled" or "error"; None before the end was reached by iterating."""
         return None if self._end is None else self._end.reason
 
     @property

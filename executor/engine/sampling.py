@@ -19,11 +19,18 @@ from qllm.executor.errors import SamplingError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. `temperature` 0 is greedy.
+    """How one request's tokens are chosen.
 
-    `top_k` 0 and `top_p` 1 filter nothing. `stop` token ids end the request; they are not chosen before `min_tokens`
-    tokens are there. `seed` None takes a seed of its own from the engine. Raises SamplingError for values outside their
-    range.
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: draw from so many most likely tokens; 0 for all.
+        top_p: draw from the most likely tokens that together have this probability; above 0, at most 1.
+        seed: of the draws; None for one of the engine's own.
+        min_tokens: tokens before which no stop token is chosen.
+        stop: token ids that end the request.
+
+    Raises:
+        SamplingError: a value is outside its range.
     """
 
     temperature: float = 0.0
@@ -56,9 +63,16 @@ def uniform(seed: int, step: int) -> float:
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
 ) -> list[int]:
-    """One token id per row of `logits` `[rows, vocab]`.
+    """Choose one token for each row.
 
-    `generated[i]`: tokens that request i has generated so far; `seeds[i]`: its seed.
+    Args:
+        logits: `[rows, vocab]`.
+        params: of each row's request.
+        generated: tokens that each row's request has generated so far.
+        seeds: of each row's request.
+
+    Returns:
+        Token ids, one a row.
     """
     logits = forbid_stops(logits, params, generated)
     tokens = logits.argmax(dim=-1)

@@ -34,11 +34,27 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer: query `[1, heads, T, Dk]`, key `[1, kv_heads, T, Dk]`, value `[1, kv_heads, T, Dv]`.
+    """Attention of one layer, called by the model inside a pass.
 
-    Returns `[1, T, heads, Dv]`. `sliding_window` counts the tokens seen, the token itself included; `s_aux` (`[heads]`)
-    are attention sinks. Raises UnsupportedModelError for an attention that is not plainly causal over the sequence's
-    own KV.
+    Args:
+        module: the attention layer.
+        query: `[1, heads, T, Dk]`.
+        key: `[1, kv_heads, T, Dk]`.
+        value: `[1, kv_heads, T, Dv]`.
+        attention_mask: must be None.
+        scaling: of the scores; by default `Dk ** -0.5`.
+        sliding_window: tokens seen, the token itself included.
+        softcap: of the scores.
+        s_aux: attention sinks, `[heads]`.
+        is_causal: must not be False.
+        kwargs: ignored, but for tensors that it knows nothing of.
+
+    Returns:
+        `[1, T, heads, Dv]`, and None for the attention weights.
+
+    Raises:
+        UnsupportedModelError: the attention is not plainly causal over the sequence's own KV.
+        ExecutorError: there is no pass.
     """
     running = current_pass()
     if running is None:
@@ -96,16 +112,22 @@ class Kernel:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False
     ) -> torch.Tensor:
-        """q `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`, mask bool `[rows, L]` or `[B, 1, 1, L]`.
-        `causal` (no mask, rows = L, plain only): row i sees keys 0 to i.
+        """Attention of query heads, of which `group` share one KV head.
 
-        Returns `[B, kv_heads, group, rows, Dv]`.
+        Args:
+            q: `[B, kv_heads, group, rows, Dk]`.
+            k: `[B, kv_heads, L, Dk]`.
+            v: `[B, kv_heads, L, Dv]`.
+            mask: bool `[rows, L]` or `[B, 1, 1, L]`, True where a row may look; None for everywhere.
+            causal: row i sees keys 0 to i; only where there is no mask, rows = L, and the kernel is plain.
+
+        Returns:
+            `[B, kv_heads, group, rows, Dv]`.
         """
         batch, heads, group, rows, _ = q.shape
         if self.plain:
-            if not causal and (
-                mask is None or mask.dim() == 4
-            ):  # one row a head, or all the same mask: a group's heads are rows too
+            # One row a head, or the same mask for all: a group's heads are rows too.
+            if not causal and (mask is None or mask.dim() == 4):
                 return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, mask, scale=self.scale).view(
                     batch, heads, group, rows, v.shape[-1]
                 )
@@ -147,8 +169,11 @@ def decode(
 
 
 class Keys:
-    """K and V that query blocks attend to, of the pass's own rows (key, value `[kv_heads, T, D]`) or of a chunk's
-    sequence. What lies in the cache is gathered once a chunk and kept from its first block to its last."""
+    """K and V that query blocks attend to.
+
+    They are those of the pass's own rows (key, value `[kv_heads, T, D]`), or those of a chunk's sequence. The latter
+    are gathered from the cache once a chunk and kept from its first block to its last.
+    """
 
     holds_activations = True
 

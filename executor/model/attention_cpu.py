@@ -46,8 +46,10 @@ def available() -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`. `weight` `[N, K]` must be contiguous, or the transpose of such: with other strides oneDNN is a
-    thousand times slower."""
+    """`x @ weight.T`.
+
+    `weight` `[N, K]` must be contiguous, or the transpose of such: with other strides oneDNN is 1,000 times slower.
+    """
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
 
@@ -55,10 +57,15 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def attend(
     block: QueryBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float
 ) -> None:
-    """Attention of the rows of `block` over its positions `low` to `high`, into `out` `[rows, heads, Dv]`.
+    """Attention of the rows of `block` over its positions `low` to `high`, in float32 on the CPU.
 
-    q `[rows, heads, Dk]`, k `[kv_heads, high - low, Dk]` and v `[kv_heads, high - low, Dv]`, contiguous within a head;
-    float32 on the CPU.
+    Args:
+        block: the rows and what they see.
+        q: `[rows, heads, Dk]`.
+        k: `[kv_heads, high - low, Dk]`, contiguous within a head.
+        v: `[kv_heads, high - low, Dv]`, contiguous within a head.
+        out: `[rows, heads, Dv]`, filled here.
+        scale: of the scores.
     """
     kv_heads, group = k.shape[0], q.shape[1] // k.shape[0]
     step = max(MIN_ROWS, PART_ROWS // group)

@@ -81,7 +81,10 @@ def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, Runn
 def check_windows(config: PreTrainedConfig, windows: list[int | None], told: list[int | None]) -> None:
     """Raise UnsupportedModelError where a layer told the hook another sliding window than its configuration declares.
 
-    `windows`: declared, one a layer; `told`: what reached the hook, None where the model leaves the window to its mask.
+    Args:
+        config: of the model.
+        windows: declared, one a layer.
+        told: what reached the hook, None where the model leaves the window to its mask.
     """
     if not told:
         raise UnsupportedModelError(f"{config.model_type}: its attention does not go through the attention interface")

@@ -18,9 +18,12 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class HostKV:
-    """KV of one sequence moved to host memory.
+    """KV of one sequence in host memory.
 
-    `layers[i]` is `(keys, values)`, each `[tokens, kv_heads, width]`; a layer that does not exist yet is absent.
+    Attributes:
+        tokens: positions stored.
+        layers: (keys, values) of each layer, each `[tokens, kv_heads, width]`; a layer that does not exist yet is
+            absent.
     """
 
     tokens: int
@@ -28,6 +31,7 @@ class HostKV:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in host memory."""
         return sum(t.nbytes for pair in self.layers for t in pair)
 
 
@@ -44,6 +48,16 @@ class PagedKVCache:
 
     The zero slot pads short sequences in a batched gather: a masked slot must not hold another sequence's NaN, since
     0 * NaN is NaN.
+
+    Args:
+        n_blocks: at least 1.
+        block_size: tokens in a block, at least 1.
+        device: where K and V lie.
+
+    Attributes:
+        zero_slot: the number of that slot.
+        keys: a tensor for each layer so far, `[slots + 1, kv_heads, width]`.
+        values: the same.
     """
 
     def __init__(self, n_blocks: int, block_size: int, device: torch.device | str = "cpu"):
@@ -95,8 +109,10 @@ class PagedKVCache:
 
 
 def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows: over three dimensions, or by index_select,
-    the copy takes several times as long on a CPU."""
+    """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows.
+
+    Over three dimensions, or by index_select, the copy takes several times as long on a CPU.
+    """
     return F.embedding(slots, store.flatten(1)).view(-1, *store.shape[1:])
 
 

@@ -11,6 +11,7 @@ events of that instant (`FINISH`, `DECISION`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -20,6 +21,7 @@ from simpy.events import EventPriority
 from qllm.scheduler import Pass, Policy, Request, Scheduler
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
+from qllm.traces.step_times.cost_model import TICK, TICKS_PER_S
 
 #: priorities of events at one instant; arrivals have SimPy's own, 1
 FINISH, DECISION = EventPriority(0), EventPriority(2)
@@ -49,6 +51,7 @@ class Device:
         self.idle: simpy.Event | None = None  # what it waits for while nothing runs
         self.rested = False  # it stood idle for a time, and the next pass wakes it up
         self.interruptible: Pass | None = None  # the running pass, while an event may stop it
+        self.rechecks = type(scheduler.policy).recheck_at is not Policy.recheck_at  # what it decides changes with time
         self.process: simpy.Process  # from `start` on
 
     def start(self, kind: Callable[[Device], Process]) -> None:
@@ -56,10 +59,10 @@ class Device:
         self.process = self.env.process(kind(self))
 
     def poke(self) -> None:
-        """Something arrived: wake the device, or stop its pass if the scheduler says so."""
+        """Something arrived: wake the device, or stop its pass if the scheduler says so or may say so later."""
         p = self.interruptible
         if p is not None:
-            if self.scheduler.should_yield(p, self.env.now):
+            if self.rechecks or self.scheduler.should_yield(p, self.env.now):
                 self.interruptible = None
                 self.process.interrupt()
         elif self.idle is not None:
@@ -91,8 +94,8 @@ class Device:
 
     def suspend(self, p: Pass, run: SimulatedPass) -> None:
         """`p` stops where `run` stands."""
-        if self.scheduler.suspended(p, self.env.now):
-            p.cursor = run
+        self.scheduler.suspended(p, self.env.now)
+        p.cursor = run
 
 
 def fast_device(device: Device) -> Process:
@@ -101,7 +104,7 @@ def fast_device(device: Device) -> Process:
     steps = gpu.steps
     stops = gpu.granularity != "iteration"
     merging = Merging(scheduler) if scheduler.policy.merge else None
-    rechecks = stops and type(scheduler.policy).recheck_at is not Policy.recheck_at
+    rechecks = stops and device.rechecks
     while True:
         if env.peek() == env._now:
             yield device.sleep(0.0, DECISION)
@@ -121,7 +124,9 @@ def fast_device(device: Device) -> Process:
         end = origin + run.total
         while True:
             now = env._now
-            until = min(end, scheduler.recheck_at(p, now)) if rechecks else end
+            until = end
+            if rechecks:  # points lie at whole ticks, and so do all times here
+                until = math.ceil(min(end, scheduler.recheck_at(p, now)) * TICKS_PER_S) * TICK
             try:
                 if not (stops and scheduler.should_yield(p, now)):
                     if stops:
@@ -133,7 +138,8 @@ def fast_device(device: Device) -> Process:
                     if not scheduler.should_yield(p, env._now):
                         continue
             except simpy.Interrupt:
-                pass
+                if rechecks and not scheduler.should_yield(p, env._now):
+                    continue
             done = run.next_point(max(env._now - origin, run.at))
             ends = run.ends()
             if done == len(ends):

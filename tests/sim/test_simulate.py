@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.scheduler import Limits, Request, RequestTooLarge, Scheduler, SchedulerError, make_policy
+from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler, SchedulerError, make_policy
 from qllm.sim import Routing, Status, isolated_ttft, uniform
 from qllm.sim.passes import GpuModel
 from qllm.traces.requests.trace import RequestTrace
@@ -31,6 +32,65 @@ def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy
         np.testing.assert_array_equal(getattr(fast, column), getattr(slow, column), err_msg=column)
     assert fast.makespan == slow.makespan
     assert fast.passes == slow.passes
+
+
+class Patient(Policy):
+    """A waiting LS prompt stops what runs once it has waited for `wait_s`: nothing happens at that moment."""
+
+    granularity = "expert"
+
+    def __init__(self, wait_s: float):
+        self.wait_s = wait_s
+
+    def due(self, s: Scheduler) -> float:
+        first = s.waiting.peek(0)
+        return math.inf if first is None else first.arrival + self.wait_s
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        return running.prefill_level > 0 and now >= self.due(s) and s.can_prefill(0)
+
+    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        return self.due(s) if self.due(s) > now else math.inf
+
+
+class Shy(Policy):
+    """One waiting LS prompt stops what runs, two do not: a second one may come before the point is reached."""
+
+    granularity = "expert"
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        return running.prefill_level > 0 and s.waiting.count(0) == 1 and s.can_prefill(0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(traces(), st.sampled_from([Shy(), Patient(0.0), Patient(1e-4), Patient(1e-2)]), limits(), step_models())
+def test_policies_that_change_their_mind_decide_alike_on_both_devices(trace, policy, limits, steps):
+    fast, slow = (
+        run(trace, policy, limits, steps, timeline=True, step_by_step=step_by_step) for step_by_step in (False, True)
+    )
+    assert fast.slices == slow.slices
+
+
+def test_a_pass_goes_on_where_what_stopped_it_has_changed_its_mind():
+    """The second LS prompt comes before the first has stopped the pass, and then it does not stop."""
+    steps = PassCostModel(affine_timings(layers=1, experts=2), max_step=1e-6)
+    limits = Limits(max_batched_tokens=64)
+    for second, suspended in ((1.5e-6, False), (1.0, True)):
+        arrivals = np.array([0.0, 1e-6, second])
+        trace = RequestTrace(arrivals, np.array([60, 5, 5]), np.ones(3, int), np.array([1, 0, 0]), ("ls", "be"))
+        result = run(trace, Shy(), limits, steps, timeline=True)
+        assert result.slices is not None
+        assert result.slices[0].suspended == suspended
+
+
+def test_a_policy_that_changes_with_time_is_asked_again_when_it_said():
+    """LS comes at 1 us and stops the pass after 2 ms of waiting, at the first point from then on."""
+    steps = PassCostModel(affine_timings(layers=9, experts=9), max_step=1e-6)
+    trace = RequestTrace(np.array([0.0, 1e-6]), np.array([60, 5]), np.ones(2, int), np.array([1, 0]), ("ls", "be"))
+    result = run(trace, Patient(2e-3), Limits(max_batched_tokens=64), steps, timeline=True)
+    assert result.slices is not None
+    assert result.slices[0].suspended
+    assert 2e-3 <= result.slices[0].end <= 2.5e-3
 
 
 @settings(max_examples=150, deadline=None)
@@ -165,9 +225,11 @@ def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
     assert took[1] - took[0] == pytest.approx([0.0, 0.01, 0.0, 0.01], abs=1e-8)
 
 
-def test_requests_that_cannot_fit_are_rejected_with_a_reason():
+@pytest.mark.parametrize("step_by_step", [False, True])
+def test_requests_that_cannot_fit_are_rejected_with_a_reason(step_by_step):
     trace = RequestTrace(np.zeros(2), np.array([1000, 10]), np.array([1, 1]), np.array([0, 0]), ("ls",))
-    result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), PassCostModel(affine_timings()))
+    steps = PassCostModel(affine_timings())
+    result = run(trace, make_policy("fcfs"), Limits(kv_blocks=10), steps, step_by_step=step_by_step)
     assert result.status.tolist() == [Status.REJECTED, Status.FINISHED]
     assert "1000 prompt" in result.reasons[0]
     assert "63 KV blocks" in result.reasons[0]

@@ -113,6 +113,10 @@ class Pass:
             out.extend(self.decode.members.values())
         return out
 
+    def holds(self, r: Request) -> bool:
+        """Whether `r` is in the pass."""
+        return r.batch is self.decode if r.batch is not None else any(c.request is r for c in self.prefill)
+
     def stop(self, now: float) -> None:
         """It ran until now, and so did everybody in it."""
         dt = now - self.launched

@@ -116,12 +116,8 @@ class Scheduler:
         return None
 
     def _abort_in_pass(self, r: Request, now: float) -> Pass | None:
-        p = self.running
-        for q in self.suspended_passes:
-            if r.batch is q.decode if r.batch is not None else any(c.request is r for c in q.prefill):
-                p = q
-        if p is None:
-            raise SchedulerError(f"request {r.id} is in no pass")
+        p = next((q for q in self.suspended_passes if q.holds(r)), self.running)
+        assert p is not None  # I1
         p.aborted = [*(p.aborted or []), r]
         r.state = State.ABORTED
         if len(p.aborted) < len(p.prefill) + p.n_decode:
@@ -161,12 +157,11 @@ class Scheduler:
             return self._launch(batch, now)
         if candidate is not None:
             return self._resume(candidate, now)
-        if self.requests:  # whoever holds blocks goes first, whatever the policy left out (I6)
-            if not batch.decode():
-                batch.prefill(overcommit=True)
-            if batch:
-                return self._launch(batch, now)
-        return None
+        if not self.requests:
+            return None
+        if not batch.decode():  # whoever holds blocks goes first, whatever the policy left out (I6)
+            batch.prefill(overcommit=True)
+        return self._launch(batch, now) if batch else None
 
     def should_yield(self, running: Pass, now: float) -> bool:
         """Return whether `running` gives way. Asked at each preemption point; O(1) unless memory is short."""

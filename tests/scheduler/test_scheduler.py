@@ -21,9 +21,10 @@ from qllm.scheduler import (
     SchedulerError,
     State,
     UnknownPolicy,
+    build_policy,
     make_policy,
 )
-from tests.worlds import limits, policies
+from tests.worlds import Stack, limits, policies
 
 
 def held_blocks(s: Scheduler) -> int:
@@ -383,6 +384,74 @@ def test_running_pass_whose_requests_are_all_aborted_stops_at_the_next_point():
     assert s.kv.free == s.kv.total
 
 
+def test_a_request_in_one_of_several_suspended_passes_is_aborted_there():
+    s = Scheduler(Stack(), Limits())
+    passes = []
+    for i in range(3):  # each arrival stops the pass that runs
+        add(s, i, 10, 3, 0, i)
+        passes.append(s.next(i))
+        if i < 2:
+            s.suspended(passes[-1], i)
+    assert s.abort(1, 3.0) is passes[1]
+    assert s.suspended_passes == passes[:1]
+    assert s.abort(2, 3.0) is None
+    assert passes[2].cancelled
+    check(s)
+
+
+def test_next_wants_to_know_first_how_the_running_pass_ended():
+    s = Scheduler(Policy(), Limits())
+    add(s, 0, 5, 1, 0)
+    s.next(0.0)
+    with pytest.raises(SchedulerError, match="<Pass 0 level=0 prefill=1 decode=0> is still running"):
+        s.next(1.0)
+
+
+def test_a_policy_that_selects_nothing_is_not_obeyed():
+    """I6: who is ready decodes first, else prefills go on."""
+
+    class Idle(Policy):
+        def select(self, s, batch, now):
+            assert not batch
+
+    s = Scheduler(Idle(), Limits())
+    r = add(s, 0, 5, 3, 0)
+    passes = drive(s)
+    assert [(len(p.prefill), p.n_decode) for p in passes] == [(1, 0), (0, 1), (0, 1)]
+    assert r.state is State.FINISHED
+    assert s.next(9.0) is None
+
+
+def test_what_a_policy_may_ask():
+    s = Scheduler(Policy(), Limits(max_seqs=1))
+    add(s, 0, 5, 3, 0)
+    add(s, 1, 5, 3, 2)
+    assert (s.waiting.count(0), s.waiting.count(1), s.waiting.levels()) == (1, 0, [0, 2])
+    assert s.has_slot(0)
+    p = s.next(0.0)
+    assert s.recheck_at(p, 0.0) == float("inf"), "unless it says so, what it decides does not change with time"
+    assert not s.has_slot(0)
+    assert not s.can_prefill(2)
+
+
+def test_an_idle_request_that_left_does_not_come_back_to_decode():
+    s = Scheduler(make_policy("priority"), Limits(max_seqs=1))
+    for i in range(3):  # each is more urgent than those before, and takes the one place in the batch
+        add(s, i, 5, 9, 2 - i, i)
+        s.finished(s.next(i), i + 0.5)
+    assert [r.id for r in s.ready] == [2, 0, 1]
+    s.abort(1, 3.0)
+    s.abort(2, 3.0)
+    p = s.next(3.0)
+    assert list(p.decode.members) == [0]
+
+
+def test_a_request_has_a_prompt_and_asks_for_something():
+    with pytest.raises(SchedulerError, match="request 4: prompt_tokens is 0, max_tokens is 3; both must be at least 1"):
+        Request(4, 0, 3)
+    assert repr(Request(4, 2, 3, priority=1)) == "<Request 4 level=1 WAITING 0/3>"
+
+
 def test_policy_settings_are_checked():
     with pytest.raises(UnknownPolicy, match="must be one of fcfs, priority"):
         make_policy("lifo")
@@ -394,8 +463,8 @@ def test_policy_settings_are_checked():
         make_policy("qllm", fill_tokens=-1)
     with pytest.raises(UnknownPolicy, match="prefill or idle"):
         make_policy("layer", resume="never")
-    with pytest.raises(SchedulerError, match="max_batched_tokens is 4"):
-        Limits(max_seqs=8, max_batched_tokens=4)
+    with pytest.raises(UnknownPolicy, match="mine: granularity is 'token'; allowed: iteration, layer, expert"):
+        build_policy(type("Mine", (Policy,), {"granularity": "token"}), "mine", {})
 
 
 def test_every_policy_says_what_it_does():

@@ -1,12 +1,12 @@
-"""Routing taken from recorded passes."""
+"""Routing: drawn by popularity, recorded, or taken from recorded passes of other runs."""
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, make_policy
-from qllm.sim import ResampledRouting, simulate
+from qllm.sim import RecordedRouting, ResampledRouting, Routing, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.testing import affine_timings
@@ -21,6 +21,32 @@ def recorded(tokens: int, seed: int) -> np.ndarray:
 
 
 PASSES = [recorded(n, seed) for seed, n in enumerate([1, 1, 1, 1, 1, 3, 5, 40, 80, 200])]
+
+
+@settings(deadline=None)
+@given(tokens=st.sampled_from([1, 50, 4096, 4097, 10**6]), draw=st.integers(0, (1 << 30) - 1))
+def test_each_token_goes_to_different_experts_in_proportion_to_their_popularity(tokens, draw):
+    """Passes of more than 4096 tokens, the size of the pool, are drawn from the normal limit."""
+    popularity = np.array([[0.4, 0.3, 0.1, 0.1, 0.1, 0.0], np.full(EXPERTS, 1 / EXPERTS)])
+    routing = Routing(popularity, TOP_K)
+    assert routing.size == 4096
+    counts = routing.counts(tokens, draw)
+    assert (counts == routing.counts(tokens, draw)).all()
+    assert counts.shape == popularity.shape
+    assert counts.min() >= 0
+    assert counts.max() <= tokens
+    assert counts.sum(axis=1) == pytest.approx(TOP_K * tokens, abs=8 * np.sqrt(tokens) if tokens > 4096 else 0)
+    assert counts[0, 5] == 0
+    if tokens >= 4096:
+        assert counts[1] == pytest.approx(TOP_K * tokens / EXPERTS, rel=0.15)
+
+
+def test_recorded_routing_is_handed_out_once_in_the_order_of_the_launches():
+    routing = RecordedRouting(PASSES[:2])
+    for recorded in PASSES[:2]:
+        assert (routing.counts(1, routing.draw()) == recorded).all()
+    with pytest.raises(IndexError):
+        routing.counts(1, routing.draw())
 
 
 @given(tokens=st.integers(1, 500), draw=st.integers(0, 1 << 30))

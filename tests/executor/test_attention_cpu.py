@@ -48,8 +48,8 @@ def test_only_large_float32_blocks_on_cpus_take_it():
 
 
 @pytest.mark.skipif(not available(), reason="this PyTorch has no oneDNN linear")
-def test_a_suspended_prefill_gives_the_same_bits_on_this_path_too(monkeypatch):
-    """As in test_executor_passes, with every block on this path: another pass runs at each point, chunks included."""
+def test_a_suspended_prefill_gives_the_same_bits_on_this_path_too(one_thread, monkeypatch):
+    """As in test_passes, with every block on this path: another pass runs at each point, chunks included."""
     model = prepare_model(tiny_model("qwen3_moe"))
 
     def serve(foreign: bool) -> list[torch.Tensor]:

@@ -55,7 +55,7 @@ def test_rows_that_do_not_lie_one_after_another_in_memory():
 @pytest.mark.parametrize(("n", "k"), [(100, 64), (32, 64), (64, 1100)])
 def test_a_row_has_the_same_bits_whoever_is_computed_with_it(n, k):
     packed = linear.PackedWeights(weights(n, k))
-    if packed._strips is None:
+    if packed._matmul is None:
         pytest.skip("no kernel here")
     x = torch.randn(500, k)
     whole = packed.products(x, [1], [500])
@@ -80,7 +80,7 @@ def test_threads_share_the_work_and_change_no_bits():
 @pytest.mark.parametrize(("shape", "sizes"), [((4, 40), [4, 1]), ((5, 41), [4, 1]), ((40,), [1])])
 def test_rows_of_another_number_or_length_are_refused(shape, sizes):
     packed = linear.PackedWeights(weights(64, 40))
-    if packed._strips is None:
+    if packed._matmul is None:
         pytest.skip("no kernel here")
     with pytest.raises(ValueError, match=r"5 rows of 40 numbers expected|1 rows of 40"):
         packed.products(torch.zeros(shape), [0, 1][: len(sizes)], sizes)
@@ -96,7 +96,7 @@ def test_without_it_onednn_computes_everything(monkeypatch, what):
             packed_matmul, "kernel", lambda: lambda x, out, k, n, stride, *rest: real(x, out, k, n, 64, *rest)
         )
     packed = linear.PackedWeights(weights(192, 40))
-    assert packed._strips is None
+    assert packed._matmul is None
     x = torch.randn(6, 40)
     assert torch.allclose(
         packed.products(x, [2, 0], [4, 2]).double(), plain(x, weights(192, 40), [2, 0], [4, 2]), atol=1e-4

@@ -41,9 +41,17 @@ ISOLATED = (
 def load_target(
     name: str | None, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """The checkpoint `name` (path or Hugging Face name), or the demo model where it is None.
+    """The model that a configuration is run on.
 
-    Raises LoadError for what cannot be loaded, UnsupportedModelError for what cannot be served.
+    Args:
+        name: a checkpoint (path or Hugging Face name); None for the demo model.
+        device: as torch names it.
+        dtype: "auto" for that of the checkpoint; the demo model's is float32.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+
+    Raises:
+        LoadError: the model, the device or the dtype is not there.
+        UnsupportedModelError: the model cannot be served.
     """
     if name is not None:
         return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -77,10 +85,18 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
 def run(
     config: Config, target: LoadedModel, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[Results, list[tuple[Run, RunResult]]]:
-    """Run every point of the sweep, policy and seed, one after another; `tell` hears of each before it starts.
+    """Run every point of the sweep, policy and seed on the engine, one after another.
 
-    Returns the results, and the runs at the last point with the first seed, for a timeline. Raises ConfigError,
-    TraceError, SchedulerError, ExecutorError.
+    Args:
+        config: what to run.
+        target: the model.
+        tell: called with the name of each run before it starts.
+
+    Returns:
+        The results, and the runs at the last point with the first seed, for a timeline.
+
+    Raises:
+        ConfigError, TraceError, SchedulerError, ExecutorError: one of the runs is not possible.
     """
     todo = runs(config)
     tables, shown = [], []
@@ -94,8 +110,8 @@ def run(
         lengths = _lengths(trace)
         if key not in alone or not np.isin(lengths, alone[key][0]).all():
             known = alone.get(key, (np.empty(0), np.empty(0)))
-            alone[key] = _merge(known, lengths, isolated_ttft(this.config, target, limits, lengths))
-        result = simulate_run(this, trace, target, limits)
+            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths))
+        result = replay_run(this, trace, target, limits)
         tables.append(sweep_rows(this, request_table(this, trace, result, np.interp(trace.prompt_tokens, *alone[key]))))
         if this.point == last and this.seed == config.seed_list[0]:
             shown.append((this, result))
@@ -103,8 +119,11 @@ def run(
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def simulate_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits) -> RunResult:
-    """One policy at one point. An exception of a user's policy comes out as a ConfigError with its file and line."""
+def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits) -> RunResult:
+    """One policy at one point.
+
+    An exception of a user's policy is raised as a ConfigError with its file and line.
+    """
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
     try:
@@ -148,7 +167,7 @@ def _lengths(trace: RequestTrace) -> np.ndarray:
     return np.unique(spread)
 
 
-def _merge(known: tuple[np.ndarray, np.ndarray], at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _joined(known: tuple[np.ndarray, np.ndarray], at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     both = dict(zip(*(a.tolist() for a in known), strict=True)) | dict(zip(at.tolist(), values.tolist(), strict=True))
     lengths = np.array(sorted(both))
     return lengths, np.array([both[n] for n in lengths.tolist()])

@@ -191,7 +191,7 @@ def test_closing_ends_what_is_left(model):
 
 
 def test_an_exception_in_a_pass_ends_its_requests_alone(model, expected, monkeypatch):
-    """Here in sampling; inside the model: test_engine_points."""
+    """Here in sampling; inside the model: test_preemption_points."""
 
     broken = threading.Event()
     sample = qllm.executor.engine.loop.sample

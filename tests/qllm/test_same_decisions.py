@@ -28,8 +28,6 @@ COLUMNS = ("arrival", "first_launch", "first_token", "finish", "queueing", "runn
 COUNTS = ("preemptions", "evictions", "status")
 LAYERS, EXPERTS = 3, 8
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 @pytest.fixture(scope="module")
 def model(one_thread):

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.traces.step_times.file_format import TimingError
 from qllm.traces.step_times.expert_fit import fit_routed, nonnegative
+from qllm.traces.step_times.file_format import TimingError
 
 
 def layers(rng: np.random.Generator, n: int = 200) -> np.ndarray:

@@ -79,8 +79,10 @@ def limits(draw: st.DrawFn) -> Limits:
 
 @st.composite
 def step_models(draw: st.DrawFn) -> PassCostModel:
-    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several cuts; up to 6 or
-    up to 52 tokens merge at an expert."""
+    """Affine timings with few layers; costs of preemption and of the host, both expert modes, several splits.
+
+    Up to 6 or up to 52 tokens are merged at an expert.
+    """
     timings = affine_timings(
         layers=draw(st.sampled_from([1, 2, 5])),
         experts=draw(st.sampled_from([2, 4, 9])),

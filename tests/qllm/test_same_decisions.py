@@ -1,5 +1,7 @@
-"""The promise of the project: the engine on the virtual clock and the simulator, given the same trace, the same timings
-and the routing that the engine recorded, take the same decisions and report the same times, to the last bit.
+"""The promise of the project: the engine on the virtual clock and the simulator take the same decisions.
+
+Given the same trace, the same timings and the routing that the engine recorded, they report the same times to the last
+bit.
 """
 
 from __future__ import annotations
@@ -157,8 +159,11 @@ def test_engine_and_simulator_merge_several_suspended_passes_alike(partners):
 
 
 def test_nothing_of_a_pass_is_merged_before_its_time_has_come_to_the_experts(model):
-    """LS stops a decode pass all along. The real pass has no points inside that attention, so it waits at the experts
-    already while the step model's still stands between query blocks."""
+    """LS stops a decode pass all along.
+
+    The real pass has no points inside that attention, so it waits at the experts already while that of the cost model
+    still stands between query blocks.
+    """
     limits, steps = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4), step_model(4e-6)
     lone = RequestTrace(np.zeros(1), np.array([20]), np.array([3]), np.ones(1, dtype=int), tuple(PRIORITIES))
     policy = make_policy("qllm", fill_tokens=0, merge=True)

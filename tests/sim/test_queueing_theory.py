@@ -64,8 +64,11 @@ def test_mean_waiting_is_that_of_m_d_1(load):
 
 
 def test_two_classes_with_preemption_are_m_g_1_preemptive_resume():
-    """T1 = S1 + R1 / (1 - rho1);  T2 = S2 / (1 - rho1) + (R1 + R2) / ((1 - rho1)(1 - rho1 - rho2)), with
-    Ri = lambda_i E[Si^2] / 2 (Conway, Maxwell and Miller). What a step delays an LS request by is bounded by a step."""
+    """Mean turnaround in M/G/1 with preemptive resume (Conway, Maxwell and Miller).
+
+    T1 = S1 + R1 / (1 - rho1); T2 = S2 / (1 - rho1) + (R1 + R2) / ((1 - rho1)(1 - rho1 - rho2)),
+    with Ri = lambda_i E[Si^2] / 2. An LS request waits for at most one step more.
+    """
     prompts = {"ls": [20, 60], "be": [50, 400]}
     s = {c: np.array([service(p) for p in lengths]) for c, lengths in prompts.items()}
     rho = {"ls": 0.3, "be": 0.4}

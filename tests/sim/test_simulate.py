@@ -171,8 +171,10 @@ def test_same_arguments_same_result_and_seed_matters(name):
 @pytest.mark.parametrize("name", ["layer", "qllm", "hybrid"])
 @pytest.mark.parametrize("resume_s", [0.0, 5e-3])
 def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(name, resume_s):
-    """An LS prompt that arrives exactly at a preemption point stops the pass there, and one that arrives while a
-    suspended pass is being brought back lets it reach its next point; both devices agree."""
+    """An LS prompt that arrives exactly at a preemption point stops the pass there.
+
+    One that arrives while a suspended pass is being brought back lets it reach its next point. Both devices agree.
+    """
     steps = PassCostModel(affine_timings(layers=3, experts=4, resume_s=resume_s, suspend_s=1e-4), max_step=1e-6)
     limits = Limits(max_batched_tokens=64)
     gpu = GpuModel(steps, Routing(uniform(steps), 2, seed=0), make_policy(name).granularity)

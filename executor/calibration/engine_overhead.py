@@ -35,7 +35,7 @@ WAKE_PROMPT = 32  # enough to reach most experts: what a pause costs is mostly w
 
 
 class LoopSeconds(NamedTuple):
-    """Seconds a pass: of the loop in all, and what of it lies between two passes."""
+    """Seconds a pass: of the whole loop, and of its part between two passes."""
 
     all: float
     between: float

@@ -37,14 +37,14 @@ def calibrate(
     if threads is not None:
         torch.set_num_threads(threads)
     extent = Extent(max_tokens, max_context, max_batch)
-    subject = load(model, device=device, dtype=dtype, random_weights=True)
+    loaded = load(model, device=device, dtype=dtype, random_weights=True)
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     try:
         with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("", total=None)
             timings = calibrate(
-                subject, out, extent, lambda done, planned: bar.update(task, completed=done, total=planned)
+                loaded, out, extent, lambda done, planned: bar.update(task, completed=done, total=planned)
             )
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is measured is kept in {out}.measured: the same command goes on", err=True)
@@ -52,5 +52,5 @@ def calibrate(
     typer.echo(f"{out}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}")
     if prompts is not None:
         table = out.with_suffix(".popularity.csv")
-        tokens = record_popularity(subject, model, prompts, table, max_tokens)
+        tokens = record_popularity(loaded, model, prompts, table, max_tokens)
         typer.echo(f"{table}: routing of {tokens} tokens")

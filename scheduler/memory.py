@@ -132,7 +132,7 @@ class Memory:
             self._evict(v)
         r.blocks = self.kv.blocks(r.remaining)
         self.kv.take(r.blocks)
-        self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
+        self._hold(r)
         if r.admitted < 0:
             r.admitted = self._admissions
             self._admissions += 1
@@ -196,7 +196,7 @@ class Memory:
             del self.offloaded[0]
             r.blocks = self.kv.blocks(r.computed) if r.remaining == 1 and r.generated else need
             self.kv.take(r.blocks)
-            self._admitted[r.level] += 1
+            self._hold(r)
             if r in self._moved:
                 self._moved.remove(r)  # it never left
             else:
@@ -206,11 +206,18 @@ class Memory:
             else:
                 self.waiting.push(r)
 
+    def _hold(self, r: Request) -> None:
+        self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
+
     def release(self, r: Request) -> None:
         """`r` gives its blocks back."""
         self.kv.give(r.blocks)
-        self._admitted[r.level] -= 1
         r.blocks = 0
+        left = self._admitted[r.level] - 1
+        if left:
+            self._admitted[r.level] = left
+        else:
+            del self._admitted[r.level]
 
     def forget(self, r: Request) -> None:
         """Offloaded `r` is not coming back."""

@@ -89,7 +89,9 @@ class PassBuilder:
         places = limits.max_seqs - taken - (len(self._ready.batch) if self.decoding else 0)
         room = min(tokens, limits.max_batched_tokens - self.tokens)
         for level in waiting.levels():
-            if level > up_to:
+            # Once nobody new is let in at a level, nobody is at the levels below.
+            closed = self._memory_short or not (overcommit or memory.has_slot(level))
+            if level > up_to or places <= 0 or room <= 0 or (closed and not waiting.holding):
                 break
             while places > 0 and room > 0:
                 r = waiting.peek(level)

@@ -118,8 +118,6 @@ class Qllm(Policy):
         )
 
     def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
-        if suspended.suspended_for(now) >= self.max_suspended_s:
-            return True
         level = s.waiting.level()
         if level <= self.urgent and level < suspended.prefill_level and s.can_prefill(level):
             return False

@@ -28,11 +28,13 @@ class Policy:
         merge: Whether the launches of the pass that runs take tokens of suspended passes that wait at the same experts.
         urgent: Levels up to this one are latency-sensitive (LS), the others best-effort (BE). Only LS requests may
             use the KV blocks that `Limits.urgent_blocks` reserves.
+        max_suspended_s: Seconds. A pass that was suspended for so long in all is due: it goes on at the next decision.
     """
 
     granularity: Granularity = "iteration"
     merge: bool = False
     urgent: int = 0
+    max_suspended_s: float = NEVER
 
     def level(self, r: Request) -> int:
         """Return the class that decisions compare; lower is more urgent."""

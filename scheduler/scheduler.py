@@ -17,8 +17,8 @@ I4 KV conservation: free + held blocks = total; never negative; all free once no
 I5 determinism: the same calls give the same answers.
 I6 work conservation: `next` returns a pass whenever a request is in the system and no pass runs.
 I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead.
-I8 bounded suspension: where the policy sets a bound, a pass is suspended for no longer than it and the pass then
-   running.
+I8 bounded suspension: where the policy sets a bound, a pass that was suspended for so long in all is due. Before it goes
+   on, nothing runs but the pass that ran when it fell due, and passes that were due before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from math import isnan
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
-from qllm.scheduler.passes import Pass
+from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policy import Policy
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
@@ -143,11 +143,14 @@ class Scheduler:
         """
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
+        self.ready.refill()  # before others come back: a free place goes to the most urgent of all
         if self.memory.offloaded:
             self.memory.restore_offloaded()
-        self.ready.refill()
         candidate = None
         if self.suspended_passes:
+            due = self._due(now)
+            if due is not None:
+                return self._resume(due, now)
             candidate = min(self.suspended_passes, key=_resume_order)
             if self.policy.resume(self, candidate, now):
                 return self._resume(candidate, now)
@@ -162,6 +165,14 @@ class Scheduler:
         if not batch.decode():  # whoever holds blocks goes first, whatever the policy left out (I6)
             batch.prefill(overcommit=True)
         return self._launch(batch, now) if batch else None
+
+    def _due(self, now: float) -> Pass | None:
+        """The suspended pass that is longest beyond the policy's bound, if any is (I8)."""
+        bound = self.policy.max_suspended_s
+        if bound == NEVER:
+            return None
+        longest = max(self.suspended_passes, key=lambda p: (p.suspended_for(now), -p.id))
+        return longest if longest.suspended_for(now) >= bound else None
 
     def should_yield(self, running: Pass, now: float) -> bool:
         """Return whether `running` gives way. Asked at each preemption point; O(1) unless memory is short."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import Any
@@ -14,12 +15,13 @@ _Entry = tuple[bool, tuple[Any, ...], int, Request]  # (not admitted yet, the po
 class WaitingQueues:
     """Requests that wait for (more of) their prefill, by level.
 
-    Within a level those already admitted come first (they hold KV blocks), then the policy's order.
+    Within a level those already admitted come first (they hold KV blocks), then the policy's order. A level is kept only while somebody waits at it.
     """
 
-    __slots__ = ("_count", "_entry_ids", "_heaps", "holding")
+    __slots__ = ("_count", "_entry_ids", "_heaps", "_levels", "holding")
 
     def __init__(self) -> None:
+        self._levels: list[float] = []  # those at which somebody waits, most urgent first
         self._heaps: dict[float, list[_Entry]] = {}
         self._count: dict[float, int] = {}
         self._entry_ids = 0
@@ -29,8 +31,8 @@ class WaitingQueues:
         return sum(self._count.values())
 
     def __iter__(self) -> Iterator[Request]:
-        for heap in self._heaps.values():
-            yield from (e[-1] for e in heap if _valid(e))
+        for level in self._levels:
+            yield from (e[-1] for e in self._heaps[level] if _valid(e))
 
     def push(self, r: Request) -> None:
         """`r` waits from now on."""
@@ -39,7 +41,7 @@ class WaitingQueues:
         if level not in self._heaps:
             self._heaps[level] = []
             self._count[level] = 0
-            self._heaps = dict(sorted(self._heaps.items()))
+            insort(self._levels, level)
         self._entry_ids += 1
         r.entry_id = self._entry_ids  # an entry is valid while its request has this id
         heappush(self._heaps[level], (r.blocks == 0, r.order, r.entry_id, r))
@@ -58,28 +60,29 @@ class WaitingQueues:
 
     def pop(self, level: float) -> None:
         """Take the request that `peek` just gave out of `level`'s queue."""
-        r = heappop(self._heaps[level])[-1]
-        r.entry_id = 0
-        self._count[level] -= 1
-        self.holding.pop(r.id, None)
+        self._leave(heappop(self._heaps[level])[-1])
 
     def discard(self, r: Request, state: State) -> None:
         """Waiting `r` leaves its queue for another reason than being launched."""
         r.state = state
+        self._leave(r)
+
+    def _leave(self, r: Request) -> None:
+        level = r.level
         r.entry_id = 0
-        self._count[r.level] -= 1
         self.holding.pop(r.id, None)
+        self._count[level] -= 1
+        if not self._count[level]:
+            del self._count[level], self._heaps[level]
+            self._levels.remove(level)
 
     def levels(self) -> list[float]:
         """Levels at which somebody waits, most urgent first."""
-        return [level for level in self._heaps if self._count[level]]
+        return self._levels.copy()
 
     def level(self) -> float:
         """Most urgent level at which somebody waits; inf if nobody does."""
-        for level in self._heaps:
-            if self._count[level]:
-                return level
-        return float("inf")
+        return self._levels[0] if self._levels else float("inf")
 
     def count(self, level: float) -> int:
         """How many wait at `level`."""

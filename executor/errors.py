@@ -37,3 +37,7 @@ class RequestError(ExecutorError, ValueError):
 
 class CalibrationError(ExecutorError, ValueError):
     """A calibration that cannot be made or gone on with; the message names the file or option."""
+
+
+class UnusableLogits(ExecutorError):
+    """Logits of a row hold NaN or infinity, or leave no token to choose."""

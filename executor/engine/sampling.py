@@ -1,20 +1,29 @@
 """Sampling: one batch of logits in, one token per row out.
 
-Greedy rows take the largest logit. The others draw by inverse transform from the filtered distribution, with one
-uniform number that depends only on the request's seed and on how many tokens it has generated, so a request draws the
-same tokens whoever shares its batches, and again after it was recomputed.
+Greedy rows take the largest logit. The others draw by inverse transform from the filtered distribution, in the order of
+token ids, with one uniform number that depends only on the request's seed and on how many tokens it has generated. So
+from the same logits a request draws the same token, whoever shares its batch, and again after it was recomputed. (The
+logits themselves may differ in their last bits with the rows that share a batch: see docs/engine.md.)
+
+A filter keeps every token whose logit reaches a threshold. Tokens that tie with the last one kept are kept too, as
+transformers and vLLM do for top-k; which of them came first would depend on the kernel that sorts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 
 from qllm.executor.errors import SamplingError
+
+#: candidates looked at first where top-p alone filters; most distributions of a trained model lie within
+CANDIDATES = 1024
+TIES = 16  # tokens beyond the k-th, to see whether some tie with it
 
 
 @dataclass(frozen=True)
@@ -41,17 +50,21 @@ class SamplingParams:
     stop: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        _require(
-            "temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"
-        )
-        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
-        _require("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
-        _require("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
+        _number("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
+        _number("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+        _whole("top_k", self.top_k, lambda k: k >= 0, "a whole number, 0 (off) or more")
+        _whole("min_tokens", self.min_tokens, lambda n: n >= 0, "a whole number, 0 or more")
+        if self.seed is not None:
+            _whole("seed", self.seed, lambda n: 0 <= n < 2**64, "None, or a whole number between 0 and 2**64 - 1")
 
 
-def _require(name: str, value: object, ok: bool, allowed: str) -> None:
-    if not ok:
+def _number(name: str, value: object, fits: Callable[[float], bool], allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
+        raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _whole(name: str, value: object, fits: Callable[[int], bool], allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not fits(int(value)):
         raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
 
 
@@ -62,56 +75,132 @@ def uniform(seed: int, step: int) -> float:
 
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
-) -> list[int]:
-    """Choose one token for each row.
+) -> list[int | None]:
+    """Choose one token id per row of `logits` `[rows, vocab]`.
 
     Args:
-        logits: `[rows, vocab]`.
-        params: of each row's request.
-        generated: tokens that each row's request has generated so far.
-        seeds: of each row's request.
+        logits: float, one row per request.
+        params: How each request's token is chosen.
+        generated: Tokens that each request has generated so far.
+        seeds: Each request's seed.
 
     Returns:
-        Token ids, one a row.
+        A token id per row; None for a row from which none can be chosen: it holds NaN or inf, or nothing is allowed.
     """
     logits = forbid_stops(logits, params, generated)
-    tokens = logits.argmax(dim=-1)
+    tokens: list[int | None] = [None] * len(params)
+    greedy = [i for i, p in enumerate(params) if p.temperature == 0]
+    if greedy:
+        rows = logits if len(greedy) == len(params) else logits[greedy]
+        best, ids = rows.max(dim=-1)
+        for i, token, finite in zip(greedy, ids.tolist(), best.isfinite().tolist(), strict=True):
+            tokens[i] = token if finite else None
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
         numbers = [uniform(seeds[i], generated[i]) for i in drawn]
-        tokens[rows] = draw(logits.index_select(0, rows), [params[i] for i in drawn], numbers)
-    return tokens.tolist()
+        rows = logits if len(drawn) == len(params) else logits[drawn]
+        for i, token in zip(drawn, draw(rows, [params[i] for i in drawn], numbers), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def forbid_stops(logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int]) -> torch.Tensor:
     """`logits` with the stop tokens of requests below their `min_tokens` at -inf; a copy where there are any."""
-    rows = [i for i, (p, n) in enumerate(zip(params, generated, strict=True)) if n < p.min_tokens for _ in p.stop]
-    if not rows:
+    below = [(i, p) for i, (p, n) in enumerate(zip(params, generated, strict=True)) if n < p.min_tokens and p.stop]
+    if not below:
         return logits
-    stops = [t for p, n in zip(params, generated, strict=True) if n < p.min_tokens for t in sorted(p.stop)]
     logits = logits.clone()
-    logits[rows, stops] = float("-inf")
+    for i, p in below:
+        logits[i, sorted(p.stop)] = float("-inf")
     return logits
 
 
-def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> torch.Tensor:
-    """Token ids `[rows]` drawn at the given uniform numbers, after temperature, top-k and top-p, in this order.
+def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int | None]:
+    """Token ids drawn at the given uniform numbers, after temperature, top-k and top-p, in this order.
 
     top-p keeps the smallest set of most likely tokens whose probability reaches p, the token that reaches it included.
+    None for a row from which nothing can be drawn.
     """
-    device, vocab = logits.device, logits.shape[-1]
-    temperature = torch.tensor([p.temperature for p in params], device=device, dtype=torch.float64).unsqueeze(1)
-    scaled = (logits.double() - logits.amax(-1, keepdim=True).double()) / temperature
-    values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([min(p.top_k, vocab) or vocab for p in params], device=device).unsqueeze(1)
-    values = values.masked_fill(torch.arange(vocab, device=device) >= top_k, float("-inf"))
-    probability = torch.softmax(values, dim=-1)
-    cumulative = probability.cumsum(-1)
-    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64).unsqueeze(1)
-    probability = probability.masked_fill(cumulative - probability >= top_p, 0.0)
-    cumulative = probability.cumsum(-1)
-    target = torch.tensor(numbers, device=device, dtype=torch.float64).unsqueeze(1) * cumulative[:, -1:]
-    rank = torch.searchsorted(cumulative, target, right=True)
-    last = (probability > 0).sum(-1, keepdim=True) - 1  # rounding must not reach a token that was filtered out
-    return order.gather(1, torch.minimum(rank, last)).squeeze(1)
+    filtered = [i for i, p in enumerate(params) if 0 < p.top_k <= CANDIDATES or p.top_p < 1]
+    rows = logits if len(filtered) == len(params) else logits[filtered]
+    tokens: dict[int, int | None] = {}
+    if filtered:
+        found = _among_largest(rows, [params[i] for i in filtered], np.array([numbers[i] for i in filtered]))
+        tokens = {i: token for i, (token, known) in zip(filtered, found, strict=True) if known}
+    for i in range(len(params)):
+        if i not in tokens:
+            tokens[i] = _among_all(logits[i], params[i], numbers[i])
+    return [tokens[i] for i in range(len(params))]
+
+
+def _among_largest(
+    rows: torch.Tensor, params: Sequence[SamplingParams], numbers: np.ndarray
+) -> list[tuple[int | None, bool]]:
+    """Draw from the largest logits of each of `rows`: (token, whether it is known).
+
+    It is not where what the filters keep may reach beyond the logits that were looked at.
+    """
+    n, vocab = rows.shape
+    top_k = np.array([p.top_k if 0 < p.top_k < vocab else vocab for p in params])
+    width = min(vocab, TIES + max(min(k, CANDIDATES) for k in top_k.tolist()))
+    largest, of = rows.topk(width)
+    values, ids = largest.double().cpu().numpy(), of.cpu().numpy()
+    with np.errstate(invalid="ignore"):  # a row of inf or NaN comes out with a total that is neither
+        weights = np.exp((values - values[:, :1]) / np.array([[p.temperature] for p in params]))
+    each = np.arange(n)
+    threshold = np.where(top_k < width, values[each, np.minimum(top_k, width) - 1], -np.inf)
+    weights[values < threshold[:, None]] = 0.0
+    cumulative = weights.cumsum(axis=1)
+    total = cumulative[:, -1].copy()
+    known = np.full(n, width == vocab) | (top_k < width)
+    for i in np.flatnonzero(~known).tolist():
+        if top_k[i] == vocab:  # top-p counts from all of them
+            total[i], known[i] = float(_weights(rows[i], params[i].temperature).sum()), True
+    top_p = np.array([p.top_p for p in params])
+    reached = (cumulative < (top_p * total)[:, None]).sum(axis=1)
+    nucleus = values[each, np.minimum(reached, width - 1)]
+    threshold = np.where(top_p < 1, np.maximum(threshold, nucleus), threshold)
+    if width < vocab:
+        known &= ~((top_p < 1) & (reached >= width)) & ~(values[:, -1] >= threshold)  # or more tie with the last kept
+    weights[values < threshold[:, None]] = 0.0
+    order = ids.argsort(axis=1)
+    ids, cumulative = np.take_along_axis(ids, order, 1), np.take_along_axis(weights, order, 1).cumsum(axis=1)
+    total = cumulative[:, -1]
+    at = (cumulative <= (numbers * total)[:, None]).sum(axis=1)
+    last = (cumulative < total[:, None]).sum(axis=1)  # rounding must not reach beyond the last token kept
+    chosen = ids[each, np.minimum(at, np.minimum(last, width - 1))].tolist()
+    usable = np.isfinite(total) & (total > 0)
+    return [
+        (token if fine else None, bool(sure or not fine))
+        for token, fine, sure in zip(chosen, usable.tolist(), known.tolist(), strict=True)
+    ]
+
+
+def _among_all(row: torch.Tensor, p: SamplingParams, number: float) -> int | None:
+    """Draw from a whole row of logits."""
+    weights = _weights(row, p.temperature)
+    if 0 < p.top_k < len(row):
+        weights = weights.where(row >= row.topk(p.top_k).values[-1], 0.0)
+    if p.top_p < 1:
+        falling = sort_falling(weights)
+        cumulative = falling.cumsum(0)
+        reached = int(torch.searchsorted(cumulative, p.top_p * cumulative[-1]))
+        weights = weights.where(weights >= falling[min(reached, len(row) - 1)], 0.0)
+    cumulative = weights.cumsum(0)
+    total = float(cumulative[-1])
+    if not 0 < total < math.inf:
+        return None
+    at = int(torch.searchsorted(cumulative, number * total, right=True))
+    return at if at < len(row) else int(weights.nonzero()[-1])  # rounding must not reach beyond the last token kept
+
+
+def _weights(row: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probabilities but for their common factor, float64 `[vocab]`."""
+    return ((row.double() - row.max().double()) / temperature).exp()
+
+
+def sort_falling(values: torch.Tensor) -> torch.Tensor:
+    """`values` sorted, the largest first; numpy's sort is some ten times faster than PyTorch's on a CPU."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy())[::-1].copy())
+    return values.sort(descending=True).values

@@ -12,7 +12,7 @@ LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
 
 
 def tokens_at(params, numbers):
-    return [draw(LOGITS, [params], [u]).item() for u in numbers]
+    return [draw(LOGITS, [params], [u])[0] for u in numbers]
 
 
 GRID = [i / 200 for i in range(200)]
@@ -80,3 +80,63 @@ def test_no_stop_token_before_min_tokens():
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(SamplingError, match=name):
         SamplingParams(**{name: value})
+
+
+def allowed_by_transformers(logits, p):
+    """Probabilities `[vocab]` by transformers' own warpers."""
+    from transformers.generation.logits_process import (
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    scores = TemperatureLogitsWarper(p.temperature)(None, logits[None].double())
+    if p.top_k:
+        scores = TopKLogitsWarper(p.top_k)(None, scores)
+    if p.top_p < 1:
+        scores = TopPLogitsWarper(p.top_p)(None, scores)
+    return scores.softmax(-1)[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([3, 40, 1500]),
+    st.sampled_from([0.3, 1.0, 1.7]),
+    st.sampled_from([0, 1, 5, 40, 1100, 1400]),
+    st.sampled_from([1.0, 0.95, 0.5, 0.1]),
+)
+def test_the_distribution_is_that_of_transformers(seed, vocab, temperature, top_k, top_p):
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 2
+    p = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    expected = allowed_by_transformers(logits, p)
+    edges = expected.cumsum(0)
+    numbers = [(i + 0.5) / 64 for i in range(64)]
+    clear = [u for u in numbers if (edges - u).abs().min() > 1e-5]  # not within rounding of where two tokens meet
+    drawn = draw(logits.expand(len(clear), -1), [p] * len(clear), clear)
+    assert drawn == torch.searchsorted(edges, torch.tensor(clear, dtype=torch.float64), right=True).tolist()
+
+
+def test_tokens_that_tie_with_the_kth_are_kept_as_elsewhere():
+    logits = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0])
+    p = SamplingParams(temperature=1.0, top_k=2)
+    numbers = [(i + 0.5) / 30 for i in range(30)]
+    drawn = draw(logits.expand(30, -1), [p] * 30, numbers)
+    assert [drawn.count(token) for token in range(5)] == [10, 10, 10, 0, 0]
+    assert (allowed_by_transformers(logits, p)[:3] - 1 / 3).abs().max() < 1e-6
+    alike = torch.zeros(1, 3000)  # far more ties than candidates
+    assert draw(alike, [SamplingParams(temperature=1.0, top_k=5)], [0.999]) == [2997]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all -inf"])
+def test_a_row_that_cannot_be_sampled_is_none_and_hurts_no_other(temperature, top_k, bad):
+    logits = torch.randn(3, 60, generator=torch.Generator().manual_seed(1))
+    p = SamplingParams(temperature=temperature, top_k=top_k, top_p=0.9)
+    before = sample(logits, [p] * 3, [0] * 3, [5, 6, 7])
+    if bad == "all -inf":
+        logits[1] = float("-inf")
+    else:
+        logits[1, 7] = bad
+    assert sample(logits, [p] * 3, [0] * 3, [5, 6, 7]) == [before[0], None, before[2]]

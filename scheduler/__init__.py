@@ -8,7 +8,7 @@ from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Chunk, Pass
 from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Hybrid, Layer, Priority, Qllm, build_policy, make_policy
 from qllm.scheduler.policy import Granularity, Policy
-from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
+from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
 from qllm.scheduler.scheduler import Scheduler
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Pass",
     "PassBuilder",
     "Policy",
+    "PolicyError",
     "Priority",
     "Qllm",
     "Request",

@@ -34,6 +34,10 @@ class RequestTooLarge(SchedulerError):
     """The request can never fit the KV budget, even alone."""
 
 
+class PolicyError(SchedulerError):
+    """A policy raised an exception, `__cause__`, or gave an answer that cannot be used; the message names its line."""
+
+
 class UnknownPolicy(SchedulerError):
     """No policy of that name, or a setting that the policy does not have."""
 

@@ -17,21 +17,22 @@ I4 KV conservation: free + held blocks = total; never negative; all free once no
 I5 determinism: the same calls give the same answers.
 I6 work conservation: `next` returns a pass whenever a request is in the system and no pass runs.
 I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead.
-I8 bounded suspension: where the policy sets a bound, a pass that was suspended for so long in all is due. Before it goes
-   on, nothing runs but the pass that ran when it fell due, and passes that were due before it.
+I8 bounded suspension: where the policy sets a bound, a pass that was suspended for so long in all is due. Before it
+   goes on, nothing runs but the pass that ran when it fell due, and passes that were due before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isnan
+from typing import Any
 
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policy import Policy
-from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
+from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
@@ -80,7 +81,9 @@ class Scheduler:
         """
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
-        level = self.policy.level(r)
+        level = self._ask("level", r)
+        if not isinstance(level, int):
+            raise PolicyError(f"policy {type(self.policy).__name__}: level gave {level!r}; allowed: a whole number")
         capacity = self.kv.capacity(level)
         need = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1)
         if need > capacity:
@@ -89,9 +92,41 @@ class Scheduler:
                 f"{self.kv.block_size} tokens; its class may use {capacity}"
             )
         r.level = level
-        r.order = self.policy.order(r)
+        r.order = self._ask("order", r)
         self.requests[r.id] = r
-        self.waiting.push(r)
+        try:
+            self.waiting.push(r)
+        except TypeError as error:
+            name = type(self.policy).__name__
+            raise PolicyError(f"policy {name}: order gave {r.order!r}, which does not compare: {error}") from error
+
+    def _ask(self, question: str, *args: Any) -> Any:
+        """The policy's answer. Raises PolicyError."""
+        try:
+            return getattr(self.policy, question)(*args)
+        except Exception as error:
+            raise self._policy_error(question, error) from error
+
+    def _policy_error(self, question: str, error: Exception) -> PolicyError:
+        where, trace = "", error.__traceback__
+        while trace is not None:  # the last frame is where it broke
+            where, trace = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})", trace.tb_next
+        name, message = type(self.policy).__name__, " ".join(str(error).split())
+        return PolicyError(f"policy {name}: {question} raised {type(error).__name__}: {message}{where}")
+
+    def time_spent(self, r: Request, now: float) -> tuple[float, float, int]:
+        """Seconds that `r`, in the system, was running and suspended until now, and how often it was suspended."""
+        running, suspended, preemptions = r.running_s, r.suspended_s, r.preemptions
+        if r.batch is not None:
+            running += r.batch.running_s
+            suspended += r.batch.suspended_s
+            preemptions += r.batch.preemptions
+        p = next((q for q in (*self.suspended_passes, self.running) if q is not None and q.holds(r)), None)
+        if p is not None and p is self.running:
+            running += now - p.launched
+        elif p is not None:
+            suspended += now - p.suspended_at
+        return running, suspended, preemptions
 
     def abort(self, request_id: int, now: float) -> Pass | None:
         """Take a request out, wherever it stands; unknown and ended ones are left alone.
@@ -152,10 +187,10 @@ class Scheduler:
             if due is not None:
                 return self._resume(due, now)
             candidate = min(self.suspended_passes, key=_resume_order)
-            if self.policy.resume(self, candidate, now):
+            if self._ask("resume", self, candidate, now):
                 return self._resume(candidate, now)
         batch = PassBuilder(self.memory)
-        self.policy.select(self, batch, now)
+        self._ask("select", self, batch, now)
         if batch.decoding or batch.chunks:
             return self._launch(batch, now)
         if candidate is not None:
@@ -181,11 +216,17 @@ class Scheduler:
         limit = self.limits.max_suspended_tokens
         if limit is not None and sum(p.tokens for p in self.suspended_passes) + running.tokens > limit:
             return False
-        return self.policy.preempts(self, running, now)
+        try:
+            return self.policy.preempts(self, running, now)
+        except Exception as error:
+            raise self._policy_error("preempts", error) from error
 
     def recheck_at(self, running: Pass, now: float) -> float:
         """Return when `should_yield` may turn true without an event; inf if it never does."""
-        return self.policy.recheck_at(self, running, now)
+        try:
+            return self.policy.recheck_at(self, running, now)
+        except Exception as error:
+            raise self._policy_error("recheck_at", error) from error
 
     # ---- what happened -----------------------------------------------------------------------------------------
 

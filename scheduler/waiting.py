@@ -15,7 +15,8 @@ _Entry = tuple[bool, tuple[Any, ...], int, Request]  # (not admitted yet, the po
 class WaitingQueues:
     """Requests that wait for (more of) their prefill, by level.
 
-    Within a level those already admitted come first (they hold KV blocks), then the policy's order. A level is kept only while somebody waits at it.
+    Within a level those already admitted come first (they hold KV blocks), then the policy's order. A
+    level is kept only while somebody waits at it.
     """
 
     __slots__ = ("_count", "_entry_ids", "_heaps", "_levels", "holding")

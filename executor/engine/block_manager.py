@@ -10,7 +10,7 @@ import numpy as np
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
-from qllm.scheduler import State
+from qllm.scheduler import Scheduler, State
 
 log = logging.getLogger(__name__)
 
@@ -93,3 +93,11 @@ class BlockManager:
         starts, ends = edges[::2], edges[1::2]
         longest = int((ends - starts).argmax())
         return int(starts[longest] + max(0, ends[longest] - starts[longest] - need) // 2)
+
+    def check_idle(self, s: Scheduler, sequences: int) -> None:
+        """Raise ExecutorError if anything is held though nobody is in the system (invariants I1 and I4)."""
+        if sequences or s.requests or s.suspended_passes or self.held or s.kv.free != s.kv.total:
+            raise ExecutorError(
+                f"idle with {sequences} sequences, {len(s.requests)} requests, {len(s.suspended_passes)} suspended "
+                f"passes, {self.held} KV blocks held ({s.kv.total - s.kv.free} by the scheduler's count)"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
 import logging
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
+from qllm.executor.engine.checks import check_request, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
@@ -137,6 +139,7 @@ class Engine:
         )
         self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
         self._thread.start()
+        _serving[self._thread] = self._loop
 
     @classmethod
     def from_pretrained(
@@ -206,9 +209,7 @@ class Engine:
             EngineClosed: the engine was closed, or broke.
         """
         try:
-            stops = self._stop_ids if stop is None else frozenset(stop)
-            if any(not 0 <= token < self.vocabulary for token in stops):
-                raise RequestError(f"stop is {sorted(stops)}; allowed: token ids from 0 to {self.vocabulary - 1}")
+            stops = self._stop_ids if stop is None else frozenset(token_ids("stop", stop, self.vocabulary))
             sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
             sequence = self.make_request(prompt, max_new_tokens, priority, sampling, self.clock.now())
         except (RequestError, SamplingError) as error:
@@ -225,17 +226,8 @@ class Engine:
             if self.tokenizer is None:
                 raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
             prompt = self.tokenizer.encode(prompt)
-        tokens = list(prompt)
-        if not tokens or any(not 0 <= token < self.vocabulary for token in tokens):
-            raise RequestError(f"prompt: allowed: at least one token id, all from 0 to {self.vocabulary - 1}")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens is {max_new_tokens}; allowed: at least 1")
-        most = self._runner.max_positions
-        if most is not None and len(tokens) + max_new_tokens > most:
-            raise RequestError(
-                f"{len(tokens)} prompt tokens and {max_new_tokens} new ones; allowed: {most} together, as the model's "
-                "positions"
-            )
+        tokens = token_ids("prompt", prompt, self.vocabulary)
+        check_request(tokens, max_new_tokens, priority, sampling, self._runner.max_positions)
         request = Request(next(self._ids), len(tokens), max_new_tokens, priority, arrival)
         seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
         stream = Stream(request.id, tokens.copy(), lambda: self._cancel(sequence), self.tokenizer)
@@ -276,12 +268,25 @@ class Engine:
         with suppress(EngineClosed):
             self._loop.send(self._loop.stop)
         self._thread.join()
+        _serving.pop(self._thread, None)
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_serving: dict[threading.Thread, Loop] = {}  # of engines that were not closed
+
+
+@atexit.register
+def _close_all() -> None:
+    """End all engines before the interpreter does: a thread inside PyTorch would then abort the process."""
+    for thread, loop in list(_serving.items()):
+        with suppress(EngineClosed):
+            loop.send(loop.stop)
+        thread.join()
 
 
 def _stats(loop: Loop) -> Stats:

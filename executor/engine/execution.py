@@ -7,11 +7,12 @@ same preemption points, same order of events at one instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, cast
 
 import numpy as np
 
+from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.passes import Point, RunningPass
@@ -168,3 +169,20 @@ class MergePartners:
             execution = execution_of(p)
             if execution.place()[1] == "experts":
                 yield execution.running
+
+
+def entries_of(
+    p: Pass, sequences: Mapping[int, EngineRequest], memory: BlockManager
+) -> list[tuple[EngineRequest, int]]:
+    """Each sequence of `p`, which begins, and how many of its tokens are new; they get KV blocks for these."""
+    entries: list[tuple[EngineRequest, int]] = []
+    for chunk in p.prefill:
+        sequence = sequences[chunk.request.id]
+        if chunk.context < sequence.computed:
+            memory.forget(sequence)
+        entries.append((sequence, chunk.tokens))
+    if p.decode is not None:
+        entries += [(sequences[id], 1) for id in p.decode.members]
+    for sequence, n in entries:
+        memory.grow(sequence, sequence.computed + n, sequences.values())
+    return entries

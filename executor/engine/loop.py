@@ -18,15 +18,15 @@ import torch
 
 from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.engine.clock import Clock
-from qllm.executor.engine.execution import Execution, MergePartners, cost_of, execution_of
+from qllm.executor.engine.execution import Execution, MergePartners, cost_of, entries_of, execution_of
 from qllm.executor.engine.recorder import RunRecorder
-from qllm.executor.engine.requests import EngineRequest
+from qllm.executor.engine.requests import EngineRequest, RequestTimes
 from qllm.executor.engine.sampling import sample
-from qllm.executor.errors import EngineClosed, ExecutorError
+from qllm.executor.errors import EngineClosed, ExecutorError, UnusableLogits
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split
-from qllm.scheduler import Pass, Request, Scheduler, SchedulerError
+from qllm.scheduler import Pass, PolicyError, Request, Scheduler, SchedulerError
 
 Message = Callable[[], object]
 
@@ -83,6 +83,8 @@ class Loop:
     def _turn(self) -> None:
         """One decision and what follows from it: the definition of serving."""
         self._receive()
+        if self._stopping:
+            return
         now = self.clock.now()
         p = self.scheduler.next(now)
         if p is None:
@@ -101,7 +103,7 @@ class Loop:
 
     def _idle(self) -> None:
         """Wait for the next message or the next arrival."""
-        self._check()
+        self.memory.check_idle(self.scheduler, len(self.sequences))
         wait = self.clock.idle(self.scheduled[0].request.arrival if self.scheduled else None)
         try:
             message = self.inbox.get(timeout=wait)
@@ -109,29 +111,23 @@ class Loop:
             return
         message()
 
-    def _check(self) -> None:
-        """Nobody is in the system: then nothing may be held (invariants I1 and I4)."""
-        s = self.scheduler
-        held = self.memory.held
-        if self.sequences or s.requests or s.suspended_passes or held or s.kv.free != s.kv.total:
-            raise ExecutorError(
-                f"idle with {len(self.sequences)} sequences, {len(s.requests)} requests, {len(s.suspended_passes)} "
-                f"suspended passes, {held} KV blocks held ({s.kv.total - s.kv.free} by the scheduler's count)"
-            )
-
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def add(self, sequence: EngineRequest) -> None:
-        """A request arrives."""
+        """A request arrives. What breaks meanwhile ends it alone, unless it is the policy, which decides for all."""
         request = sequence.request
         if self._closed:
-            sequence.end("error", self._closed_error(f"request {request.id}"))
+            self._end(sequence, "error", self._closed_error(f"request {request.id}"))
             return
         try:
             self.scheduler.add(request, request.arrival)
+        except PolicyError as error:
+            self.error = error
+            self._end(sequence, "error", self._closed_error(f"request {request.id}"))
+            raise
         except SchedulerError as error:
             log.warning("request %d refused: %s", request.id, error)
-            sequence.end("error", error)
+            self._end(sequence, "error", error)
         else:
             self.sequences[request.id] = sequence
 
@@ -139,11 +135,16 @@ class Loop:
         """Remove a request, wherever it stands; its client hears of it at once."""
         if self._closed:
             return
+        self._end(sequence, "cancelled")
         if self.sequences.get(sequence.request.id) is sequence:
             self._remove(sequence)
-        elif not sequence.ended:
+        else:
             self.scheduled = deque(s for s in self.scheduled if s is not sequence)
-        sequence.end("cancelled")
+
+    def _end(self, sequence: EngineRequest, reason: str, error: ExecutorError | ValueError | None = None) -> None:
+        """Tell the client how its request ended, and what became of its time."""
+        now, r = self.clock.now(), sequence.request
+        sequence.end(reason, RequestTimes.of(r, now, self.scheduler.time_spent(r, now)), error)
 
     def _remove(self, sequence: EngineRequest) -> None:
         dropped = self.scheduler.abort(sequence.request.id, self.clock.now())
@@ -162,7 +163,7 @@ class Loop:
         execution.running.close()
         for sequence in execution.sequences:
             self._release(sequence)
-            sequence.end("cancelled")
+            self._end(sequence, "cancelled")
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -207,16 +208,7 @@ class Loop:
         steps = self.clock.steps
         cost = None if steps is None else cost_of(steps, p)
         self._move(p)
-        entries: list[tuple[EngineRequest, int]] = []
-        for chunk in p.prefill:
-            sequence = self.sequences[chunk.request.id]
-            if chunk.context < sequence.computed:
-                self.memory.forget(sequence)
-            entries.append((sequence, chunk.tokens))
-        if p.decode is not None:
-            entries += [(self.sequences[id], 1) for id in p.decode.members]
-        for sequence, n in entries:
-            self.memory.grow(sequence, sequence.computed + n, self.sequences.values())
+        entries = entries_of(p, self.sequences, self.memory)
         split = None
         if steps is not None and cost is not None:
             split = Split(cost.experts_per_group, cost.query_blocks, steps.merge_rows)
@@ -225,7 +217,7 @@ class Loop:
         sequences = tuple(sequence for sequence, _ in entries)
         return self.clock.execution(p, running, sequences, cost, policy.granularity)
 
-    def _sample(self, running: RunningPass) -> list[tuple[EngineRequest, int]]:
+    def _sample(self, running: RunningPass) -> list[tuple[EngineRequest, int | None]]:
         """The next token of each sequence that the pass computed to its end."""
         sequences = [cast(EngineRequest, entry.seq) for entry in running.sampled]  # the entries of `_begin`
         if not sequences:
@@ -240,25 +232,30 @@ class Loop:
         else:
             self._discard(execution)
 
-    def _finish(self, p: Pass, execution: Execution, tokens: list[tuple[EngineRequest, int]]) -> None:
+    def _finish(self, p: Pass, execution: Execution, tokens: list[tuple[EngineRequest, int | None]]) -> None:
         """`p` ended: hand its tokens out and let go of the requests that are done."""
         now = self.clock.now()
         while self.scheduled and self.scheduled[0].request.arrival < now:  # before the pass ended, so added before
             self.add(self.scheduled.popleft())
         ended: list[Request] = []
         for sequence, token in tokens:
+            if token is None:
+                unusable = UnusableLogits("its logits hold NaN or infinity, or leave no token to choose")
+                self._end(sequence, "error", sequence.failure(unusable))
+                ended.append(sequence.request)
+                continue
             sequence.tokens.append(token)
             if token in sequence.sampling.stop:
                 ended.append(sequence.request)
         aborted = p.aborted or ()
         done = self.scheduler.finished(p, now, ended)
         for sequence, token in tokens:
-            if not sequence.ended:
-                sequence.stream.put(token)
+            if token is not None and not sequence.ended:
+                sequence.stream.put(token, sequence.request in done)
         for r in (*done, *aborted):
             sequence = self.sequences[r.id]
             self._release(sequence)
-            sequence.end("stop" if r in ended else "length")
+            self._end(sequence, "stop" if r in ended else "length")
         if self.recorder is not None:
             self.recorder.routing[p.id] = execution.running.routing
 
@@ -269,7 +266,7 @@ class Loop:
         for r in requests:
             sequence = self.sequences[r.id]
             self._release(sequence)
-            sequence.fail(error)
+            self._end(sequence, "error", sequence.failure(error))
         if isinstance(error, torch.OutOfMemoryError) and self.runner.device.type != "cpu":
             torch.accelerator.empty_cache()
 
@@ -292,7 +289,7 @@ class Loop:
                     self.memory.offload(sequence)
             except Exception as error:
                 log.error("request %d failed: its KV could not be moved: %s", r.id, type(error).__name__)
-                sequence.fail(error, "its KV could not be moved: ")
+                self._end(sequence, "error", sequence.failure(error, "its KV could not be moved: "))
                 self._remove(sequence)
 
     # ---- the end -----------------------------------------------------------------------------------------------
@@ -308,7 +305,7 @@ class Loop:
             self.inbox.get()()
         left = (*self.sequences.values(), *self.scheduled)
         for sequence in left:
-            sequence.end("error", self._closed_error(f"request {sequence.request.id}"))
+            self._end(sequence, "error", self._closed_error(f"request {sequence.request.id}"))
         log.info("engine closed after %d passes; %d requests were left", self.scheduler.passes, len(left))
         self.sequences.clear()
         self.scheduled.clear()

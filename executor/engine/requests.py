@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isnan
 from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,8 @@ from qllm.executor.errors import ExecutorError, RequestFailed
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
 from qllm.scheduler import Request, State
+
+MOST_HELD = 8  #: tokens held back for an unfinished character, which has at most 4 bytes; beyond, they are stray bytes
 
 
 class Tokenizer(Protocol):
@@ -58,13 +61,13 @@ class RequestTimes:
     evictions: int
 
     @classmethod
-    def of(cls, r: Request) -> RequestTimes:
-        """What the scheduler recorded of `r`."""
-        return cls(
-            *(r.arrival, r.first_launch, r.first_token, r.finish, r.queueing_s, r.running_s, r.suspended_s),
-            r.preemptions,
-            r.evictions,
-        )
+    def of(cls, r: Request, now: float, spent: tuple[float, float, int]) -> RequestTimes:
+        """Those of `r`, which has ended, or ends `now`. `spent`: seconds running and suspended, and preemptions."""
+        finish = max(now, r.arrival) if isnan(r.finish) else r.finish
+        running, suspended, preemptions = spent
+        waited = finish - r.arrival - running - suspended
+        times = (r.arrival, r.first_launch, r.first_token, finish, waited, running, suspended)
+        return cls(*times, preemptions, r.evictions)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Stream:
         self.tokens: list[int] = []
         self._text = None if tokenizer is None else _Text(tokenizer)
         self._cancel = cancel
-        self._queue: SimpleQueue[int | _End] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[int, bool] | _End] = SimpleQueue()
         self._end: _End | None = None
 
     def __iter__(self) -> Iterator[Token]:
@@ -122,9 +125,10 @@ class Stream:
     def __next__(self) -> Token:
         if self._end is None:
             item = self._queue.get()
-            if isinstance(item, int):
-                self.tokens.append(item)
-                return Token(item, None if self._text is None else self._text.add(item))
+            if isinstance(item, tuple):
+                token, last = item
+                self.tokens.append(token)
+                return Token(token, None if self._text is None else self._text.add(token, last))
             self._end = item
         if self._end.error is not None:
             raise self._end.error
@@ -147,7 +151,7 @@ class Stream:
         end = self._end
         if end is None:
             raise RuntimeError("the stream ended without an end")
-        text = None if self._text is None else self._text.whole
+        text = None if self._text is None else self._text.whole(self.tokens)
         return Completion(self.tokens, text, end.reason, end.times)
 
     @property
@@ -162,9 +166,9 @@ class Stream:
 
     # The engine's side, called in its thread.
 
-    def put(self, token: int) -> None:
-        """One more token."""
-        self._queue.put(token)
+    def put(self, token: int, last: bool) -> None:
+        """One more token; whether it is the last."""
+        self._queue.put((token, last))
 
     def end(self, reason: str, times: RequestTimes, error: ExecutorError | ValueError | None = None) -> None:
         """The end; whatever is put after it is ignored."""
@@ -183,18 +187,21 @@ class _Text:
         self._ids: list[int] = []
         self._prefix = 0  # decoded again each time
         self._told = 0  # number of tokens whose text was given out
-        self.whole = ""
 
-    def add(self, token: int) -> str:
+    def add(self, token: int, last: bool) -> str:
+        """The text that `token` adds; with the `last` one, whatever was held back."""
         self._ids.append(token)
         before = self._decode(self._ids[self._prefix : self._told])
         now = self._decode(self._ids[self._prefix :])
-        if len(now) <= len(before) or now.endswith("\ufffd"):
+        held = len(self._ids) - self._told
+        if not last and (len(now) <= len(before) or (now.endswith("\ufffd") and held < MOST_HELD)):
             return ""
         self._prefix, self._told = self._told, len(self._ids)
-        new = now[len(before) :]
-        self.whole += new
-        return new
+        return now[len(before) :]
+
+    def whole(self, ids: list[int]) -> str:
+        """The text of all tokens."""
+        return self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -228,16 +235,16 @@ class EngineRequest(Sequence):
         """Whether the scheduler took its KV away, to be recomputed."""
         return bool(self.blocks) and self.request.state is State.WAITING and self.request.computed == 0
 
-    def end(self, reason: str, error: ExecutorError | ValueError | None = None) -> None:
+    def end(self, reason: str, times: RequestTimes, error: ExecutorError | ValueError | None = None) -> None:
         """Tell the client, once."""
         if not self.ended:
             self.ended = True
             self.error = error
-            self.stream.end(reason, RequestTimes.of(self.request), error)
+            self.stream.end(reason, times, error)
 
-    def fail(self, error: Exception, what: str = "") -> None:
-        """End the request with `error`; `what` says what broke."""
+    def failure(self, error: Exception, what: str = "") -> RequestFailed:
+        """What the client is told where `error` ends the request; `what` says what broke."""
         traceback.clear_frames(error.__traceback__)  # they hold the pass's activations
         failure = RequestFailed(f"request {self.request.id}: {what}{type(error).__name__}: {error}")
         failure.__cause__ = error
-        self.end("error", failure)
+        return failure

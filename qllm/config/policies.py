@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qllm.config.yaml_lines import ConfigError
-from qllm.scheduler import POLICIES, Policy, SchedulerError, build_policy, make_policy
+from qllm.scheduler import POLICIES, Policy, PolicyError, SchedulerError, build_policy, make_policy
 from qllm.traces.messages import suggestion
 
 
@@ -58,6 +58,8 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
 def describe_failure(error: BaseException, path: str | Path) -> str:
     """One line for an exception raised by a user's file: file, line there, type and message."""
     path = Path(path)
+    while isinstance(error, PolicyError) and error.__cause__ is not None:  # the scheduler's word for it
+        error = error.__cause__
     lines = []
     cause: BaseException | None = error
     while cause is not None:  # SimPy raises a copy whose cause is the exception that the file raised

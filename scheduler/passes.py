@@ -156,3 +156,17 @@ class Pass:
 
     def __repr__(self) -> str:
         return f"<Pass {self.id} level={self.level} prefill={len(self.prefill)} decode={self.n_decode}>"
+
+
+def time_spent(r: Request, p: Pass | None, now: float) -> tuple[float, float, int]:
+    """Seconds that `r`, in pass `p` or in none, was running and suspended until now, and how often it was suspended."""
+    running, suspended, preemptions = r.running_s, r.suspended_s, r.preemptions
+    if r.batch is not None:
+        running += r.batch.running_s
+        suspended += r.batch.suspended_s
+        preemptions += r.batch.preemptions
+    if p is not None and p.suspended_at == NEVER:
+        running += now - p.launched
+    elif p is not None:
+        suspended += now - p.suspended_at
+    return running, suspended, preemptions

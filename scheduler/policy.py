@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.request import Request
+from qllm.scheduler.request import PolicyError, Request
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
@@ -63,3 +63,22 @@ class Policy:
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
         """Return when (seconds) `preempts` may turn true though nothing happens; inf: never."""
         return NEVER
+
+    def __repr__(self) -> str:
+        return f"policy {type(self).__name__}"
+
+
+def ask(policy: Policy, question: str, *args: Any) -> Any:
+    """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks."""
+    try:
+        return getattr(policy, question)(*args)
+    except Exception as error:
+        raise policy_error(policy, question, error) from error
+
+
+def policy_error(policy: Policy, question: str, error: Exception) -> PolicyError:
+    """What is told of an exception of a policy: the question, and file and line where it broke."""
+    where, trace = "", error.__traceback__
+    while trace is not None:  # the last frame is where it broke
+        where, trace = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})", trace.tb_next
+    return PolicyError(f"{policy!r}: {question} raised {type(error).__name__}: {' '.join(str(error).split())}{where}")

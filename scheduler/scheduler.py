@@ -25,28 +25,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import isnan
-from typing import Any
 
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policy import Policy
+from qllm.scheduler.policy import Policy, ask, policy_error
 from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
 class Scheduler:
-    """Decides for one device. All times are seconds.
-
-    Args:
-        policy: Answers the questions.
-        limits: Bounds the answers.
+    """Decides for one device: `policy` answers the questions, `limits` bound the answers. All times are seconds.
 
     Attributes:
         waiting: The prefill queues.
         ready: Requests that are ready to decode.
-        kv: The KV budget.
         requests: Everything in the system, by id.
         suspended_passes: Those that may go on.
         running: The pass on the device, if any.
@@ -69,21 +63,18 @@ class Scheduler:
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
     def add(self, r: Request, now: float) -> None:
-        """Take a request in.
-
-        Args:
-            r: The request. Its place in the queue follows from its `arrival`, which may lie before `now`.
-            now: Not read, as nothing is decided yet: every call says what time it is.
+        """Take a request in, at its `arrival`, which may lie before `now`.
 
         Raises:
             RequestTooLarge: It could never fit the KV budget.
+            PolicyError: The policy broke, or gave what cannot be used.
             SchedulerError: A request of that id is in the system.
         """
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
-        level = self._ask("level", r)
+        level = ask(self.policy, "level", r)
         if not isinstance(level, int):
-            raise PolicyError(f"policy {type(self.policy).__name__}: level gave {level!r}; allowed: a whole number")
+            raise PolicyError(f"{self.policy!r}: level gave {level!r}; allowed: a whole number")
         capacity = self.kv.capacity(level)
         need = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1)
         if need > capacity:
@@ -92,46 +83,15 @@ class Scheduler:
                 f"{self.kv.block_size} tokens; its class may use {capacity}"
             )
         r.level = level
-        r.order = self._ask("order", r)
+        r.order = ask(self.policy, "order", r)
         self.requests[r.id] = r
         try:
             self.waiting.push(r)
         except TypeError as error:
-            name = type(self.policy).__name__
-            raise PolicyError(f"policy {name}: order gave {r.order!r}, which does not compare: {error}") from error
-
-    def _ask(self, question: str, *args: Any) -> Any:
-        """The policy's answer. Raises PolicyError."""
-        try:
-            return getattr(self.policy, question)(*args)
-        except Exception as error:
-            raise self._policy_error(question, error) from error
-
-    def _policy_error(self, question: str, error: Exception) -> PolicyError:
-        where, trace = "", error.__traceback__
-        while trace is not None:  # the last frame is where it broke
-            where, trace = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})", trace.tb_next
-        name, message = type(self.policy).__name__, " ".join(str(error).split())
-        return PolicyError(f"policy {name}: {question} raised {type(error).__name__}: {message}{where}")
-
-    def time_spent(self, r: Request, now: float) -> tuple[float, float, int]:
-        """Seconds that `r`, in the system, was running and suspended until now, and how often it was suspended."""
-        running, suspended, preemptions = r.running_s, r.suspended_s, r.preemptions
-        if r.batch is not None:
-            running += r.batch.running_s
-            suspended += r.batch.suspended_s
-            preemptions += r.batch.preemptions
-        p = next((q for q in (*self.suspended_passes, self.running) if q is not None and q.holds(r)), None)
-        if p is not None and p is self.running:
-            running += now - p.launched
-        elif p is not None:
-            suspended += now - p.suspended_at
-        return running, suspended, preemptions
+            raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
 
     def abort(self, request_id: int, now: float) -> Pass | None:
-        """Take a request out, wherever it stands; unknown and ended ones are left alone.
-
-        In a running pass it leaves when that pass ends.
+        """Take a request out, at once or at the end of the pass that it runs in; unknown and ended ones are left alone.
 
         Returns:
             A suspended pass in which nobody is left, for the caller to discard.
@@ -151,7 +111,7 @@ class Scheduler:
         return None
 
     def _abort_in_pass(self, r: Request, now: float) -> Pass | None:
-        p = next((q for q in self.suspended_passes if q.holds(r)), self.running)
+        p = self.pass_of(r)
         assert p is not None  # I1
         p.aborted = [*(p.aborted or []), r]
         r.state = State.ABORTED
@@ -164,6 +124,10 @@ class Scheduler:
         p.resume(now)
         self._disband(p, now, State.ABORTED)
         return p
+
+    def pass_of(self, r: Request) -> Pass | None:
+        """Return the pass that `r` is in, running or suspended."""
+        return next((q for q in (*self.suspended_passes, self.running) if q is not None and q.holds(r)), None)
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
@@ -187,10 +151,10 @@ class Scheduler:
             if due is not None:
                 return self._resume(due, now)
             candidate = min(self.suspended_passes, key=_resume_order)
-            if self._ask("resume", self, candidate, now):
+            if ask(self.policy, "resume", self, candidate, now):
                 return self._resume(candidate, now)
         batch = PassBuilder(self.memory)
-        self._ask("select", self, batch, now)
+        ask(self.policy, "select", self, batch, now)
         if batch.decoding or batch.chunks:
             return self._launch(batch, now)
         if candidate is not None:
@@ -219,23 +183,16 @@ class Scheduler:
         try:
             return self.policy.preempts(self, running, now)
         except Exception as error:
-            raise self._policy_error("preempts", error) from error
+            raise policy_error(self.policy, "preempts", error) from error
 
     def recheck_at(self, running: Pass, now: float) -> float:
         """Return when `should_yield` may turn true without an event; inf if it never does."""
-        try:
-            return self.policy.recheck_at(self, running, now)
-        except Exception as error:
-            raise self._policy_error("recheck_at", error) from error
+        return float(ask(self.policy, "recheck_at", self, running, now))
 
     # ---- what happened -----------------------------------------------------------------------------------------
 
     def suspended(self, p: Pass, now: float) -> bool:
-        """Note that `p` stopped at a preemption point, its state kept.
-
-        Returns:
-            False where nobody in it is left: the caller discards it.
-        """
+        """Note that `p` stopped at a preemption point, its state kept; False where the caller discards it."""
         self._stopped(p, now)
         if p.cancelled:
             self._disband(p, now, State.ABORTED)
@@ -286,11 +243,7 @@ class Scheduler:
         return [r for r in done if r.state is State.FINISHED] if p.aborted else done
 
     def failed(self, p: Pass, now: float) -> list[Request]:
-        """Note that `p` broke while it ran. Its requests end with it.
-
-        Returns:
-            Those requests.
-        """
+        """Note that `p` broke while it ran. Its requests end with it; return them."""
         self._stopped(p, now)
         return self._disband(p, now, State.FAILED)
 

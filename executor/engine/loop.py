@@ -27,6 +27,7 @@ from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split
 from qllm.scheduler import Pass, PolicyError, Request, Scheduler, SchedulerError
+from qllm.scheduler.passes import time_spent
 
 Message = Callable[[], object]
 
@@ -144,7 +145,7 @@ class Loop:
     def _end(self, sequence: EngineRequest, reason: str, error: ExecutorError | ValueError | None = None) -> None:
         """Tell the client how its request ended, and what became of its time."""
         now, r = self.clock.now(), sequence.request
-        sequence.end(reason, RequestTimes.of(r, now, self.scheduler.time_spent(r, now)), error)
+        sequence.end(reason, RequestTimes.of(r, now, time_spent(r, self.scheduler.pass_of(r), now)), error)
 
     def _remove(self, sequence: EngineRequest) -> None:
         dropped = self.scheduler.abort(sequence.request.id, self.clock.now())

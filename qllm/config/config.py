@@ -1,8 +1,4 @@
-"""The configuration of a simulation, and the one-line errors for everything that it may not be.
-
-`load_config` turns whatever pydantic finds into a ConfigError of one line that names file, line, key, the line's
-content and what is allowed.
-"""
+"""The configuration of a simulation; each mistake is a ConfigError of one line, with file, line and what is allowed."""
 
 from __future__ import annotations
 

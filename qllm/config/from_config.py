@@ -44,10 +44,7 @@ def _read_trace(file: str, format: str | None, _: object) -> RequestTrace:
 
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
-    """The requests of one run. They depend on the workload's keys and the seed alone: every policy sees the same ones.
-
-    Raises ConfigError or TraceError (file and line, or key, and what is allowed).
-    """
+    """The requests of one run, by workload and seed alone: every policy sees the same. ConfigError, TraceError."""
     if isinstance(config.arrival, Replay):
         return _replayed(config, config.arrival, seed)
     recipe = config.recipe()
@@ -97,10 +94,10 @@ def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
 
 
 def scheduler_limits(config: Config, timings: Timings) -> Limits:
-    """The scheduler's limits; KV blocks, unless given, from what the GPU's memory has room for.
+    """The scheduler's limits. ConfigError where the model does not fit.
 
-    That is (memory_bytes * memory_fraction - weights_bytes - activation_bytes) / (kv_bytes_per_token * block_size).
-    ConfigError where the model does not fit.
+    KV blocks, unless given: (memory_bytes * memory_fraction - weights_bytes - activation_bytes) / (kv_bytes_per_token *
+    block_size).
     """
     given = config.limits
     blocks = given.kv_blocks

@@ -23,10 +23,7 @@ def named_policy(name: str, settings: dict[str, Any]) -> Policy:
 
 
 def file_policy(file: str | Path, class_name: str | None, settings: dict[str, Any]) -> Policy:
-    """The subclass of qllm.scheduler.Policy in a Python file, `class_name` if it defines several, with its settings.
-
-    The file is run as any Python module is. ConfigError (file and line) where it breaks or defines no such class.
-    """
+    """The Policy subclass (`class_name` if several) of a Python file, which is run. ConfigError names file and line."""
     path = Path(file)
     spec = importlib.util.spec_from_file_location(f"qllm_policy_{path.stem}", path)
     if spec is None or spec.loader is None:

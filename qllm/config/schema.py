@@ -1,8 +1,4 @@
-"""The parts of a configuration: classes and their lengths, SLOs, arrivals, limits, policies.
-
-Every model refuses unknown keys and numbers written as text; config.py reports what is wrong. What a recipe of a
-request trace holds too (lengths, arrival processes) comes from qllm.traces.requests.recipe.
-"""
+"""The parts of a configuration; lengths and arrivals are those of a trace's recipe. config.py reports what is wrong."""
 
 from __future__ import annotations
 

@@ -22,15 +22,14 @@ Backend = Literal["local", "ray", "dask"]
 def parallel(backend: str, jobs: int) -> Iterator[joblib.Parallel]:
     """A joblib.Parallel of `jobs` workers, each result handed over as soon as the backend can.
 
-    local  processes of this machine
-    ray    the cluster that RAY_ADDRESS names, else one of `jobs` processes on this machine
-    dask   the scheduler that DASK_SCHEDULER_ADDRESS names (all of its workers), else one with `jobs` processes on this
-           machine. What a lost worker had to do goes to the others; a simulation that kills each of them is waited
-           for without end, since joblib 1.6 is not told of it: interrupt, and the rest is kept
+        local  processes of this machine
+        ray    the cluster that RAY_ADDRESS names, else one of `jobs` processes on this machine
+        dask   all workers of the scheduler that DASK_SCHEDULER_ADDRESS names, else `jobs` processes on this machine. A
+               lost worker's tasks go to the others; one that kills each of them is waited for without end (joblib 1.6
+               is not told): interrupt, and the rest is kept
 
-    Machines of a cluster must see the configuration's files under the same paths. Raises ConfigError for an unknown
-    backend, and for one whose package is not installed; SweepError where the cluster cannot be reached, or a worker
-    is lost for good.
+    A cluster's machines must see the configuration's files under the same paths. ConfigError: the backend is unknown or
+    not installed. SweepError: the cluster cannot be reached, or a worker is lost for good.
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"--backend {backend}: {suggestion(backend, list(get_args(Backend)))}")

@@ -1,7 +1,6 @@
 """Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
 
-Each is a parquet file, named by a hash of everything that its content depends on: change anything and it is another
-simulation; add a rate, a seed or a policy and the others are still there. Labels and SLOs are not part of it.
+Each is a parquet file, named by a hash of all that its content depends on: labels and SLOs are not part of it.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ class CachedRun:
 
 
 def keys(todo: list[Run]) -> list[str]:
-    """A name for each run: a hash of everything that decides what it gives.
+    """A hash for each run of everything that decides what it gives.
 
-    That is its resolved configuration, its seed, the content of every file that the configuration names (a policy's
-    Python file, but not what that imports), the project's own code, and the versions of what computes it.
+    That is its resolved configuration, its seed, the content of every file named there (a policy's Python file, but not
+    what that imports), the project's code, and the versions of what computes it.
     """
     contents: Callable[[str], str] = cache(_content)
     base = {"sources": _sources(), "python": platform.python_version()}

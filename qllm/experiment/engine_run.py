@@ -1,7 +1,7 @@
 """A configuration on the real engine: the same requests, limits, policies and tables as in its simulation.
 
-What the configuration says of timings, routing and the GPU's memory is not used: the device takes the time it takes.
-Only where its timing trace was measured on this very device and model does the trace split the passes.
+The device takes its own time: timings, routing and GPU memory are not used. Only a timing trace measured on this very
+device and model splits the passes.
 """
 
 from __future__ import annotations
@@ -41,17 +41,9 @@ ISOLATED = (
 def load_target(
     name: str | None, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
 ) -> LoadedModel:
-    """The model that a configuration is run on.
+    """The model to run: a checkpoint (path or Hugging Face name), or the demo model (None; its dtype is float32).
 
-    Args:
-        name: a checkpoint (path or Hugging Face name); None for the demo model.
-        device: as torch names it.
-        dtype: "auto" for that of the checkpoint; the demo model's is float32.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-
-    Raises:
-        LoadError: the model, the device or the dtype is not there.
-        UnsupportedModelError: the model cannot be served.
+    Raises LoadError (model, device or dtype is not there) and UnsupportedModelError.
     """
     if name is not None:
         return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -66,10 +58,7 @@ def describe(target: LoadedModel) -> str:
 
 
 def engine_clock(target: LoadedModel, config: Config) -> RealClock:
-    """Real time, polling while idle as in a calibration.
-
-    The configuration's timing trace splits the passes where it was measured on this device and model.
-    """
+    """Real time, polling while idle; the timing trace splits passes if measured on this device and model."""
     timings = load_timings(config.timings)
     here = model_facts(target.model) | {"source": "measured", "device": device_name(target.model.device)}
     same = all(getattr(timings, key) == here[key] for key in SAME)
@@ -85,18 +74,10 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
 def run(
     config: Config, target: LoadedModel, tell: Callable[[str], None] = lambda _: None
 ) -> tuple[Results, list[tuple[Run, RunResult]]]:
-    """Run every point of the sweep, policy and seed on the engine, one after another.
+    """Run each point, policy and seed on the engine in turn; `tell` gets each run's name before it starts.
 
-    Args:
-        config: what to run.
-        target: the model.
-        tell: called with the name of each run before it starts.
-
-    Returns:
-        The results, and the runs at the last point with the first seed, for a timeline.
-
-    Raises:
-        ConfigError, TraceError, SchedulerError, ExecutorError: one of the runs is not possible.
+    Returns the results, and the runs at the last point with the first seed, for a timeline. Raises ConfigError,
+    TraceError, SchedulerError, ExecutorError.
     """
     todo = runs(config)
     tables, shown = [], []
@@ -120,10 +101,7 @@ def run(
 
 
 def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits) -> RunResult:
-    """One policy at one point.
-
-    An exception of a user's policy is raised as a ConfigError with its file and line.
-    """
+    """One policy at one point. An exception of a user's policy becomes a ConfigError with file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
     try:

@@ -78,10 +78,7 @@ def per_request(requests: pd.DataFrame) -> pd.DataFrame:
 
 
 def good(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.Series:
-    """Whether each request was good: 1.0 finished within every SLO of its class, 0.0 not, nan without an SLO.
-
-    `requests` has the columns of `per_request`. A request of one output token has no TPOT and meets every TPOT SLO.
-    """
+    """1.0 where a request finished within each SLO, 0.0 where not, nan without an SLO; one token meets any TPOT."""
     verdict = pd.Series(np.nan, index=requests.index)
     finished = requests["finish_s"].notna()
     for name, slo in slos.items():

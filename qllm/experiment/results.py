@@ -46,13 +46,10 @@ class Results:
         return cls(requests, summary, config, pd.DataFrame() if failures is None else failures)
 
     def save(self, out: str | Path) -> Path:
-        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv.
+        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv; return `out`.
 
         Args:
             out: The folder, made if need be.
-
-        Returns:
-            Its path.
 
         Raises:
             ConfigError: The folder cannot be made or written.
@@ -87,13 +84,10 @@ def make_folder(out: str | Path) -> Path:
 
 
 def load_results(folder: str | Path) -> Results:
-    """Read results back.
+    """Read results back; the summary is worked out anew from the requests.
 
     Args:
         folder: What `qllm simulate --out FOLDER` wrote.
-
-    Returns:
-        The results; the summary is worked out anew from the requests.
 
     Raises:
         ConfigError: The folder does not hold results.

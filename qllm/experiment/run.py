@@ -51,10 +51,7 @@ def runs(config: Config) -> list[Run]:
 
 
 def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunResult:
-    """Simulate `run`, whose requests are `trace`; with `timeline`, its passes are recorded too.
-
-    An exception of a user's policy comes out as a ConfigError that names its file and line.
-    """
+    """Simulate `run` on `trace`; `timeline`: record its passes. ConfigError for an exception of a user's policy."""
     config = run.config
     policy = config.policies[run.policy]
     limits = scheduler_limits(config, load_timings(config.timings))
@@ -82,10 +79,7 @@ def run_table(run: Run) -> pd.DataFrame:
 
 
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:
-    """A row per request of `trace`; `isolated_ttft`: seconds, float64[n].
-
-    Classes and statuses are numbers, which every table format gives back as they were.
-    """
+    """A row per request, `isolated_ttft` in seconds, float64[n]; classes and statuses as numbers, for any format."""
     n, names = len(trace), list(run.config.classes)
     return pd.DataFrame(
         {
@@ -118,10 +112,7 @@ def rate_of(run: Run, trace: RequestTrace) -> float:
 
 
 def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
-    """The rows of requests.parquet for the `run_table` of `run`.
-
-    Text columns are categories, which keeps 100,000 requests small.
-    """
+    """The rows of requests.parquet for a `run_table`; text is categories, which keeps 100,000 requests small."""
     config, n = run.config, len(found)
 
     def text(codes: Any, names: list[str]) -> Any:

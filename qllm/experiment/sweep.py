@@ -49,8 +49,8 @@ def simulate(
 ) -> Results:
     """Simulate a configuration: every point of its sweep, policy and seed.
 
-    A simulation that fails does not stop the others: it stands in the results' `failures`, and a warning says so.
-    Where nothing succeeds, the first error is raised.
+    A simulation that fails stops no other: it stands in the results' `failures`, and a warning says so. Where nothing
+    succeeds, the first error is raised.
 
     Args:
         config: A YAML file, or a configuration that was loaded.

@@ -25,19 +25,15 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw one TTFT column of the summary against the swept rate, a line per policy.
+    """Draw one TTFT column of the summary against the swept rate, a line per policy, on the axes returned.
 
-    The band (mean TTFT only) is the 95 % t-interval over seeds. The dashed line is the SLO of the class, where `column`
-    is measured in the same unit.
+    The band (mean TTFT only) is the 95 % t-interval over seeds; the dashed line the SLO of the class, in the same unit.
 
     Args:
         results: What a sweep gave.
         column: A TTFT column of the summary, in seconds or over the isolated TTFT.
         cls: The class; default: the most urgent one.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)
@@ -63,7 +59,7 @@ def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = N
 
 
 def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw SLO attainment (good / sent) against the swept rate, a line per policy.
+    """Draw SLO attainment (good / sent) against the swept rate, a line per policy, on the axes returned.
 
     The band is the 95 % t-interval over the seeds' attainments, cut off at 0 and 1.
 
@@ -71,9 +67,6 @@ def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -
         results: What a sweep gave.
         cls: The class; default: the most urgent one.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or new_axes()
     cls = cls or most_urgent(results)

@@ -1,9 +1,8 @@
 """The schedule of simulated runs as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
 
-One process a run (each policy at one point of the sweep), in it one track a class (a pass belongs to the most urgent
-one in it). A slice is a stretch of time that a pass ran; where it was suspended a "preempted" marker names the layer
-and stage, and where it went on, a "resumed" marker the layer; an arrow joins the two. Format: "Trace Event Format",
-JSON object form; times in microseconds.
+A process per run (a policy at a point of the sweep), a track per class (a pass belongs to its most urgent), a slice per
+stretch that a pass ran. "preempted" and "resumed" markers name layer (and stage); an arrow joins the two. Format:
+"Trace Event Format", JSON object form; times in microseconds.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ PER_REQUEST = {
 def plot_cdf(
     results: Results, column: str = "ttft_s", cls: str | None = None, at: float | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw the distribution of a metric over the requests that were *sent*, a line per policy.
+    """Draw the distribution of a metric over the requests *sent*, a line per policy, on the axes returned.
 
-    A request without the value (rejected, unfinished) never counts as below, so such a line ends below 1. The x axis
-    is logarithmic; zeros are left of it.
+    A request without the value (rejected, unfinished) never counts as below, so such a line ends below 1. The x axis is
+    logarithmic; zeros are left of it.
 
     Args:
         results: What a sweep gave.
@@ -38,9 +38,6 @@ def plot_cdf(
         cls: The class; default: the most urgent one.
         at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes.
 
     Raises:
         ConfigError: There is no such column, class or swept value.
@@ -81,9 +78,6 @@ def plot_ablation(
         at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
         ax: Where to draw; default: axes of a new figure.
 
-    Returns:
-        The axes.
-
     Raises:
         ConfigError: There is no such column, class or swept value.
     """
@@ -102,16 +96,13 @@ def plot_ablation(
 
 
 def plot_time_spent(results: Results, cls: str | None = None, at: float | None = None, ax: Axes | None = None) -> Axes:
-    """Draw where the time goes: mean turnaround of finished requests, split into queueing, suspended and running.
+    """Draw mean turnaround of finished requests in seconds, a bar per policy: queueing, suspended, running.
 
     Args:
         results: What a sweep gave.
         cls: The class; default: the most urgent one.
         at: Value of the swept key on the x axis of `plot_ttft`; default: the highest.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes: a bar in seconds per policy.
 
     Raises:
         ConfigError: There is no such class or swept value.

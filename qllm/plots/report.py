@@ -40,18 +40,7 @@ class Cell:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Write the report on some results to one file. The same results give the same bytes.
-
-    Args:
-        folders: Folders written by `qllm simulate`.
-        out: The file to write.
-
-    Returns:
-        Its path.
-
-    Raises:
-        ConfigError: A folder holds no results, or `out` cannot be written.
-    """
+    """Write the report on folders of results to `out`, the same bytes for the same results. Raises ConfigError."""
     loaded = [load_results(folder) for folder in folders]
     labels = _labels([Path(folder) for folder in folders])
     parts = [
@@ -85,10 +74,7 @@ def differences(loaded: Sequence[Results]) -> list[tuple[str, list[str]]]:
 
 
 def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
-    """A row per policy, point and class that several results have, with `COMPARED` of each: columns 'ttft_p99_s: A'.
-
-    Other swept keys are compared where all results swept them.
-    """
+    """A row per policy, point, class and common swept key, with `COMPARED` of each result: columns 'ttft_p99_s: A'."""
     swept = [set(results.config.sweep) - {"rate"} for results in loaded]
     at = ["policy", "rate", "class", *sorted(set.intersection(*swept))]
     tables = []

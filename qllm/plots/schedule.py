@@ -34,19 +34,10 @@ def plot_timeline(
     requests: Iterable[tuple[int, float, float]] = (),
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the schedule of one run: time in seconds on the x axis, layers done on the y axis.
+    """Draw one run's schedule: seconds on the x axis, layers done on the y axis; a slice climbs in a straight line.
 
-    Within a slice the climb is drawn as a straight line.
-
-    Args:
-        slices: Stretches of time that passes ran, of a simulation or of an engine.
-        names: Priority -> class. A pass has the colour of the most urgent class in it, grey where that has no name.
-        layers: Of the model.
-        requests: (priority, arrival, first token) in seconds, drawn below as bars from one to the other.
-        ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes.
+    `names`: priority -> class. A pass has the colour of its most urgent class, grey where that has no name. `requests`:
+    (priority, arrival, first token) in seconds, bars below. `ax`: by default of a new figure.
     """
     ax = ax or new_axes()
     colours = _colours(names)
@@ -82,10 +73,7 @@ def _draw_passes(ax: Axes, passes: list[list[PassSlice]], layers: int, colour: s
 def _draw_requests(
     ax: Axes, requests: Iterable[tuple[int, float, float]], layers: int, colours: Mapping[int, str]
 ) -> float:
-    """Draw a bar from arrival to first token for each request, below layer 0, in as few lanes as do not overlap.
-
-    Returns where the lowest lane ends.
-    """
+    """A bar from arrival to first token per request, below layer 0, in few lanes; returns where the lowest ends."""
     lanes: list[float] = []  # when each is free again
     height = 0.085 * layers
     for priority, arrival, token in sorted(requests, key=lambda request: (request[0], request[1])):
@@ -127,18 +115,10 @@ def _climb(one: PassSlice, layers: int) -> list[tuple[float, float]]:
 def save_timeline(
     recorded: Sequence[tuple[Run, RunResult]], path: str | Path, caption: str, layers: int | None = None
 ) -> bool:
-    """Write a picture with a panel for each recorded run, all of the same moments.
+    """Write a picture of a panel per recorded run, around the first suspension in any of them, else the start.
 
-    These are the moments around the first suspension in any of them, else the first.
-
-    Args:
-        recorded: Runs and their results with slices (perfetto.record).
-        path: The file to write.
-        caption: Says whether it is simulated or measured, and on what.
-        layers: Of the model that ran; default: of the timing trace that the configuration names, as in a simulation.
-
-    Returns:
-        False, and writes nothing, where nothing ran.
+    `caption`: simulated or measured, and on what. `layers`: by default of the configuration's timing trace, as in a
+    simulation. Returns False, and writes nothing, where nothing ran.
     """
     shown = [(run, result.slices or []) for run, result in recorded]
     if not any(slices for _, slices in shown):

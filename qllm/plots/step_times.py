@@ -14,17 +14,14 @@ _MARKERS = {"measured": "o", "imported": "s", "modelled": "x"}
 
 
 def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
-    """Draw f(m): microseconds that one expert with m tokens adds to its layer.
+    """Draw f(m): microseconds that one expert with m tokens adds to its layer, on the axes returned.
 
-    Shown are the points of the trace by their source, with their spread where it is known, and the curve that
-    simulations use. Both axes are logarithmic.
+    Shown are the points of the trace by source, with their spread where known, and the curve that simulations use. Both
+    axes are logarithmic.
 
     Args:
         timings: The timing trace.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes.
     """
     ax = ax or new_axes()
     points = sorted((p for p in timings.points if p.step == "expert"), key=lambda p: p.tokens)
@@ -52,15 +49,8 @@ def plot_expert_times(timings: Timings, ax: Axes | None = None) -> Axes:
 def roofline(tokens: np.ndarray, shape: ModelShape, weights: str, flops: float, bandwidth: float) -> np.ndarray:
     """Seconds that one expert takes at least, float64[n] (Williams, Waterman and Patterson, 2009).
 
-    The longer of its arithmetic (2 operations a weight and token), and of reading its weights and moving its
-    activations.
-
-    Args:
-        tokens: Tokens of the expert, int[n].
-        shape: Sizes of the model.
-        weights: Key of WEIGHT_BYTES.
-        flops: Operations per second of the device.
-        bandwidth: Bytes per second of its memory.
+    The longer of its arithmetic (2 operations a weight and token, at `flops` per second) and of moving its weights (of
+    type `weights` of WEIGHT_BYTES) and activations (at `bandwidth` bytes per second).
     """
     arithmetic = 2.0 * shape.expert_weights * tokens / flops
     activations = 2.0 * tokens * (2 * shape.hidden + 3 * shape.inter)  # 16 bits each; in, out, gate, up, product
@@ -68,15 +58,12 @@ def roofline(tokens: np.ndarray, shape: ModelShape, weights: str, flops: float, 
 
 
 def plot_popularity(shares: np.ndarray, layers: list[int], ax: Axes | None = None) -> Axes:
-    """Draw how unevenly tokens are spread over the experts of a layer, experts sorted by their share.
+    """Draw how unevenly tokens are spread over the experts of a layer, sorted by share; 1 on the y axis is even.
 
     Args:
         shares: Share of the tokens that go to each expert, float[layers, experts].
         layers: The layers to draw, a line each.
         ax: Where to draw; default: axes of a new figure.
-
-    Returns:
-        The axes; 1 on the y axis is an even share.
     """
     ax = ax or new_axes()
     experts = shares.shape[1]

@@ -14,11 +14,9 @@ from qllm.validation.validate import Comparison, EngineRun, PassCall
 
 
 def by_pass(compared: list[Comparison]) -> pd.DataFrame:
-    """Seconds of the real runs by kind of pass (prefill, decode, mixed) and of the host between passes.
+    """Seconds of the real runs by kind of pass (prefill, decode, mixed) and between passes, largest error first.
 
-    Returns:
-        Columns count, measured_s (in the run), predicted_s (for the same passes with the same routing), error_s and
-        share (of all measured time); largest contributions first.
+    Columns count, measured_s, predicted_s (the same passes and routing), error_s, share of all measured time.
     """
     rows: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for one in compared:

@@ -58,23 +58,14 @@ class RecordingCostModel(PassCostModel):
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One run on the real engine.
-
-    Attributes:
-        run: the configuration at a point of its sweep, policy and seed.
-        trace: the requests.
-        limits: of the scheduler.
-        steps: the cost model that split the passes, from the configuration's timing trace.
-        result: what became of the requests.
-        calls: its passes, in the order of `result.routing`.
-    """
+    """One run on the real engine."""
 
     run: Run
     trace: RequestTrace
     limits: Limits
-    steps: PassCostModel = field(repr=False)
+    steps: PassCostModel = field(repr=False)  # split the passes, from the configuration's timing trace
     result: RunResult = field(repr=False)
-    calls: list[PassCall] = field(repr=False)
+    calls: list[PassCall] = field(repr=False)  # in the order of `result.routing`
 
 
 @dataclass(frozen=True)
@@ -102,14 +93,7 @@ def compare(run: Run, loaded: LoadedModel) -> Comparison:
     """Replay one run of a configuration on the real engine, then simulate it.
 
     The configuration's timing trace splits the engine's passes and gives the simulator its times. Each simulated pass
-    is routed like a real one of this run.
-
-    Args:
-        run: of `qllm.experiment.run.runs`.
-        loaded: the model that serves it.
-
-    Raises:
-        RequestError, ExecutorError, ConfigError: as of `replay` and the configuration.
+    is routed like a real one of this run. Raises as `replay` and the configuration do.
     """
     real = replay_run(run, loaded)
     simulated = simulate(
@@ -141,15 +125,10 @@ def replay_run(run: Run, loaded: LoadedModel) -> EngineRun:
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
-    """How far the simulation is off, over the requests of all seeds.
+    """How far the simulation is off, over the `Comparison.requests` of all seeds.
 
-    Args:
-        requests: `Comparison.requests` of all runs.
-
-    Returns:
-        A row per policy, rate, class ("all" too), metric and statistic, with real, simulated and error: simulated /
-        real - 1; for preemptions the difference. Throughput is requests per second from the first arrival to the last
-        token.
+    A row per policy, rate, class ("all" too), metric and statistic: real, simulated, error = simulated / real - 1
+    (preemptions: the difference). Throughput: requests per second from first arrival to last token.
     """
     rows = []
     pooled = pd.concat([requests, requests.assign(**{"class": "all"})])

@@ -72,10 +72,7 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
 
 
 def _table(path: Path, skipped: SkippedRows) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
-    """The header; line number and cells of each row; the classes that a comment declares.
-
-    Comment lines begin with '#' and stand before the header; blank lines are no rows.
-    """
+    """Header; line number and cells of each row; classes that a comment ('#' lines before the header) declares."""
     lines = text_lines(path)
     classes = None
     header: list[str] = []

@@ -22,25 +22,18 @@ def poisson(rng: np.random.Generator, requests: int, *, rate: float) -> np.ndarr
 
 
 def gamma(rng: np.random.Generator, requests: int, *, rate: float, cv: float) -> np.ndarray:
-    """Renewal process with Gamma gaps of mean 1 / rate and coefficient of variation `cv` (1 is Poisson), 0.001 to 100.
-
-    The Gamma distribution's shape is 1 / cv**2. Returns float64[requests], sorted.
-    """
+    """Renewal process of Gamma gaps with coefficient of variation `cv` (1: Poisson). float64[requests], sorted."""
     return np.cumsum(rng.standard_gamma(cv**-2, requests)) * (cv**2 / rate)
 
 
 def onoff(
     rng: np.random.Generator, requests: int, *, rate: float, on_s: float, off_s: float, burst: float | None = None
 ) -> np.ndarray:
-    """Poisson arrivals at an alternating rate: `on_s` seconds at `burst` * rate, then `off_s` seconds at less.
+    """Poisson arrivals, alternating: `on_s` seconds at `burst` * rate, then `off_s` seconds at what keeps the mean.
 
-    In the off phase the rate is what keeps the mean over one cycle at `rate`. The first cycle begins at time 0, with
-    its on phase.
-
-    `burst` lies between 1 (plain Poisson) and (on_s + off_s) / on_s (nothing arrives in the off phase), which is the
-    default. The phases keep their length in seconds at every rate, so here only the underlying unit-rate draws are
-    common to two rates. Returns float64[requests], sorted: the unit-rate process through the inverse of the
-    cumulative rate (time change of a Poisson process).
+    The first cycle begins at time 0, on. `burst` lies between 1 (plain Poisson) and (on_s + off_s) / on_s (nothing
+    arrives in the off phase; the default). Phases keep their seconds at every rate, so only the unit-rate draws are
+    common to two rates. float64[requests], sorted: the unit-rate process through the inverse of the cumulative rate.
     """
     cycle = on_s + off_s
     burst = cycle / on_s if burst is None else burst

@@ -36,8 +36,8 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
                  | {"lognormal": {"median" or "mean": N, "sigma": S, "min": N, "max": N}}
                  | {"quantiles": NAME_OR_PATH} | {"trace": PATH}
 
-    `"lengths": {"trace": PATH}` in place of prompt and output draws whole rows, so prompt and output stay a pair.
-    By default arrivals are Poisson and there is one class, "all". One class may leave out its share: it gets the rest.
+    `"lengths": {"trace": PATH}` in place of prompt and output draws whole rows, so the two stay a pair. By default
+    arrivals are Poisson and there is one class, "all". One class may leave out its share: it gets the rest.
 
     Args:
         recipe: How requests arrive, in which classes, and how long they are.
@@ -46,7 +46,7 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
         seed: Of everything that is drawn.
 
     Raises:
-        TraceError: Something is wrong; one line names the key and what is allowed.
+        TraceError: One line names the key and what is allowed.
     """
     from qllm.traces.requests.recipe import check_recipe
 
@@ -67,7 +67,7 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
 
 
 def assign_classes(trace: RequestTrace, shares: Mapping[str, float | None], *, seed: int) -> RequestTrace:
-    """The same requests, each of a class drawn at random. Classes that the trace had are replaced.
+    """The same requests, each of a class drawn at random; classes that the trace had are replaced.
 
     Args:
         trace: The requests.

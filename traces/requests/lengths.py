@@ -1,7 +1,4 @@
-"""Draw prompt and output lengths, in tokens: fixed, uniform, lognormal, from a quantile table, or from a trace.
-
-Every function returns int64[n], each >= 1. `column` (prompt or output) says which one a table or a trace gives.
-"""
+"""Prompt and output lengths in tokens, int64[n], each >= 1. `column` says which of the two a table or trace gives."""
 
 from __future__ import annotations
 

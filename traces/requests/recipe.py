@@ -1,7 +1,4 @@
-"""The recipe of a generated trace: how requests arrive, in which classes, and how long they are.
-
-These models are the only check of a recipe, whether it comes from a configuration, the command line or Python.
-"""
+"""The recipe of a generated trace. These models are its only check, from a configuration, command line or Python."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Lognormal(StrictModel):
     """Lognormal token counts: exp(normal(mu, sigma)), rounded, with mu = ln(median), or ln(mean) - sigma**2 / 2.
 
-    `mean` or `median` hold before clipping. What lies outside [`min`, `max`] (1 and no bound by default) is set to the
-    bound, not drawn again: the bounds gain the mass beyond them, and the mean moves.
+    `mean` and `median` hold before clipping: what lies outside [`min`, `max`] (default: 1, no bound) is set to the
+    bound, not drawn again, so the mean moves.
     """
 
     mean: Positive | None = None

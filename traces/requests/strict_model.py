@@ -1,7 +1,4 @@
-"""Models that refuse what they do not know, and one line for whatever pydantic finds.
-
-A workload's recipe and a configuration are both checked with these, so a mistake reads the same in either.
-"""
+"""Models that refuse unknown keys, for recipes and configurations alike, and one line for whatever pydantic finds."""
 
 from __future__ import annotations
 

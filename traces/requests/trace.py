@@ -21,9 +21,7 @@ class TraceWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class RequestTrace:
-    """The columns of one request trace, one element a request, sorted by arrival.
-
-    The arrays are copied and made read-only.
+    """The columns of one request trace, one element a request, sorted by arrival. They are copied and made read-only.
 
     Attributes:
         arrival: Seconds from the start of the trace, float64[n]; finite, >= 0, non-decreasing.
@@ -87,11 +85,7 @@ class RequestTrace:
         return replace(self, arrival=self.arrival / factor)
 
     def at_rate(self, rate: float) -> RequestTrace:
-        """The same requests with a mean arrival rate of `rate` requests per second.
-
-        Raises:
-            TraceError: The trace has no arrival times (ShareGPT), and so no rate to scale.
-        """
+        """The same requests at `rate` per second on average. TraceError without arrival times (ShareGPT)."""
         if self.rate is None:
             raise TraceError("this trace has no arrival times to scale: give it some (generate.assign_arrivals)")
         check_positive("rate", rate)
@@ -110,10 +104,7 @@ class RequestTrace:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Statistics as plain numbers (ready for JSON): requests, duration, rate, gaps, tokens, and those by class.
-
-        `arrival_cv` is the coefficient of variation of the gaps between arrivals (1 for Poisson).
-        """
+        """Statistics, ready for JSON; `arrival_cv` is the coefficient of variation of the gaps between arrivals."""
         gaps = np.diff(self.arrival)
         gap_mean = float(gaps.mean()) if len(gaps) else 0.0
         return {

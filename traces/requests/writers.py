@@ -11,10 +11,7 @@ from qllm.traces.requests.trace import RequestTrace, TraceError
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
-    """Write a request trace.
-
-    The CSV begins with the comment, and a line that names the classes in order. JSONL begins with one object that names
-    them.
+    """Write a request trace. It names the classes in order: CSV in a line below the comment, JSONL in a first object.
 
     Args:
         trace: The requests.

@@ -1,8 +1,8 @@
 """Import of NVIDIA's published kernel measurements (aiconfigurator, Apache-2.0) as a timing trace.
 
-The tables hold GPU kernel time (CUDA-graph replays between CUDA events) of GEMMs, attention and fused MoE layers. What
-they do not hold is modelled here and said so in the header's `modelled`: norms and rotary embedding (memory traffic),
-sampling, attention over a cached prefix, launches, the host. docs/timing_traces.md gives every formula.
+The tables hold GPU kernel time of GEMMs, attention and fused MoE layers. The rest is modelled, as the header's
+`modelled` says: norms, rotary embedding, sampling, cached prefixes, launches, the host. Formulas:
+docs/timing_traces.md.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def _kept(m: int) -> bool:
 def prefill_points(causal: pd.Series, decode: list[Point], source: str) -> list[Point]:
     """attention_prefill from causal attention of whole prompts (`causal`, seconds by length, nothing cached).
 
-    n tokens over c cached ones do the share (L^2 - c^2) / L^2 of the work of a whole prompt of L = n + c tokens
-    (aiconfigurator's own correction for a cached prefix), and take at least as long as n tokens alone, and as one
-    `decode` step of a single sequence over c tokens, which reads the same cache.
+    n tokens over c cached ones: the share (L^2 - c^2) / L^2 of a whole prompt of L = n + c (aiconfigurator's
+    correction), at least n tokens alone, and at least a `decode` step of one sequence over c, which reads the same
+    cache.
     """
     alone = [(point.context, point.seconds) for point in decode if point.tokens == 1]
     lengths, times = causal.index.to_numpy(dtype=float), isotonic(causal.to_numpy())
@@ -95,9 +95,9 @@ def prefill_points(causal: pd.Series, decode: list[Point], source: str) -> list[
 def decode_points(frame: pd.DataFrame, source: str) -> list[Point]:
     """attention_decode by batch and cached tokens, from rows of one kernel and head layout.
 
-    A row that is over SPIKE times that of a larger batch or context is an outlier and dropped. What is missing then is
-    modelled: between two contexts on a log-log line; large corners, which did not fit the GPU's memory, and contexts up
-    to DECODE_CONTEXT in proportion to the last measured batch, or along the last slope over the context.
+    A row over SPIKE times that of a larger batch or context is dropped as an outlier. Gaps lie on a log-log line
+    between two contexts. Large corners (out of GPU memory) and contexts up to DECODE_CONTEXT go in proportion to the
+    last measured batch, or along the last slope over the context.
     """
     grid = frame.groupby(["batch_size", "step"])["latency"].median().unstack() / 1e3
     grid = grid[grid.index <= DECODE_BATCH].dropna(axis=1, how="all")

@@ -25,11 +25,10 @@ FILES = {
 
 
 class Tables:
-    """The tables of one GPU: a folder of parquet files, or the installed package (`source` = "aiconfigurator-core").
+    """The tables of one GPU, from a folder of parquet files or the installed package ("aiconfigurator-core").
 
-    Two folder layouts are read: the package's own, systems/data/GPU/OP/FRAMEWORK/VERSION/FILE.parquet (`source` may be
-    GPU or any folder above it), and a flat one, OP__FRAMEWORK__VERSION__FILE.parquet.
-    TimingError where nothing is found.
+    Layouts: the package's systems/data/GPU/OP/FRAMEWORK/VERSION/FILE.parquet (`source`: GPU or any folder above), and a
+    flat OP__FRAMEWORK__VERSION__FILE.parquet. TimingError where nothing is found.
     """
 
     def __init__(self, source: str | Path, gpu: str) -> None:
@@ -74,10 +73,9 @@ class Tables:
         raise TimingError(f"{self.root}: no {self.gpu}.yaml, which gives memory size and bandwidth")
 
     def read(self, kind: str, choice: str, **wanted: Any) -> tuple[pd.DataFrame, str]:
-        """Rows of one table with these values in its columns, and FRAMEWORK:VERSION of the table.
+        """Rows with these values in the table of `choice` (FRAMEWORK[:VERSION], default newest), and FRAMEWORK:VERSION.
 
-        choice: FRAMEWORK or FRAMEWORK:VERSION; without a version the newest one that holds such rows. TimingError where
-        none does: it names the first column without a match, and what that holds.
+        TimingError where no table has any: it names the first column without a match, and what that holds.
         """
         framework, _, version = choice.partition(":")
         here = sorted({(f, v) for k, f, v in self.files if k == kind}, key=lambda fv: (fv[0], _version_key(fv[1])))
@@ -125,10 +123,9 @@ def series(frame: pd.DataFrame, column: str) -> pd.Series:
 
 
 def gemm_seconds(frame: pd.DataFrame, n: int, k: int) -> pd.Series:
-    """Seconds of a GEMM [m, k] x [k, n] by m: the measured rows, or between the nearest n and k on the grid.
+    """Seconds of a GEMM [m, k] x [k, n] by m: the measured rows, or log-log linear between the nearest n and k.
 
-    Off the grid, log(seconds) is interpolated linearly in log n and log k. Below the grid's smallest size the smallest
-    holds (such kernels are bound by latency); above its largest, time grows in proportion.
+    Below the grid its smallest size holds (latency-bound kernels); above, time grows in proportion.
     """
 
     def at_k(k_grid: int) -> pd.Series:

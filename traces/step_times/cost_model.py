@@ -1,17 +1,15 @@
 """The steps of a pass: how long each takes by a timing trace, and between which of them the pass can stop.
 
-The simulator and the engine's virtual clock both take their times from here, so they cannot drift apart.
+Simulator and virtual clock both take their times from here, so they cannot drift apart.
 
-A pass is a sequence of steps, and no step can be interrupted: a prologue, the layers, the head. A layer is
+No step can be interrupted: a prologue, the layers, the head. A layer is
 ``pre | query block 1 | ... | query block P, post | group 1 | ... | group G``. A pass can stop at a preemption point
-(``|``). These lie before the attention, between the query blocks of a long attention, before the experts, and between
-groups of experts. P and G follow from the timings so that no query block and no group takes longer than `max_step`,
-and from nothing else: they are the same whether or not anyone waits.
+(``|``): before the attention, between query blocks, before the experts, between groups of experts. P and G keep every
+block and group below `max_step`; they depend on nothing else, so not on whether anyone waits.
 
-Times are whole ticks (pass_cost.py), so a pass takes the same time to the last bit whether its steps are added up one
-by one or all at once.
+Times are whole ticks (pass_cost.py): added one by one or all at once, the sum is the same to the last bit.
 
-Merging (`mergeable`, `merged`): the pass that runs takes along tokens of suspended passes that wait at its experts.
+Merging (`mergeable`, `merged`): the running pass takes along tokens of suspended passes that wait at its experts.
 """
 
 from __future__ import annotations
@@ -35,18 +33,16 @@ class PassCostModel:
         timings: The timing trace.
         max_step: Seconds that a query block or a group of experts should not exceed.
         expert_mode: "fused": the experts of a layer share `experts_base_s`, and groups are launches of the fused
-            kernel. "separate": each expert is launched for itself. Default: what the timing trace describes. A trace
-            of separate launches cannot be used as fused.
+            kernel. "separate": a launch per expert. Default: what the trace describes; separate never serves as fused.
         popularity: Share of the tokens that go to each expert, float[layers, experts]; it decides the size of groups.
             Default: uniform.
 
     Attributes:
         layers: Layers of the model.
         n_experts: Experts in each.
-        merge_rows: Most tokens of a suspended pass that are merged at an expert: the largest m with f(m) <= 2 f(1) in
-            the measured range. One token costs the reading of the expert's weights, which merging saves; up to so
-            many, a launch gets about one such reading longer at most. More would make the running pass wait for the
-            work of others.
+        merge_rows: Most tokens of a suspended pass merged at an expert: the largest measured m with f(m) <= 2 f(1).
+            Merging saves one reading of the expert's weights, f(1); up to so many, a launch gets at most about one
+            such reading longer. More would make the running pass wait for the work of others.
         suspend_s: Seconds to suspend a pass.
         resume_s: Seconds to resume it.
         wake_s: Seconds that a pass takes longer after the device stood idle.
@@ -107,12 +103,10 @@ class PassCostModel:
             return self._table.take(counts)
 
     def experts_of_pass(self, cost: PassCost, routing: Any) -> float:
-        """Seconds of all experts and of the launches of further groups, without the shared `experts_base_s`.
+        """Seconds of all experts and of further groups' launches, without the shared `experts_base_s`.
 
-        Args:
-            cost: Of the pass; it says which groups there are.
-            routing: Tokens of each expert, int[MoE layers, experts]. A trace takes all layers to be alike: where some
-                have no experts, those that have count for all.
+        `routing`: tokens of each expert, int[MoE layers, experts]. A trace takes all layers to be alike: where some
+        have no experts, those that have count for all.
         """
         counts = np.asarray(routing)
         seconds = float(self.experts(counts).sum())
@@ -129,9 +123,7 @@ class PassCostModel:
         moved_tokens: int = 0,
         after_prefill: bool = False,
     ) -> PassCost:
-        """Times of one pass.
-
-        The attention of all chunks is one launch, and its work adds up: the cost of the smallest is counted once.
+        """Times of one pass. The attention of all chunks is one launch: the cost of the smallest is counted once.
 
         Args:
             prefill: Chunks of prompts: (anything, new tokens, tokens cached before).
@@ -199,10 +191,9 @@ class PassCostModel:
         return round((attention / blocks + self._block_launch_s) * TICKS_PER_S) * TICK, blocks
 
     def _expert_groups(self, tokens: int) -> tuple[float, int, int]:
-        """The groups of a pass of so many tokens: (seconds that a further group adds, experts in each, how many).
+        """(Seconds that a further group adds, experts in each group, groups) of a pass of so many tokens.
 
-        As many experts as keep a group below `max_step` if each has the tokens of the most popular one, three standard
-        deviations up.
+        A group stays below `max_step` if each expert has the tokens of the most popular one, three sigma up.
         """
         mean = tokens * self._peak_share
         most = min(tokens, math.ceil(mean + 3 * math.sqrt(mean)))
@@ -214,10 +205,7 @@ class PassCostModel:
         return group_launch_s, experts, -(-self.n_experts // experts)
 
     def group_seconds(self, cost: PassCost, counts: np.ndarray) -> np.ndarray:
-        """Seconds of each group of experts, float64[..., groups], for tokens per expert int[..., experts].
-
-        A group without tokens is passed over; of the first, `experts_base_s` remains.
-        """
+        """Seconds of each group, float64[..., groups], by tokens per expert; an empty one takes 0 (the first: base)."""
         out = self.by_group(cost, self.experts(counts))
         out[..., 0] += cost.experts_base_s
         out[..., 1:] += cost.group_launch_s * (self.by_group(cost, counts)[..., 1:] > 0)
@@ -230,21 +218,11 @@ class PassCostModel:
         return np.add.reduceat(each, np.arange(0, self.n_experts, cost.experts_per_group), axis=-1)
 
     def mergeable(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
-        """Where the running pass merges tokens of a suspended one, bool[...].
-
-        Args:
-            own: Tokens of the running pass at each expert, int[...]. Where it has none, it merges none.
-            waiting: Tokens of the suspended pass at each expert, int[...]. More than `merge_rows` are not merged.
-        """
+        """Where the running pass, with `own` tokens, merges those `waiting` (at most `merge_rows`), bool[...]."""
         return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
 
     def merged(self, own: np.ndarray, suspended: Iterable[np.ndarray]) -> np.ndarray:
-        """Tokens that go through each expert when the running pass merges those of suspended passes, int[...].
-
-        Args:
-            own: Tokens of the running pass at each expert, int[...].
-            suspended: For each suspended pass, its tokens that wait at each expert, int[...].
-        """
+        """Tokens of each expert, int[...]: `own`, and those merged that wait in each `suspended` pass."""
         out = own.copy()
         for waiting in suspended:
             out += np.where(self.mergeable(own, waiting), waiting, 0)
@@ -256,12 +234,7 @@ class PassCostModel:
         return cost.prologue_s + self.layers * layer + experts_s + cost.head_s
 
     def times(self, cost: PassCost, counts: np.ndarray) -> np.ndarray:
-        """Seconds of each step in order: prologue, the layers, head. float64[2 + layers * steps_per_layer].
-
-        Args:
-            cost: Of the pass.
-            counts: Tokens per expert, int[layers, experts].
-        """
+        """Seconds of each step, float64[2 + layers * steps_per_layer], for tokens per expert, int[layers, experts]."""
         steps = np.empty((self.layers, cost.steps_per_layer))
         steps[:, 0] = cost.pre_s
         steps[:, 1 : 1 + cost.query_blocks] = cost.query_block_s
@@ -272,10 +245,7 @@ class PassCostModel:
     def points(self, cost: PassCost, granularity: str) -> np.ndarray:
         """The steps (indices into `times`) after which a pass may stop, int64, increasing.
 
-        Args:
-            cost: Of the pass.
-            granularity: "expert": all preemption points. "layer": the one before each layer's attention.
-                "iteration": none.
+        `granularity`: "expert": all preemption points; "layer": the one before each attention; "iteration": none.
         """
         if granularity == "iteration":
             return np.empty(0, dtype=np.int64)
@@ -288,10 +258,7 @@ class PassCostModel:
         return points.ravel()
 
     def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
-        """Where a pass is after `done` steps: (layer, stage, index in the stage) of the step that comes next.
-
-        Stages are prologue, pre, attention, post, experts, head.
-        """
+        """(Layer, stage, index in the stage) of the next step: prologue, pre, attention, post, experts or head."""
         if done == 0:
             return 0, "prologue", 0
         layer, k = divmod(done - 1, cost.steps_per_layer)

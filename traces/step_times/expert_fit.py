@@ -1,7 +1,4 @@
-"""The expert-layer model t = base + sum_e f(m_e), fitted to measured MoE layers.
-
-`fit_balanced` takes a published table of evenly spread tokens, `fit_routed` layers of real passes with any routing.
-"""
+"""The model t = base + sum_e f(m_e), fitted to tables of evenly spread tokens or to routed layers of real passes."""
 
 from __future__ import annotations
 
@@ -26,23 +23,14 @@ OUTLIER = 0.25  # a layer further than this from one fit does not take part in t
 
 @dataclass(frozen=True)
 class ExpertFit:
-    """base and f, fitted to measured layers.
+    """base and f, fitted to measured layers."""
 
-    Attributes:
-        base: seconds a layer call.
-        tokens: sizes of f, int64[n], ascending.
-        seconds: f at these sizes, float64[n], non-decreasing.
-        errors: predicted / measured - 1 of every layer given, float64[layers].
-        kept: whether a layer took part in the fit, bool[layers].
-        measured: whether a size was measured, bool[n]; False for the edge of a stair between two that were.
-    """
-
-    base: float
-    tokens: np.ndarray
-    seconds: np.ndarray
-    errors: np.ndarray
-    kept: np.ndarray
-    measured: np.ndarray
+    base: float  # seconds a layer call
+    tokens: np.ndarray  # sizes of f, int64[n], ascending
+    seconds: np.ndarray  # f at these sizes, float64[n], non-decreasing
+    errors: np.ndarray  # predicted / measured - 1 of every layer given, float64[layers]
+    kept: np.ndarray  # whether a layer took part in the fit, bool[layers]
+    measured: np.ndarray  # whether a size was measured, bool[n]; False: the edge of a stair between two that were
 
     def predicted(self, counts: Sequence[Counts]) -> np.ndarray:
         """Seconds of layers, float64[layers], for `counts` as those of `fit_routed`."""
@@ -58,21 +46,11 @@ def balanced_counts(tokens: int, top_k: int, experts: int) -> np.ndarray:
 
 
 def fit_balanced(layer: pd.Series, experts: int, top_k: int, tile: int | None = None) -> ExpertFit:
-    """Fit base and f to a table of evenly spread tokens.
+    """base and f from a table of evenly spread tokens (seconds of a `layer` by tokens). TimingError for too few rows.
 
-    Rows with at most `experts` assignments have one token in each of tokens x top_k experts, so their times lie on a
-    line: base + active x f(1), fitted by least squares on relative errors. From every other row,
-    f(m) = (t - base) / experts; then f is made non-decreasing.
-
-    Args:
-        layer: seconds of a layer by number of tokens.
-        experts: experts of the layer.
-        top_k: experts of a token.
-        tile: rows of one block of the kernel. The kernel passes over an expert's weights once a block, so f is made to
-            step up after each multiple of `tile` instead of rising between two measured sizes.
-
-    Raises:
-        TimingError: without two rows of few assignments, or without one of many.
+    Rows of at most `experts` assignments lie on a line, base + active x f(1): least squares on relative errors. All
+    others give f(m) = (t - base) / experts, then made non-decreasing. The kernel reads the weights once per `tile`
+    rows: with it, f steps up after each multiple instead of rising between two measured sizes.
     """
     tokens = layer.index.to_numpy(dtype=np.int64)
     seconds = layer.to_numpy(dtype=float)
@@ -129,19 +107,12 @@ def fit_routed(
     counts: Sequence[Counts],
     weights: Sequence[float] | None = None,
 ) -> ExpertFit:
-    """Fit base and f by least squares on relative errors, none of them below zero.
+    """base and f >= 0 by least squares on relative errors. TimingError without two layers with tokens.
 
-    f is piecewise linear between sizes that grow by half, as far as a size was seen. Errors are relative to what the
-    fit before predicts. Relative to the measured time, a layer that was measured too fast would count for more than one
-    that was measured too slow, and the fit would lie below the mean by twice the variance.
-
-    Args:
-        seconds: of each measured layer, whose experts ran as one group.
-        counts: tokens of each expert in each layer; of several passes, where `seconds` is their mean.
-        weights: of each layer's error; 1 by default.
-
-    Raises:
-        TimingError: without two layers with tokens.
+    `seconds` are of layers whose experts ran as one group; `counts` their tokens per expert (of several passes:
+    `seconds` is the mean). f is piecewise linear between sizes that grow by half. Errors are relative to the fit
+    before, not to the measured time: else too fast a layer counts for more, and the fit lies below the mean by twice
+    the variance.
     """
     times = np.asarray(seconds, dtype=float)
     rows, starts = _stacked(counts)

@@ -132,10 +132,7 @@ def _checked_value(key: str, value: Any, where: str) -> Any:
 
 
 def check_points(points: list[Point], rows: list[str]) -> None:
-    """TimingError unless every point is possible, every step is there, and every 2-D step is a full rectangle.
-
-    `rows` says for each point where it stands ("FILE, row 12"), for the message.
-    """
+    """TimingError, naming the row (`rows`: "FILE, row 12"), unless points are possible, steps complete, 2-D full."""
     where = rows[0].rsplit(", row", 1)[0] if rows else "timings"
     seen: dict[tuple[str, int, int | None], str] = {}
     for point, row in zip(points, rows, strict=True):

@@ -1,7 +1,4 @@
-"""What an import of aiconfigurator's tables takes unless told otherwise; light, since `qllm --help` shows it too.
-
-The traces that ship were imported with choices of their own: see tools/derive_timings.py.
-"""
+"""Defaults of an aiconfigurator import, light for `qllm --help`; shipped traces: see tools/derive_timings.py."""
 
 SOURCE = "aiconfigurator-core"  # the installed package
 GPU = "a100_sxm"

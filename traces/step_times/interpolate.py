@@ -1,8 +1,8 @@
 """Monotone interpolation of measured step times, in one dimension and on rectangular grids.
 
-Step times cannot fall when the work grows, but measurements are noisy: the points are first replaced by their closest
-non-decreasing fit (isotonic regression, pool adjacent violators), then joined by straight lines. Above the measured
-range the last segment goes on; below it the first value holds. Both are extrapolation, and both warn, once.
+Times cannot fall when work grows, but measurements are noisy: take the closest non-decreasing fit (isotonic regression,
+pool adjacent violators), then straight lines. Beyond the range the last segment goes on, below it the first value
+holds; both warn, once.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ def isotonic(values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def isotonic_grid(values: np.ndarray, sweeps: int = 20) -> np.ndarray:
-    """A grid that is non-decreasing along both axes and close to `values`, float64[x, y].
-
-    Rows and columns are pooled in turn; a violation left after `sweeps` rounds is lifted by a running maximum.
-    """
+    """`values` made non-decreasing along both axes, float64[x, y]: pooled in turn, a running maximum after `sweeps`."""
     grid = np.array(values, dtype=float)
     for _ in range(sweeps):
         if (np.diff(grid, axis=0) >= 0).all() and (np.diff(grid, axis=1) >= 0).all():
@@ -64,10 +61,7 @@ def by_tokens(tokens: np.ndarray, seconds: np.ndarray, x: np.ndarray) -> np.ndar
 
 
 class Curve:
-    """Seconds by number of tokens (or rows): 0 at 0, non-decreasing unless it need not rise.
-
-    Integers inside the range are looked up in a table.
-    """
+    """Seconds by tokens or rows (integers are cached): 0 at 0, non-decreasing unless it need not rise."""
 
     def __init__(self, step: str, tokens: Sequence[int], seconds: Sequence[float], rises: bool = True) -> None:
         self.step = step
@@ -117,10 +111,7 @@ class Curve:
 
 
 class Grid:
-    """Seconds by (x, y) on a rectangular grid, bilinear, non-decreasing in both; x = 0 costs nothing.
-
-    x is the number of new tokens or sequences (integers, cached per value), y a context length (any number).
-    """
+    """Seconds by x (new tokens or sequences, cached) and y (a context length): bilinear, non-decreasing, 0 at x = 0."""
 
     def __init__(self, step: str, xs: Sequence[int], ys: Sequence[int], seconds: np.ndarray) -> None:
         self.step = step

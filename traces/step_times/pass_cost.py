@@ -1,7 +1,4 @@
-"""What one pass takes, step by step, in whole ticks.
-
-Times are multiples of 2^-30 s (0.93 ns). Sums of such numbers are exact in float64 up to 97 days.
-"""
+"""What one pass takes in whole ticks of 2^-30 s (0.93 ns), whose sums are exact in float64 up to 97 days."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Expert popularity: the share of a layer's token assignments that goes to each expert.
 
-A table is a CSV file with the columns layer, expert, share below `# key: value` lines that say where it comes from.
-Tables hold a few layers of a model; every other layer takes the shares of the nearest one that the table holds (they
-are not averaged: expert 3 of one layer has nothing to do with expert 3 of another, and an average would be too even).
-`describe_popularity` says which layer takes which.
+A table is a CSV file (layer, expert, share) below `# key: value` lines of provenance. It holds a few layers; every
+other takes the shares of the nearest one held. They are not averaged: expert 3 of one layer has nothing to do with
+expert 3 of another, and an average would be too even.
 """
 
 from __future__ import annotations
@@ -31,15 +30,12 @@ def bundled_popularity() -> list[str]:
 
 
 def load_popularity(name_or_path: str | Path, experts: int, layers: int) -> np.ndarray:
-    """Read how tokens spread over the experts.
+    """Read each expert's share of the tokens: float64[layers, experts], each row sums to 1.
 
     Args:
         name_or_path: A bundled name ("uniform" needs no table) or a file.
         experts: Experts in a layer of the model.
         layers: Layers of the model.
-
-    Returns:
-        Share of the tokens that go to each expert, float64[layers, experts]; each row sums to 1.
 
     Raises:
         PopularityError: The file is missing or broken, or holds another number of experts.

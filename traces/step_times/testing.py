@@ -22,20 +22,10 @@ def affine_timings(
     context: int = 131072,
     **header: Any,
 ) -> Timings:
-    """A timing trace of straight lines.
+    """A timing trace of straight lines, up to `tokens` and `context`; `header`: its keys, such as layers, top_k.
 
-    Args:
-        dense_pre: (seconds at any size, seconds per token).
-        dense_post: The same.
-        expert: The same.
-        head: The same.
-        prefill: The same, and seconds per token and context token.
-        decode: The same.
-        launch: (seconds at any size, seconds per token); None: the trace has no such curve.
-        after_prefill: The same.
-        tokens: The largest size of each step.
-        context: The largest context of the attention steps.
-        **header: Keys of the header, such as layers, experts, top_k, hidden, expert_mode, host_s.
+    Each step: (seconds at any size, seconds per token, for attention also per token and context token). None: no such
+    curve.
     """
     points = []
     curves = {"dense_pre": dense_pre, "dense_post": dense_post, "expert": expert, "head": head}

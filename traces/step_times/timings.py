@@ -1,7 +1,4 @@
-"""Timing traces: how long each step of a forward pass takes on one GPU, for one model.
-
-A timing trace is a table of points plus a header that says what it is; format and provenance: docs/timing_traces.md.
-"""
+"""Timing traces: a header and points, the seconds of each step of a pass on one GPU. Format: docs/timing_traces.md."""
 
 from __future__ import annotations
 
@@ -37,13 +34,11 @@ def bundled_timings() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings(TimingHeader):
-    """One timing trace.
+    """One timing trace: its header's keys as attributes, and methods that give seconds for ONE layer (head: one pass).
 
-    The header's keys are attributes; the methods give seconds for ONE layer (head: one pass). Every method takes
-    numbers or numpy arrays, and never falls when an argument grows. No work takes no time: 0 tokens give 0.0. Outside
-    the measured range (`range`) the last segment is continued, and one ExtrapolationWarning per step says so. None of
-    them includes launches and the host's time (`launch_s`, `host_s`), unless `expert_mode` is "separate": then `expert`
-    includes the launches of its kernels.
+    Methods take numbers or numpy arrays, never fall when an argument grows, and give 0.0 for no tokens. Outside the
+    measured range (`range`) the last segment goes on, with one ExtrapolationWarning per step. Launches and the host
+    (`launch_s`, `host_s`) are not included, but with `expert_mode` "separate" `expert` has its kernels' launches.
 
     A whole MoE layer whose experts got m_0, m_1, ... tokens takes `experts_base_s + sum_e expert(m_e)` seconds.
     """
@@ -105,20 +100,13 @@ class Timings(TimingHeader):
         return self._attention_decode(batch, context)
 
     def launch(self, tokens: Any) -> Any:
-        """One launch more in a pass of `tokens` tokens: seconds.
-
-        `launch_s` at all sizes where the trace has no curve. A curve may fall, and beyond its end it stays what it is
-        there.
-        """
+        """Seconds of one launch more in a pass: by the curve (may fall; flat beyond its end), else `launch_s`."""
         if self._launch is None:
             return self.launch_s
         return self._launch(min(max(tokens, self._launch.lo), self._launch.hi))
 
     def after_prefill(self, batch: Any) -> Any:
-        """What a pass of `batch` decoding sequences takes longer right after a pass with prompts: seconds a pass.
-
-        0 where the trace does not say.
-        """
+        """Seconds a pass of `batch` decodes takes longer right after prompts; 0 where the trace does not say."""
         return 0.0 if self._after_prefill is None else self._after_prefill(batch)
 
     @property
@@ -127,13 +115,9 @@ class Timings(TimingHeader):
         return (*STEPS, *(step for step in OPTIONAL if any(point.step == step for point in self.points)))
 
     def check_matches(self, **used: Any) -> None:
-        """Check that the trace is of the model and device that it is used with.
+        """TimingError, naming each key that differs, unless the trace is of this model and device.
 
-        Args:
-            **used: Any of device, model, dtype, layers, hidden, experts, top_k.
-
-        Raises:
-            TimingError: The header says otherwise; the message names each key that differs.
+        `used`: any of device, model, dtype, layers, hidden, experts, top_k.
         """
         differing = [(key, getattr(self, key), value) for key, value in used.items() if getattr(self, key) != value]
         if differing:

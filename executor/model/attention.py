@@ -1,8 +1,7 @@
 """The attention hook: packed sequences over a paged KV cache.
 
-Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with a
-preemption point between groups of blocks. Grouped heads, sliding windows, sinks, logit soft-capping and different
-widths of K and V (MLA) are handled here, once, for every model.
+Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with
+preemption points between. Grouped heads, windows, sinks, soft caps and MLA's widths are handled here for every model.
 """
 
 from __future__ import annotations
@@ -34,27 +33,10 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, called by the model inside a pass.
+    """Attention of one layer inside a pass; raises UnsupportedModelError for any that is not plainly causal.
 
-    Args:
-        module: the attention layer.
-        query: `[1, heads, T, Dk]`.
-        key: `[1, kv_heads, T, Dk]`.
-        value: `[1, kv_heads, T, Dv]`.
-        attention_mask: must be None.
-        scaling: of the scores; by default `Dk ** -0.5`.
-        sliding_window: tokens seen, the token itself included.
-        softcap: of the scores.
-        s_aux: attention sinks, `[heads]`.
-        is_causal: must not be False.
-        kwargs: ignored, but for tensors that it knows nothing of.
-
-    Returns:
-        `[1, T, heads, Dv]`, and None for the attention weights.
-
-    Raises:
-        UnsupportedModelError: the attention is not plainly causal over the sequence's own KV.
-        ExecutorError: there is no pass.
+    query `[1, heads, T, Dk]`, key and value `[1, kv_heads, T, D]` and sinks s_aux `[heads]` give `[1, T, heads, Dv]`, None.
+    `sliding_window` counts tokens seen, the token itself included. ExecutorError outside of a pass.
     """
     running = current_pass()
     if running is None:
@@ -112,17 +94,10 @@ class Kernel:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool = False
     ) -> torch.Tensor:
-        """Attention of query heads, of which `group` share one KV head.
+        """Attention of query heads, of which `group` share one KV head, to `[B, kv_heads, group, rows, Dv]`.
 
-        Args:
-            q: `[B, kv_heads, group, rows, Dk]`.
-            k: `[B, kv_heads, L, Dk]`.
-            v: `[B, kv_heads, L, Dv]`.
-            mask: bool `[rows, L]` or `[B, 1, 1, L]`, True where a row may look; None for everywhere.
-            causal: row i sees keys 0 to i; only where there is no mask, rows = L, and the kernel is plain.
-
-        Returns:
-            `[B, kv_heads, group, rows, Dv]`.
+        q is `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`. The mask, bool `[rows, L]` or `[B, 1, 1, L]`,
+        is True where a row may look. `causal` (row i sees keys 0 to i) needs no mask, rows = L and a plain kernel.
         """
         batch, heads, group, rows, _ = q.shape
         if self.plain:
@@ -169,11 +144,7 @@ def decode(
 
 
 class Keys:
-    """K and V that query blocks attend to.
-
-    They are those of the pass's own rows (key, value `[kv_heads, T, D]`), or those of a chunk's sequence. The latter
-    are gathered from the cache once a chunk and kept from its first block to its last.
-    """
+    """K and V of query blocks: the pass's own rows `[kv_heads, T, D]`, or a chunk's, gathered once and then kept."""
 
     holds_activations = True
 

@@ -1,8 +1,8 @@
 """Prefill attention on CPUs in float32 by oneDNN's matrix products, where PyTorch has them.
 
-`scaled_dot_product_attention` multiplies through MKL, which on some processors reaches half of oneDNN's speed (see
-`qllm.executor.cpu.linear`). Here a group's query heads are rows of one product per KV head, and a block's rows are
-taken in parts small enough for their scores to stay in the cache, each over the keys that it sees and no others.
+PyTorch's own multiplies through MKL, half as fast on some processors (see `qllm.executor.cpu.linear`). Here a group's
+query heads are rows of one product per KV head. Parts of a block's rows are small enough for their scores to stay in
+the cache, and go over the keys that they see and no others.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ MIN_CELLS = 32768  # query rows times keys of a block; below, the calls cost mor
 
 
 def suits(block: QueryBlock, key: torch.Tensor) -> bool:
-    """Whether `attend` is the faster way: a function of the block alone, so that suspending changes no bits.
-
-    Over its own keys alone a block is too small for it: PyTorch's kernel then leaves out half of the work.
-    """
+    """Whether `attend` is the faster way: a function of the block alone, so that suspending changes no bits."""
+    # Over its own keys alone a block is too small: PyTorch's kernel then leaves out half of the work.
     cells = (block.last - block.first) * (block.high - block.low)
     large = cells >= MIN_CELLS and not block.square
     return large and key.dtype is torch.float32 and key.device.type == "cpu" and available()
@@ -46,10 +44,7 @@ def available() -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`.
-
-    `weight` `[N, K]` must be contiguous, or the transpose of such: with other strides oneDNN is 1,000 times slower.
-    """
+    """`x @ weight.T`; `weight` `[N, K]` or its transpose must be contiguous, else oneDNN is 1,000 times slower."""
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
 
@@ -57,15 +52,9 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def attend(
     block: QueryBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float
 ) -> None:
-    """Attention of the rows of `block` over its positions `low` to `high`, in float32 on the CPU.
+    """Attention of the rows of `block` over its positions `low` to `high`, in float32 on the CPU, into `out`.
 
-    Args:
-        block: the rows and what they see.
-        q: `[rows, heads, Dk]`.
-        k: `[kv_heads, high - low, Dk]`, contiguous within a head.
-        v: `[kv_heads, high - low, Dv]`, contiguous within a head.
-        out: `[rows, heads, Dv]`, filled here.
-        scale: of the scores.
+    q is `[rows, heads, Dk]`, k and v `[kv_heads, high - low, D]` and contiguous within a head, out `[rows, heads, Dv]`.
     """
     kv_heads, group = k.shape[0], q.shape[1] // k.shape[0]
     step = max(MIN_ROWS, PART_ROWS // group)

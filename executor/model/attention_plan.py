@@ -1,7 +1,6 @@
 """How the attention of a pass is computed: buckets of decode rows, and blocks of prefill rows in groups.
 
-A plan is a function of the batch and its split alone, never of who waits, so a pass that is suspended is planned
-exactly like one that is not.
+A plan is a function of the batch and its split alone: a suspended pass is planned exactly like one that is not.
 """
 
 from __future__ import annotations
@@ -36,19 +35,15 @@ class DecodeBucket:
 
 @dataclass(frozen=True)
 class QueryBlock:
-    """Rows `first` to `last` of one prefill chunk, attending over positions `low` to `high` of its sequence.
-
-    `slots` (int64): where the chunk's keys lie in the cache, the same tensor for all its blocks, position `low` at
-    `base`; None where all that it sees are rows of this very pass, `low` then is row `base`.
-    """
+    """Rows `first` to `last` of one prefill chunk, attending over positions `low` to `high` of its sequence."""
 
     first: int
     last: int
     position: int  # of the first row
     low: int
     high: int
-    base: int
-    slots: torch.Tensor | None
+    base: int  #: where position `low` is in `slots`; without them the row that it is
+    slots: torch.Tensor | None  #: int64, of the chunk's keys, shared by its blocks; None: all are rows of this pass
     window: int | None
 
     @property
@@ -77,20 +72,14 @@ class QueryBlock:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Buckets of decode rows, and groups of query blocks as (number of the group, blocks).
-
-    There is a preemption point before each group but number 0. The decode rows run with the first group.
-    """
+    """Decode rows, which run with the first group, and query blocks as (group, blocks); a point before each but 0."""
 
     decode: tuple[DecodeBucket, ...]
     block_groups: tuple[tuple[int, tuple[QueryBlock, ...]], ...]
 
 
 def plan_attention(batch: Batch, query_blocks: int, window: int | None) -> AttentionPlan:
-    """The attention of a layer with that sliding window (tokens seen, the token itself included).
-
-    Prefill rows form at most `query_blocks` groups.
-    """
+    """The attention of a layer with that window (tokens, itself included), in at most `query_blocks` prefill groups."""
     return AttentionPlan(tuple(_decode_buckets(batch, window)), tuple(_block_groups(batch, query_blocks, window)))
 
 

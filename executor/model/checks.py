@@ -34,12 +34,9 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Switch the hooks on and run a tiny input through them; raise UnsupportedModelError where the model ignores them.
-
-    The probe computes a prompt in two passes, the second packed with another sequence, and compares its logits with the
-    model's own in one pass: state outside attention would be lost between the passes. The comparison is made with
-    experts that return their input, since in half precision rounding alone changes a token's experts.
-    """
+    """Run a tiny input through the hooks, which stay on. Raise UnsupportedModelError where the model ignores them."""
+    # Two passes over a prompt, the second packed with another sequence, against the model's own logits in one pass: state
+    # outside attention is lost between. Experts return their input: in half precision rounding changes a token's experts.
     name = model.config.model_type
     vocab = embedding(model).num_embeddings
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
@@ -79,13 +76,7 @@ def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, Runn
 
 
 def check_windows(config: PreTrainedConfig, windows: list[int | None], told: list[int | None]) -> None:
-    """Raise UnsupportedModelError where a layer told the hook another sliding window than its configuration declares.
-
-    Args:
-        config: of the model.
-        windows: declared, one a layer.
-        told: what reached the hook, None where the model leaves the window to its mask.
-    """
+    """Raise UnsupportedModelError where `told`, where it is not None, is not the sliding window declared in `windows`."""
     if not told:
         raise UnsupportedModelError(f"{config.model_type}: its attention does not go through the attention interface")
     if len(told) != len(windows) or any(t is not None and t != w for t, w in zip(told, windows, strict=True)):

@@ -9,26 +9,15 @@ import torch
 
 
 class ExpertQueues:
-    """One pass's rows at the experts of the layer where it stands, and the outputs so far.
-
-    Args:
-        hidden: `[T, H]`.
-        top_k_index: experts of each token, `[T, k]`.
-        top_k_weights: their weights, `[T, k]`.
-        n_experts: of the layer.
-
-    Attributes:
-        waiting: rows that wait at each expert.
-        merge_rows: longest queue that another pass may merge into its own.
-    """
+    """One pass's rows `[T, H]` at the experts of the layer where it stands, and the outputs so far (top-k `[T, k]`)."""
 
     holds_activations = True
 
     def __init__(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, n_experts: int):
         self._order, counts = sort_by_expert(top_k_index, n_experts)
         self.hidden = hidden
-        self.waiting = counts
-        self.merge_rows = 0
+        self.waiting = counts  #: rows that wait at each expert
+        self.merge_rows = 0  #: longest queue that another pass may merge into its own
         self._shape = (*top_k_index.shape, hidden.shape[1])
         self._starts = [0, *accumulate(counts)]
         self._token = self._order // top_k_index.shape[-1]
@@ -65,10 +54,8 @@ class ExpertQueues:
 
 
 def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Tensor, list[int]]:
-    """Order of the `T * k` assignments by expert (stable, int64) and the number of rows of each expert.
-
-    The one value that the host must know of a layer; on CUDA it comes through a pinned buffer, one synchronisation.
-    """
+    """Order of the `T * k` assignments by expert (stable, int64) and the number of rows of each expert."""
+    # The one value that the host must know of a layer; on CUDA it comes through a pinned buffer, one synchronisation.
     flat = top_k_index.reshape(-1)
     if flat.device.type == "cpu":  # numpy: a tenth of the overhead per call for the few rows of a decode
         ids = flat.numpy()

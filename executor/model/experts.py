@@ -1,11 +1,8 @@
 """The experts hook: one loop over the experts that were hit, in groups, with a preemption point before each group.
 
-Follows the attributes of transformers' experts interface (`transformers.integrations.moe`): gated or not, bias,
-transposed weights, the module's own `_apply_gate`, a norm after each expert. Each token's k outputs are summed in the
-order of its top-k indices, so the result depends neither on the grouping nor on who shares the batch's experts.
-
-A launch may merge rows of suspended passes that wait at the same expert into its own; each pass gets its outputs back
-in its own queues.
+Follows the attributes of transformers' experts interface (`transformers.integrations.moe`). Each token's k outputs are
+summed in the order of its top-k indices, so the result depends neither on the grouping nor on who shares the batch's
+experts. A launch may merge rows of suspended passes that wait at the same expert; each gets its outputs in its queues.
 """
 
 from __future__ import annotations
@@ -40,17 +37,7 @@ class ExpertsModule(Protocol):
 def experts_forward(
     module: ExpertsModule, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts of one MoE layer. Outside of a pass it computes the same without preemption points.
-
-    Args:
-        module: the experts, as transformers' interface makes them.
-        hidden: `[T, H]`.
-        top_k_index: experts of each token, `[T, k]`.
-        top_k_weights: their weights, `[T, k]`.
-
-    Returns:
-        `[T, H]`.
-    """
+    """The experts of one MoE layer: hidden `[T, H]`, top-k `[T, k]`, to `[T, H]`. Outside of a pass without points."""
     running = current_pass()
     queues = ExpertQueues(hidden, top_k_index, top_k_weights, module.num_experts)
     if running is None:

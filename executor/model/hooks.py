@@ -1,8 +1,4 @@
-"""Registers "qllm" with transformers' experts and attention interfaces.
-
-Importing this module is enough; a model is switched over with `set_attn_implementation` and
-`set_experts_implementation`.
-"""
+"""Registers "qllm" with transformers' experts and attention interfaces, by being imported."""
 
 from __future__ import annotations
 

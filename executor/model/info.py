@@ -17,12 +17,8 @@ ACCELERATOR_SHARE = 0.8
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What a timing trace must agree on with `model`, seen in a pass over one token.
-
-    Returns:
-        layers (attention layers), hidden, experts, top_k and dtype; and two that a timing trace has no key for:
-        moe_layers, and kv_bytes_per_token of all these layers.
-    """
+    """What a timing trace must agree on with `model`, seen in a pass over one token."""
+    # `layers` counts attention layers. A trace has no key for moe_layers and kv_bytes_per_token (of all these layers).
     runner = Runner(model, kv_blocks=1, block_size=2, splitter=whole)
     with torch.inference_mode():
         running = runner.begin([(Sequence([1], [0]), 1)])
@@ -59,17 +55,7 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None = None) -> int:
-    """How many KV blocks fit.
-
-    Args:
-        model: on its device.
-        token_bytes: KV of one token over all layers.
-        block_size: tokens in a block.
-        kv_memory: bytes for KV; None for a share of what is free on the device.
-
-    Raises:
-        ValueError: not a single block fits.
-    """
+    """KV blocks that fit `kv_memory` bytes (None: a share of the free memory). Raises ValueError where none does."""
     if kv_memory is None:
         share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
         kv_memory = int(memory_bytes(model.device)[0] * share)

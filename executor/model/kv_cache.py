@@ -1,9 +1,8 @@
 """Paged KV cache: one K and one V tensor per attention layer, addressed by *slots*.
 
-A block is `block_size` consecutive slots; block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`. Block
-numbers are those of the scheduler's budget: this module never allocates or frees blocks, it only stores what passes
-write. Layers are created at their first write, with the widths seen then (MLA has different widths of K and V, some
-models have different head counts per layer), so no model-specific code is needed.
+Block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`; the scheduler's budget numbers and allocates
+blocks. Layers are created at their first write, with the widths seen then: MLA has different widths of K and V, some
+models have different head counts per layer.
 """
 
 from __future__ import annotations
@@ -18,16 +17,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class HostKV:
-    """KV of one sequence in host memory.
-
-    Attributes:
-        tokens: positions stored.
-        layers: (keys, values) of each layer, each `[tokens, kv_heads, width]`; a layer that does not exist yet is
-            absent.
-    """
+    """KV of the first `tokens` positions of one sequence in host memory."""
 
     tokens: int
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: K, V, each `[tokens, kv_heads, width]`; layers that exist
 
     @property
     def nbytes(self) -> int:
@@ -46,18 +39,7 @@ def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> n
 class PagedKVCache:
     """K and V of every layer in `n_blocks * block_size` slots, and one more that is always zero.
 
-    The zero slot pads short sequences in a batched gather: a masked slot must not hold another sequence's NaN, since
-    0 * NaN is NaN.
-
-    Args:
-        n_blocks: at least 1.
-        block_size: tokens in a block, at least 1.
-        device: where K and V lie.
-
-    Attributes:
-        zero_slot: the number of that slot.
-        keys: a tensor for each layer so far, `[slots + 1, kv_heads, width]`.
-        values: the same.
+    It pads short sequences in a gather: a masked slot must not hold another sequence's NaN, since 0 * NaN is NaN.
     """
 
     def __init__(self, n_blocks: int, block_size: int, device: torch.device | str = "cpu"):
@@ -67,8 +49,8 @@ class PagedKVCache:
         self.block_size = block_size
         self.device = torch.device(device)
         self.zero_slot = n_blocks * block_size
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys: list[torch.Tensor] = []  #: a tensor for each layer so far, `[slots + 1, kv_heads, width]`
+        self.values: list[torch.Tensor] = []  #: the same
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
@@ -109,10 +91,8 @@ class PagedKVCache:
 
 
 def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows.
-
-    Over three dimensions, or by index_select, the copy takes several times as long on a CPU.
-    """
+    """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows."""
+    # Over three dimensions, or by index_select, the copy takes several times as long on a CPU.
     return F.embedding(slots, store.flatten(1)).view(-1, *store.shape[1:])
 
 

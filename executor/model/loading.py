@@ -84,21 +84,13 @@ def _logging_refusal() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A prepared model on its device, and the model that it stands for.
-
-    Attributes:
-        name: of the model.
-        model: the prepared model; it may have fewer layers than the whole one.
-        layers: decoder layers of the whole model.
-        weights_bytes: of the whole model.
-        weights: where they are from, for headers.
-    """
+    """A prepared model on its device, and the model that it stands for."""
 
     name: str
-    model: PreTrainedModel
-    layers: int
-    weights_bytes: int
-    weights: str = "checkpoint"
+    model: PreTrainedModel  #: it may have fewer layers than the whole one
+    layers: int  #: of the whole model
+    weights_bytes: int  #: of the whole model
+    weights: str = "checkpoint"  #: where they are from, for headers
     _blocks: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -122,19 +114,10 @@ def load(
     trust_remote_code: bool = False,
     random_weights: bool = False,
 ) -> LoadedModel:
-    """Load what a command line names with `--model`, `--device` and `--dtype`.
+    """Load what `--model`, `--device` and `--dtype` name. Raises LoadError, or UnsupportedModelError as `load_model`.
 
-    Args:
-        name_or_path: a checkpoint: a folder, or a name on a model hub.
-        device: as torch names it.
-        dtype: one of DTYPES; "auto" for that of the checkpoint.
-        trust_remote_code: whether code that comes with the checkpoint may run.
-        random_weights: whether a folder that holds only a config.json gets random weights; and of a model that does not
-            fit in memory, FEW_LAYERS layers with random weights are built.
-
-    Raises:
-        LoadError: the model, the device or the dtype is not there.
-        UnsupportedModelError: as `load_model` does.
+    With `random_weights` a folder that holds only a config.json gets random weights. Of a model that does not fit in
+    memory FEW_LAYERS layers with random weights are built.
     """
     place = checked_device(device)
     checked_dtype(dtype)

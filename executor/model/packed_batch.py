@@ -1,8 +1,7 @@
-"""What one forward pass works on: packed rows of several sequences.
+"""What one forward pass works on: packed rows of several sequences, without padding.
 
-Rows are packed without padding: first the *decode* rows (entries of one token), longest context first, then the
-*prefill* chunks. The packing is a function of the entries alone, never of who waits, so a pass that is suspended is
-packed exactly like one that is not.
+First the *decode* rows (entries of one token), longest context first, then the *prefill* chunks. The packing is a
+function of the entries alone: a suspended pass is packed exactly like one that is not.
 """
 
 from __future__ import annotations
@@ -19,18 +18,11 @@ from qllm.executor.model.kv_cache import PagedKVCache, slots_of
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence as the executor sees it.
+    """One sequence as the executor sees it."""
 
-    Attributes:
-        tokens: prompt and generated token ids.
-        blocks: block table, owned by the engine. It must hold `ceil((computed + n) / block_size)` blocks before a pass
-            over n tokens begins.
-        computed: leading tokens whose KV is stored.
-    """
-
-    tokens: list[int]
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0
+    tokens: list[int]  #: prompt and generated token ids
+    blocks: list[int] = field(default_factory=list)  #: the engine's; `ceil((computed + n) / block_size)` for n tokens
+    computed: int = 0  #: leading tokens whose KV is stored
 
 
 @dataclass(frozen=True)
@@ -54,27 +46,7 @@ class Entry:
 
 
 class Batch:
-    """The packed rows of one pass. Tensors live on the cache's device.
-
-    Args:
-        entries: (sequence, n): the next n tokens of each sequence.
-        cache: where the KV lies.
-        max_positions: longest sequence that the model can serve, None where it has no limit.
-
-    Attributes:
-        entries: in the order of their rows.
-        rows: number of rows.
-        n_decode: entries of one token, which come first.
-        prefill_cells: query rows times keys of all prefill chunks, without windows.
-        sampled: the entries whose last row gives a token.
-        input_ids: int64 `[1, rows]`.
-        position_ids: int64 `[1, rows]`.
-        slots: int64 `[rows]`, where each row's KV goes.
-        sample_rows: int64 `[len(sampled)]`, the last rows of the entries in `sampled`.
-
-    Raises:
-        PassError: the entries and the cache do not fit.
-    """
+    """The packed rows of one pass over the next n tokens of each sequence, on the cache's device. Raises PassError."""
 
     def __init__(
         self, entries: Iterable[tuple[Sequence, int]], cache: PagedKVCache, *, max_positions: int | None = None
@@ -87,24 +59,24 @@ class Batch:
         # Stable order: the same batch is packed the same way whatever happens around it.
         pairs.sort(key=lambda p: (p[1] > 1, -p[0].computed if p[1] == 1 else 0))
         self.cache = cache
-        self.entries: list[Entry] = []
+        self.entries: list[Entry] = []  #: in the order of their rows
         row = 0
         for seq, n in pairs:
             self.entries.append(Entry(seq, n, seq.computed, row))
             row += n
         self.rows = row
-        self.n_decode = sum(entry.n == 1 for entry in self.entries)
+        self.n_decode = sum(entry.n == 1 for entry in self.entries)  #: they come first
         self.prefill_cells = sum(int(e.keys_seen(None).sum()) for e in self.entries[self.n_decode :])
-        self.sampled = [entry for entry in self.entries if entry.samples]
+        self.sampled = [entry for entry in self.entries if entry.samples]  #: their last rows give a token
         ids, positions, slots = [], [], []
         for e in self.entries:
             stop = e.start + e.n
             ids.append(np.asarray(e.seq.tokens[e.start : stop], dtype=np.int64))
             positions.append(np.arange(e.start, stop))
             slots.append(slots_of(e.seq.blocks, cache.block_size, e.start, stop))
-        self.input_ids = self.to_device(np.concatenate(ids)).unsqueeze(0)
-        self.position_ids = self.to_device(np.concatenate(positions)).unsqueeze(0)
-        self.slots = self.to_device(np.concatenate(slots))
+        self.input_ids = self.to_device(np.concatenate(ids)).unsqueeze(0)  #: int64 `[1, rows]`
+        self.position_ids = self.to_device(np.concatenate(positions)).unsqueeze(0)  #: int64 `[1, rows]`
+        self.slots = self.to_device(np.concatenate(slots))  #: int64 `[rows]`: where each row's KV goes
         self.sample_rows = self.to_device(np.array([e.row + e.n - 1 for e in self.sampled], dtype=np.int64))
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:

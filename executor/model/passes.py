@@ -1,9 +1,8 @@
 """One forward pass in a greenlet: runs until the next preemption point, and is kept there for as long as need be.
 
-The suspended Python stack is the saved state: hidden states, residual, routing weights and partial expert outputs stay
-where the model's own code holds them, so suspending copies nothing and resuming recomputes nothing. A greenlet belongs
-to the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too; hold
-`torch.inference_mode()` around the loop that advances passes, never inside one.
+The suspended Python stack is the saved state: suspending copies nothing, resuming recomputes nothing. A greenlet
+belongs to the thread that made it: begin, advance and close passes in one thread. Inference mode is per thread too;
+hold `torch.inference_mode()` around the loop that advances passes, never inside one.
 """
 
 from __future__ import annotations
@@ -22,38 +21,15 @@ from qllm.executor.model.split import Split
 
 
 class Point(NamedTuple):
-    """A preemption point: what the pass would run next.
+    """What the pass would run next, in the numbers of `qllm.traces.step_times.cost_model.PassCostModel.position`."""
 
-    These are the numbers of `qllm.traces.step_times.cost_model.PassCostModel.position`.
-
-    Attributes:
-        layer: attention calls begun before this one (the decoder layer's number in all supported models).
-        stage: "attention" or "experts".
-        number: of the group of query blocks or of experts that comes next; groups without work are skipped.
-    """
-
-    layer: int
-    stage: str
-    number: int
+    layer: int  #: attention calls begun before this one (the decoder layer's number in all supported models)
+    stage: str  #: "attention" or "experts"
+    number: int  #: of the group of query blocks or of experts; groups without work are skipped
 
 
 class RunningPass:
-    """A forward pass over a batch: started, suspended or done. Made by `Runner.begin`.
-
-    After `advance()` returned None, `logits` holds the result and every sequence's `computed` has moved on.
-
-    Attributes:
-        batch: the packed rows.
-        split: the steps that the pass is split into.
-        partners: suspended passes whose waiting rows may be merged into its own.
-        point: where the pass stands; None before the start and at the end.
-        logits: `[len(sampled), vocab]`, after the end.
-        layer: index of the last attention layer begun; -1 before the first.
-        windows: the sliding window that each attention layer so far told the hook.
-        declared_windows: the sliding window of each layer by configuration.
-        routing: rows of each expert, for each MoE layer begun so far.
-        queues: rows that wait at the experts of a layer, while the pass stands before or between them.
-    """
+    """A forward pass over a batch: started, suspended or done. Made by `Runner.begin`."""
 
     def __init__(
         self,
@@ -66,14 +42,14 @@ class RunningPass:
     ):
         self.batch = batch
         self.split = split
-        self.partners = partners
-        self.point: Point | None = None
-        self.logits = torch.empty(0)
-        self.layer = -1
-        self.windows: list[int | None] = []
-        self.declared_windows = declared_windows
-        self.routing: list[list[int]] = []
-        self.queues: ExpertQueues | None = None
+        self.partners = partners  #: suspended passes whose waiting rows may be merged into its own
+        self.point: Point | None = None  #: where the pass stands; None before the start and at the end
+        self.logits = torch.empty(0)  #: `[len(sampled), vocab]`, after the end
+        self.layer = -1  #: the last attention layer begun
+        self.windows: list[int | None] = []  #: what each attention layer so far told the hook
+        self.declared_windows = declared_windows  #: of each layer, by configuration
+        self.routing: list[list[int]] = []  #: rows of each expert, for each MoE layer begun so far
+        self.queues: ExpertQueues | None = None  #: while it stands before or between the experts of a layer
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
         self._greenlet = greenlet(lambda: forward(batch))
@@ -90,15 +66,10 @@ class RunningPass:
         return bool(self._greenlet.dead)
 
     def advance(self) -> Point | None:
-        """Run to the next preemption point.
+        """Run to the next preemption point; None at the end. Raises RuntimeError on a pass that is done.
 
-        Returns:
-            The point; None at the end of the pass.
-
-        Raises:
-            Exception: what was raised inside the pass. The pass is then done, and its sequences stand where they stood
-                before it. Other passes do not notice.
-            RuntimeError: the pass was done before.
+        Also raises what the pass raises. It is then done, its sequences stand where they stood before it, and other
+        passes do not notice.
         """
         if self.done:
             raise RuntimeError("advance() on a pass that is done")
@@ -123,10 +94,8 @@ class RunningPass:
             self.fail(GreenletExit())
 
     def held_bytes(self) -> int:
-        """Bytes of the activations that the suspended pass keeps. Only for the thread that runs it.
-
-        Counts the tensors in its stack's variables, each storage once, without parameters and the KV cache.
-        """
+        """Bytes of the activations that the suspended pass keeps. Only for the thread that runs it."""
+        # Of the tensors in its stack's variables, each storage once, without parameters and the KV cache.
         held: dict[int, int] = {}
         frame = self._greenlet.gr_frame
         while frame is not None:
@@ -147,11 +116,8 @@ class RunningPass:
         return plan
 
     def begin_layer(self, window: int | None) -> int | None:
-        """Called by the attention hook: a new layer begins. Returns its sliding window.
-
-        Some models leave a layer's window to the attention mask, which they do not make for this hook: then the
-        configuration tells it.
-        """
+        """Called by the attention hook: a new layer begins. Returns its sliding window."""
+        # Some models leave it to the mask, which they do not make for this hook: then the configuration tells it.
         self.layer += 1
         self.windows.append(window)
         if window is None and self.layer < len(self.declared_windows):
@@ -187,10 +153,9 @@ def current_pass() -> RunningPass | None:
 
 
 class RunAhead:
-    """Bounds how far the host's launches run ahead of the device: at most `depth` points.
+    """Bounds how far the host's launches run ahead of the device: at most `depth` points; does nothing on a CPU.
 
-    On CUDA a hook orders launches, not kernels; without a bound "between two experts" would hold on the host alone. On
-    a CPU every operation is finished when its call returns, and this does nothing.
+    A hook orders launches, not kernels: without a bound, "between two experts" would hold on the host alone.
     """
 
     def __init__(self, device: torch.device, depth: int = 2):

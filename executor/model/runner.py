@@ -15,14 +15,7 @@ from qllm.executor.model.split import Split, Splitter, whole
 
 
 class Runner:
-    """Starts passes over one model and one KV cache. All of its passes belong to one thread.
-
-    Args:
-        model: a prepared model (see `qllm.executor.model.loading`).
-        kv_blocks: blocks of the KV cache.
-        block_size: tokens in a block.
-        splitter: says how each pass is split into steps.
-    """
+    """Starts passes over one prepared model and a cache of `kv_blocks` blocks. All passes belong to one thread."""
 
     def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, splitter: Splitter = whole):
         self.model = model
@@ -40,15 +33,10 @@ class Runner:
         split: Split | None = None,
         partners: Iterable[RunningPass] = (),
     ) -> RunningPass:
-        """A pass over the next tokens of some sequences; nothing runs before its first `advance()`.
+        """A pass over the next n tokens of each sequence; nothing runs before its first `advance()`. Raises PassError.
 
-        Args:
-            entries: (sequence, n): the next n tokens of each sequence.
-            split: of this pass, in place of the one that the runner's splitter would choose.
-            partners: suspended passes, looked at anew at each expert, whose waiting rows may be merged into its own.
-
-        Raises:
-            PassError: the tokens, their blocks or their positions do not exist.
+        `split` replaces the splitter's. `partners` are suspended passes, looked at anew at each expert, whose waiting
+        rows may be merged.
         """
         batch = Batch(entries, self.cache, max_positions=self.max_positions)
         split = self.splitter(batch) if split is None else split
@@ -75,11 +63,9 @@ def declared_windows(config: PreTrainedConfig) -> list[int | None]:
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Longest sequence (tokens) that can be served, None where the configuration does not say.
-
-    Rotary embeddings of type "dynamic" and "longrope" change with the longest sequence in the batch: beyond their
-    original length, a sequence's output would depend on its neighbours, so they are served up to that length.
-    """
+    """Longest sequence (tokens) that can be served, None where the configuration does not say."""
+    # "dynamic" and "longrope" embeddings change with the longest sequence in the batch: beyond their original length a
+    # sequence's output would depend on its neighbours, so they are served up to that length.
     text = config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}

@@ -94,11 +94,7 @@ def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
 
 
 def scheduler_limits(config: Config, timings: Timings) -> Limits:
-    """The scheduler's limits. ConfigError where the model does not fit.
-
-    KV blocks, unless given: (memory_bytes * memory_fraction - weights_bytes - activation_bytes) / (kv_bytes_per_token *
-    block_size).
-    """
+    """The scheduler's limits; KV blocks, unless given, from GPU memory. ConfigError where the model does not fit."""
     given = config.limits
     blocks = given.kv_blocks
     if blocks is None:

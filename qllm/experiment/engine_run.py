@@ -1,7 +1,6 @@
 """A configuration on the real engine: the same requests, limits, policies and tables as in its simulation.
 
-The device takes its own time: timings, routing and GPU memory are not used. Only a timing trace measured on this very
-device and model splits the passes.
+Its timings, routing and GPU memory are not used, but a timing trace of this very device and model splits the passes.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def per_request(requests: pd.DataFrame) -> pd.DataFrame:
 
 
 def good(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.Series:
-    """1.0 where a request finished within each SLO, 0.0 where not, nan without an SLO; one token meets any TPOT."""
+    """1.0 for a row of `per_request` within all its SLOs, 0.0 if not, nan without an SLO; one token meets any TPOT."""
     verdict = pd.Series(np.nan, index=requests.index)
     finished = requests["finish_s"].notna()
     for name, slo in slos.items():

@@ -49,21 +49,26 @@ def trace_events(slices: list[PassSlice], config: Config, process: int = 1, name
     tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
     common = {"pid": process, "cat": "pass"}
     events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
-    for priority in sorted({one.priority for one in slices}):
+    # Perfetto takes a thread id of 0 for none at all, so tracks count from 1.
+    tids = {priority: tid for tid, priority in enumerate(sorted({one.priority for one in slices}), start=1)}
+    for priority, tid in tids.items():
         track, order = {"name": tracks.get(priority, f"priority {priority}")}, {"sort_index": priority}
-        events.append({**common, "ph": "M", "tid": priority, "name": "thread_name", "args": track})
-        events.append({**common, "ph": "M", "tid": priority, "name": "thread_sort_index", "args": order})
+        events.append({**common, "ph": "M", "tid": tid, "name": "thread_name", "args": track})
+        events.append({**common, "ph": "M", "tid": tid, "name": "thread_sort_index", "args": order})
     suspended: set[int] = set()
     for one in slices:
-        on_track = {**common, "tid": one.priority}
-        start, end = one.start * 1e6, one.end * 1e6
+        on_track = {**common, "tid": tids[one.priority]}
+        # Perfetto rounds a start and a duration to whole nanoseconds each for itself: rounded here, both at the ends,
+        # a slice cannot reach a nanosecond into the next one.
+        start, end = (round(at * 1e9) for at in (one.start, one.end))
+        flow = process << 32 | one.pass_id  # ids of flows must be whole numbers
         events.append(
             {
                 **on_track,
                 "ph": "X",
                 "name": _name(one),
-                "ts": start,
-                "dur": end - start,
+                "ts": start / 1e3,
+                "dur": (end - start) / 1e3,
                 "args": {
                     **{"pass": one.pass_id, "tokens": one.tokens},
                     **{"prefills": one.prefills, "decodes": one.decodes},
@@ -75,16 +80,16 @@ def trace_events(slices: list[PassSlice], config: Config, process: int = 1, name
             suspended.discard(one.pass_id)
             resumed = {"pass": one.pass_id, "layer": one.first_layer}
             name = f"resumed in layer {one.first_layer}"
-            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start, "args": resumed})
-            arrow = {**on_track, "id": f"{process}.{one.pass_id}", "name": "suspended"}
-            events.append({**arrow, "ph": "f", "bp": "e", "ts": start})
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": start / 1e3, "args": resumed})
+            arrow = {**on_track, "id": flow, "name": "suspended"}
+            events.append({**arrow, "ph": "f", "bp": "e", "ts": start / 1e3})
         if one.suspended:
             suspended.add(one.pass_id)
             stopped = {"pass": one.pass_id, "layer": one.layer, "stage": one.stage}
             name = f"preempted in layer {one.layer}, {one.stage}"
-            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end, "args": stopped})
-            arrow = {**on_track, "id": f"{process}.{one.pass_id}", "name": "suspended"}
-            events.append({**arrow, "ph": "s", "ts": end})
+            events.append({**on_track, "ph": "i", "s": "t", "name": name, "ts": end / 1e3, "args": stopped})
+            arrow = {**on_track, "id": flow, "name": "suspended"}
+            events.append({**arrow, "ph": "s", "ts": end / 1e3})
     return events
 
 

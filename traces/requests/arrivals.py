@@ -1,7 +1,4 @@
-"""Arrival processes: when the next request comes. Times in seconds, rates in requests per second.
-
-Each function draws at rate 1 and then scales, so the same generator state at another rate gives the same draws.
-"""
+"""Arrival times in seconds, rates in requests per second: drawn at rate 1, then scaled, so rates share their draws."""
 
 from __future__ import annotations
 

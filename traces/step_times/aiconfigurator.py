@@ -1,8 +1,7 @@
-"""Import of NVIDIA's published kernel measurements (aiconfigurator, Apache-2.0) as a timing trace.
+"""NVIDIA's published kernel measurements (aiconfigurator, Apache-2.0) as a timing trace.
 
-The tables hold GPU kernel time of GEMMs, attention and fused MoE layers. The rest is modelled, as the header's
-`modelled` says: norms, rotary embedding, sampling, cached prefixes, launches, the host. Formulas:
-docs/timing_traces.md.
+The tables hold GPU kernel time of GEMMs, attention and fused MoE layers. The rest is modelled (header: `modelled`):
+norms, rotary embedding, sampling, cached prefixes, launches, the host. Formulas: docs/timing_traces.md.
 """
 
 from __future__ import annotations

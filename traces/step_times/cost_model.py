@@ -205,7 +205,7 @@ class PassCostModel:
         return group_launch_s, experts, -(-self.n_experts // experts)
 
     def group_seconds(self, cost: PassCost, counts: np.ndarray) -> np.ndarray:
-        """Seconds of each group, float64[..., groups], by tokens per expert; an empty one takes 0 (the first: base)."""
+        """Seconds of each group, float64[..., groups], for `counts`; empty ones take 0, the first `experts_base_s`."""
         out = self.by_group(cost, self.experts(counts))
         out[..., 0] += cost.experts_base_s
         out[..., 1:] += cost.group_launch_s * (self.by_group(cost, counts)[..., 1:] > 0)
@@ -218,7 +218,7 @@ class PassCostModel:
         return np.add.reduceat(each, np.arange(0, self.n_experts, cost.experts_per_group), axis=-1)
 
     def mergeable(self, own: np.ndarray, waiting: np.ndarray) -> np.ndarray:
-        """Where the running pass, with `own` tokens, merges those `waiting` (at most `merge_rows`), bool[...]."""
+        """Where the running pass merges, bool[...]: it has `own` tokens, and 1 to `merge_rows` are `waiting`."""
         return (own > 0) & (waiting > 0) & (waiting <= self.merge_rows)
 
     def merged(self, own: np.ndarray, suspended: Iterable[np.ndarray]) -> np.ndarray:

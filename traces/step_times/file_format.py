@@ -132,7 +132,7 @@ def _checked_value(key: str, value: Any, where: str) -> Any:
 
 
 def check_points(points: list[Point], rows: list[str]) -> None:
-    """TimingError, naming the row (`rows`: "FILE, row 12"), unless points are possible, steps complete, 2-D full."""
+    """TimingError with the row (`rows`: "FILE, row 12") unless points are possible, steps complete, 2-D grids full."""
     where = rows[0].rsplit(", row", 1)[0] if rows else "timings"
     seen: dict[tuple[str, int, int | None], str] = {}
     for point, row in zip(points, rows, strict=True):

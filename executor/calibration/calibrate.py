@@ -45,20 +45,11 @@ class CalibrationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Extent:
-    """How far a calibration measures.
+    """How far a calibration measures. Raises CalibrationError where that is too little."""
 
-    Attributes:
-        max_tokens: new tokens in a pass, at least 2.
-        max_context: tokens cached before them, at least 1.
-        max_batch: sequences that decode together, at least 2.
-
-    Raises:
-        CalibrationError: one of them is too small.
-    """
-
-    max_tokens: int = 2048
-    max_context: int = 4096
-    max_batch: int = 32
+    max_tokens: int = 2048  #: new tokens in a pass
+    max_context: int = 4096  #: tokens cached before them
+    max_batch: int = 32  #: sequences that decode together
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 2), ("max_context", 1), ("max_batch", 2)):
@@ -75,25 +66,10 @@ class Extent:
 def calibrate(
     loaded: LoadedModel, out: Path, extent: Extent | None = None, progress: Progress | None = None
 ) -> Timings:
-    """Measure a model on its device and write a timing trace.
+    """Measure a model on its device and write a timing trace to `out`. Warns where measurements scatter.
 
-    Finished measurements are kept in `out` with the suffix .measured until the trace is written. The same call after
-    an interruption goes on from there.
-
-    Args:
-        loaded: the model, on its device.
-        out: the timing trace to write.
-        extent: how far to measure.
-        progress: called with (passes measured, passes planned) after each.
-
-    Returns:
-        The timing trace.
-
-    Raises:
-        CalibrationError: the kept measurements are of something else, or the extent does not fit the model.
-
-    Warns:
-        CalibrationWarning: measurements scatter.
+    Until then finished measurements are kept in `out` with the suffix .measured, and the same call goes on from there.
+    CalibrationError: they are of something else, or the extent does not fit the model.
     """
     extent = extent or Extent()
     model, facts = loaded.model, model_facts(loaded.model)

@@ -1,7 +1,7 @@
-"""What the engine takes for a pass, beyond the pass itself.
+"""What the engine takes for a pass beyond the pass itself.
 
-That is the loop: its decisions, the messages that it listens for at each preemption point, the end of one pass and the
-start of the next. And it is what a pass takes longer after a pause.
+That is the loop: its decisions, the messages at each preemption point, the end of one pass and the start of the next.
+And it is what a pass takes longer after a pause.
 """
 
 from __future__ import annotations
@@ -73,11 +73,9 @@ class _TimedExecution(RealExecution):
 
 
 def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
-    """Medians over the passes of an engine that decodes `sequences` requests together.
-
-    From one pass's start to the next's, without what the pass ran, and without making its batch and sampling, which a
-    pass alone takes too.
-    """
+    """Medians over the passes of an engine that decodes `sequences` requests together."""
+    # From one pass's start to the next's, without what the pass ran, and without making its batch and sampling, which a
+    # pass alone takes too.
     zeros = np.zeros(sequences)
     trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
     blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
@@ -95,11 +93,8 @@ def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
 
 
 def wake_seconds(model: PreTrainedModel) -> float:
-    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls.
-
-    Caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each pair after
-    PAUSE_S.
-    """
+    """What a prompt takes longer after a pause than right behind a decoding sequence, in an engine that polls."""
+    # Caches were used by others meanwhile, clocks went down. Median over PAUSES pairs of prompts, each after PAUSE_S.
     rng = np.random.default_rng(0)
     vocabulary = embedding(model).num_embeddings
     limits = Limits(

@@ -1,7 +1,7 @@
-"""From measured passes to the points of a timing trace.
+"""From measured passes to the points of a timing trace, whose sum over the steps is the whole pass.
 
-What a pass takes outside its layers is shared out so that the sum of the steps is the whole pass: what grows with the
-tokens (embedding, final norm) goes to `dense_pre`, what grows with the sequences (the batch's tables) to `head`.
+Outside the layers, what grows with the tokens (embedding, final norm) goes to `dense_pre`, what grows with the
+sequences (the batch's tables) to `head`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,10 @@ def _heads(measured: Measured, lead: dict[int, float]) -> dict[int, Point]:
 
 
 def attention_points(measured: Measured, layers: int, beyond: Mapping[tuple[int, int], float]) -> list[Point]:
-    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence.
-
-    Decode passes get what they take `beyond` their steps (`beyond_steps`). What was not measured is filled in and
-    marked as modelled: sizes midway between those of a prompt; what a context adds to a prefill, which grows with its
-    tokens; what it adds to a decode batch, along the context.
-    """
+    """attention_prefill from passes of one sequence, attention_decode from passes of one token a sequence."""
+    # Decode passes get what they take `beyond` their steps. What was not measured is filled in and marked as modelled:
+    # sizes midway between those of a prompt; what a context adds to a prefill, which grows with its tokens; what it
+    # adds to a decode batch, along the context.
     mine = baselines(measured)
     one = {(kind.new, kind.context): found for kind, found in mine.items() if kind.sequences == 1}
     several = {(kind.sequences, kind.context): found for kind, found in mine.items() if kind.new == 1}
@@ -86,11 +84,9 @@ def attention_points(measured: Measured, layers: int, beyond: Mapping[tuple[int,
 def beyond_steps(
     measured: Measured, dense: list[Point], fit: ExpertFit, layers: int, host_s: float
 ) -> dict[tuple[int, int], float]:
-    """Seconds that a decode pass takes beyond its attention and its other steps, by (sequences, context); may be < 0.
-
-    The other steps are the same for all contexts, and yet they take longer after an attention over much KV, which
-    leaves them less of the processor's cache.
-    """
+    """Seconds of a decode pass beyond its attention and other steps, by (sequences, context); may be < 0."""
+    # The other steps are the same for all contexts, and yet they take longer after an attention over much KV, which
+    # leaves them less of the processor's cache.
     curves = {
         step: np.array(sorted((p.tokens, p.seconds) for p in dense if p.step == step)).T
         for step in ("dense_pre", "dense_post", "head")
@@ -106,11 +102,8 @@ def beyond_steps(
 
 
 def query_block_seconds(measured: Measured, layers: int) -> float | None:
-    """What each group of query blocks of a split attention costs beyond its share of the attention.
-
-    The same passes split and whole, least squares of relative errors, since the difference of two long passes says
-    little. None where none was measured.
-    """
+    """What each group of query blocks of a split attention costs beyond its share; None where none was measured."""
+    # Split against whole, least squares of relative errors: the difference of two long passes says little.
     pairs = [(found, measured.get(kind.baseline), kind.query_blocks) for kind, found in measured.items()]
     rows = [
         (blocks * layers / whole.total(), (split.total("attention") - whole.total("attention")) / whole.total())
@@ -155,11 +148,9 @@ def _grid(
 
 
 def _with_midpoints(times: dict[tuple[int, int], float], sizes: list[int]) -> list[int]:
-    """`sizes` and those midway between large ones.
-
-    Attention grows with the square of a prompt, so a straight line between two sizes is too slow by some percent. The
-    midpoint at context 0 (put into `times`) lies on the parabola through the two and the one before them.
-    """
+    """`sizes` and those midway between large ones: a straight line between two sizes is too slow by some percent."""
+    # Attention grows with the square of a prompt. The midpoint at context 0 (put into `times`) lies on the parabola
+    # through the two and the one before them.
     more = list(sizes)
     for before, low, high in zip(sizes, sizes[1:], sizes[2:], strict=False):
         middle = (low + high) // 2
@@ -207,10 +198,8 @@ def expert_points(fit: ExpertFit, share: float) -> list[Point]:
 
 
 def launch_points(measured: Measured, share: float) -> list[Point]:
-    """What a further group of experts with tokens costs, by tokens of the pass: the same passes split and whole.
-
-    `share`: as in `expert_points`.
-    """
+    """What a further group of experts with tokens costs, by tokens of the pass; `share` as in `expert_points`."""
+    # The same passes split and whole.
     extra: dict[int, list[tuple[float, float, int]]] = {}
     for kind, found in measured.items():
         if kind.experts_per_group == ALL:

@@ -13,25 +13,15 @@ CONTEXT_AFTER = 512  # ... over a context of at most so many tokens
 
 
 class PassKind(NamedTuple):
-    """A kind of pass that is measured.
-
-    Attributes:
-        sequences: how many there are in it.
-        new: new tokens of each.
-        context: tokens of each that are cached before.
-        experts_per_group: experts that run between two preemption points.
-        forced_experts: how many experts all tokens go to; 0 leaves them to the model's router.
-        query_blocks: groups of query blocks that the attention is split into.
-        preceding_prompt: tokens of the prompt that runs before it; 0 where none does.
-    """
+    """A kind of pass that is measured."""
 
     sequences: int
-    new: int
-    context: int
-    experts_per_group: int = ALL
-    forced_experts: int = 0
-    query_blocks: int = 1
-    preceding_prompt: int = 0
+    new: int  #: new tokens of each sequence
+    context: int  #: tokens of each that are cached before
+    experts_per_group: int = ALL  #: between two preemption points
+    forced_experts: int = 0  #: all tokens go to so many; 0 leaves them to the router
+    query_blocks: int = 1  #: groups that the attention is split into
+    preceding_prompt: int = 0  #: tokens of the prompt that runs before it; 0: none
 
     @property
     def tokens(self) -> int:
@@ -92,16 +82,7 @@ def contexts(limit: int) -> list[int]:
 def pass_kinds(
     *, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, experts: int, top_k: int
 ) -> list[PassKind]:
-    """The kinds of passes to measure.
-
-    Args:
-        max_tokens: new tokens of the largest prompt.
-        max_context: tokens cached before them, at most.
-        max_batch: sequences that decode together, at most.
-        kv_tokens: KV slots; passes that need more are left out.
-        experts: experts of a layer.
-        top_k: experts of a token.
-    """
+    """The kinds of passes to measure, up to these sizes, without those that need more than `kv_tokens` KV slots."""
     found = [PassKind(1, n, 0) for n in by_half(max_tokens)]
     found += [PassKind(1, n, c) for c in contexts(max_context)[1:] for n in by_four(max_tokens)]
     found += [PassKind(b, 1, c) for b in by_two(max_batch) for c in contexts(max_context)]
@@ -124,9 +105,6 @@ def pass_kinds(
 
 
 def mixed_lengths(mean: float, sequences: int, most: int | None = None) -> list[int]:
-    """Lengths of sequences as they meet in serving: evenly spread from half of `mean` to one and a half.
-
-    None is above `most`; they sum to `sequences` x `mean` but for rounding.
-    """
+    """Lengths evenly spread from half of `mean` to one and a half, none above `most`; their mean is `mean`, rounded."""
     width = mean if most is None else min(mean, 2 * (most - mean))
     return [round(mean + width * ((i + 0.5) / sequences - 0.5)) for i in range(sequences)]

@@ -52,22 +52,19 @@ class Profiler:
         self.sampled = Counter[PassKind]()
 
     def sequences(self, kind: PassKind) -> Entries:
-        """The sequences of a pass, of different lengths, as in serving (`mixed_lengths`).
-
-        Each repeat has other tokens, so that the mean is over many routings. The same repeat of a whole pass and of a
-        split one has the same.
-        """
+        """The sequences of a pass, of different lengths, as in serving (`mixed_lengths`)."""
+        # Each repeat has other tokens, so that the mean is over many routings. The same repeat of a whole pass and of a
+        # split one has the same.
         positions = self.runner.max_positions
         most = None if positions is None else positions - kind.new
         sizes = [(kind.new, context) for context in mixed_lengths(kind.context, kind.sequences, most)]
         return random_entries(self.runner, sizes, (*kind[:3], self.sampled[kind]))
 
     def measure(self, kinds: list[PassKind], store: MeasurementStore, progress: Progress | None = None) -> None:
-        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one.
-
-        How often a round repeats a kind is settled beforehand by how long it takes. A further round repeats all kinds,
-        not only those that scatter: re-measuring only slow samples biases the mean. What `store` holds is not repeated.
-        """
+        """Measure every kind of pass in rounds, so that a disturbance does not hit all repeats of one."""
+        # How often a round repeats a kind is settled beforehand by how long it takes. A further round repeats all
+        # kinds, not only those that scatter: re-measuring only slow samples biases the mean. What `store` holds is not
+        # repeated.
         with torch.inference_mode(), timed(self.model) as watch:
             took = {kind: self.sample(kind, watch).seconds for kind in kinds}  # kernels are made at their first use
             often = {kind: max(1, min(OFTEN, int(ROUND_S / took.get(kind.baseline, took[kind])))) for kind in kinds}
@@ -101,11 +98,9 @@ class Profiler:
         return passed
 
     def switch_seconds(self) -> float:
-        """What one suspension and its resumption cost.
-
-        A prefill is suspended before the attention of each layer for a decode pass of another sequence. What both take
-        for themselves is taken off; the least of several runs each.
-        """
+        """What one suspension and its resumption cost (seconds)."""
+        # A prefill is suspended before each layer's attention for a decode pass of another sequence. What both take for
+        # themselves is taken off; the least of several runs each.
         new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
         long, short = self.sequences(PassKind(1, new, 0))[0], self.sequences(PassKind(1, 1, new))[0]
         short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]
@@ -153,10 +148,8 @@ class Profiler:
 
 
 def spread(often: dict[PassKind, int]) -> list[tuple[PassKind, int]]:
-    """A round: each kind so often, evenly spread, as (kind, which of its repeats in this round).
-
-    Kinds of one baseline follow each other: what they differ by is small, and must not come from the machine.
-    """
+    """A round: each kind so often, evenly spread, as (kind, which of its repeats); kinds of one baseline together."""
+    # What these differ by is small, and must not come from the machine.
     places = {kind: place for place, kind in enumerate(dict.fromkeys(kind.baseline for kind in often))}
     at = [
         ((turn + places[kind.baseline] * GOLDEN % 1) / times, places[kind.baseline], kind, turn)

@@ -23,20 +23,9 @@ BLOCK = 16
 
 
 def record_popularity(loaded: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
-    """Run prompts through the model and write the share of each layer's assignments that each expert gets.
+    """Write to `out` what share of each layer's tokens each expert gets of `prompts` (one a line); the tokens run.
 
-    Args:
-        loaded: the model, from a checkpoint.
-        name_or_path: of its tokenizer.
-        prompts: a file with one a line.
-        out: the popularity table to write.
-        max_tokens: where a prompt is cut.
-
-    Returns:
-        The number of tokens.
-
-    Raises:
-        CalibrationError: there is no tokenizer, no prompt, or no trained weights.
+    CalibrationError: there is no tokenizer, no prompt, or no trained weights.
     """
     if loaded.weights != "checkpoint":
         raise CalibrationError(f"--prompts: the routing of weights that are {loaded.weights} says nothing")

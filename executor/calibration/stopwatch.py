@@ -1,14 +1,12 @@
-"""Times the parts of real passes: the functions that serve, with a clock read where the hooks begin and end.
+"""Times the parts of real passes: a clock is read where the hooks begin and end. They are wrapped, not copied.
 
-The attention and experts hooks are wrapped, not copied. Between two readings lies one part of a pass:
-
-    start - first attention     lead       (batch, embedding, and the first layer's norm and QKV)
-    experts' end - attention    pre        norm and QKV of the next layer
-    attention                   attention
-    attention's end - experts   post       output projection, norm, router; the whole MLP of a layer without experts
-    experts                     experts    all groups of one layer
-    last layer's end - logits   tail       final norm and LM head
-    logits - tokens             sample
+start - first attention     lead       (batch, embedding, and the first layer's norm and QKV)
+experts' end - attention    pre        norm and QKV of the next layer
+attention                   attention
+attention's end - experts   post       output projection, norm, router; the whole MLP of a layer without experts
+experts                     experts    all groups of one layer
+last layer's end - logits   tail       final norm and LM head
+logits - tokens             sample
 """
 
 from __future__ import annotations
@@ -57,11 +55,7 @@ class PassTimes:
 
 
 class Stopwatch:
-    """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator.
-
-    Events are ordered with the kernels: the time between two of them holds whatever the device waited for, the host
-    included.
-    """
+    """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -78,7 +72,7 @@ class Stopwatch:
         self.marks.append((name, event))
 
     def intervals(self) -> list[float]:
-        """Seconds between each mark and the next."""
+        """Seconds between each mark and the next; with events, whatever the device waited for, the host included."""
         stamps = [stamp for _, stamp in self.marks]
         if self.device.type == "cpu":
             return [after - before for before, after in itertools.pairwise(stamps)]
@@ -134,10 +128,8 @@ def fill_cache(runner: Runner) -> None:
 
 
 def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
-    """Entries of a pass over random tokens, `sizes`: (new, cached before) of each sequence.
-
-    They lie in the runner's blocks, one after another; what lies there is taken for their KV.
-    """
+    """Entries of a pass over random tokens, `sizes`: (new, cached before) of each sequence, one after another."""
+    # What lies in their blocks is taken for their KV.
     vocabulary = embedding(runner.model).num_embeddings
     rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
     entries = []
@@ -150,11 +142,9 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
 
 
 def preceding_pass(runner: Runner, entries: Entries, prompt: int = 0) -> Entries:
-    """A pass that may run before one over `entries` in serving: a prompt of so many tokens, or sequences that decode.
-
-    Its tokens go to other experts. A pass that is measured alone finds the weights of its experts in the processor's
-    cache, and after a pass of its own size its memory too, as it never does in serving.
-    """
+    """A pass that may run before one over `entries` in serving: a prompt of so many tokens, or decoding sequences."""
+    # Its tokens go to other experts. A pass that is measured alone finds the weights of its experts in the processor's
+    # cache, and after a pass of its own size its memory too, as it never does in serving.
     if prompt:
         sizes = [(min(prompt, runner.cache.n_blocks * runner.cache.block_size), 0)]
     elif all(new == 1 for _, new in entries):

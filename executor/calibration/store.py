@@ -19,17 +19,11 @@ STALLED = 3.0  # times the median: a pass that took longer counts as if it had t
 
 @dataclass(frozen=True)
 class Samples:
-    """Repeats of one kind of pass.
+    """Repeats of one kind of pass."""
 
-    Attributes:
-        parts: names of the intervals (`qllm.executor.calibration.stopwatch`).
-        seconds: of each interval, float64[repeats, intervals].
-        routing: rows of each expert, int64[repeats, MoE layers, experts].
-    """
-
-    parts: tuple[str, ...]
-    seconds: np.ndarray
-    routing: np.ndarray
+    parts: tuple[str, ...]  #: names of the intervals (`qllm.executor.calibration.stopwatch`)
+    seconds: np.ndarray  #: of each interval, float64[repeats, intervals]
+    routing: np.ndarray  #: rows of each expert, int64[repeats, MoE layers, experts]
 
     def joined(self, other: Samples) -> Samples:
         """The repeats of both."""
@@ -56,11 +50,8 @@ class Samples:
 
     @property
     def means(self) -> np.ndarray:
-        """Mean seconds of each interval, float64[intervals]: requests wait for the mean pass, not for the median one.
-
-        Each interval's median, scaled so that they add up to the mean pass: a disturbance hits now one interval, now
-        another.
-        """
+        """Mean seconds of each interval, float64[intervals]: requests wait for the mean pass, not the median one."""
+        # Each interval's median, scaled so that they add up to the mean pass: a disturbance hits now one, now another.
         medians, passes = np.median(self.seconds, axis=0), self.seconds.sum(axis=1)
         mean = np.minimum(passes, STALLED * np.median(passes)).mean()
         return np.asarray(medians * (mean / medians.sum()))
@@ -82,27 +73,16 @@ class Samples:
 
 
 class MeasurementStore:
-    """The file of finished measurements: a first line that says what was measured, then one line each.
+    """The file of finished measurements: a first line that says of what `subject`, then one line each, flushed at once.
 
-    A line is written at once and flushed to the disk. One that was cut short by an interruption is dropped when the
-    file is read.
-
-    Args:
-        path: the file; made where it is missing.
-        subject: what is measured, by key.
-
-    Attributes:
-        samples: by `PassKind.key`.
-        numbers: single results by name.
-
-    Raises:
-        CalibrationError: the file holds measurements of something else.
+    One that an interruption cut short is dropped when the file is read. Raises CalibrationError where the file holds
+    measurements of something else.
     """
 
     def __init__(self, path: Path, subject: dict[str, Any]):
         self.path = path
-        self.samples: dict[str, Samples] = {}
-        self.numbers: dict[str, float] = {}
+        self.samples: dict[str, Samples] = {}  #: by `PassKind.key`
+        self.numbers: dict[str, float] = {}  #: single results by name
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         whole = lines[:-1]  # what follows the last newline was cut short
         if whole:

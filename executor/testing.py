@@ -1,8 +1,4 @@
-"""Models without a checkpoint: for tests, demonstrations and benchmarks.
-
-    tiny_model        any MoE family of the installed transformers, with a few thousand parameters a layer
-    demo_model        a small random Qwen3-MoE, made on the spot
-    make_checkpoint   a folder with a Qwen3-MoE of 165.6 M random weights, on which engines are compared
+"""Models without a checkpoint: tiny ones of any MoE family, a random Qwen3-MoE to show, one to compare engines on.
 
 Families are enumerated, not listed: a family is a model package whose experts go through the experts interface.
 """
@@ -136,16 +132,7 @@ def _tiny(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> Pr
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random float32 model of a family, on the CPU.
-
-    Args:
-        model_type: the family's.
-        seed: of the weights.
-        overrides: values of its configuration.
-
-    Raises:
-        UnsupportedModelError: the family cannot be served, or no tiny configuration of it is known.
-    """
+    """A random float32 model of a family, on the CPU. Raises UnsupportedModelError where none can be made."""
     config = tiny_config(model_type, **overrides)
     check_config(config)
     with torch.device("meta"):
@@ -195,13 +182,6 @@ def make_checkpoint(folder: str | Path, seed: int = 0) -> Path:
 
     A Qwen3-MoE of 165.6 M random float32 weights: 8 layers, hidden 512, 32 experts (384 wide), top 4. Its tokenizer
     splits at spaces into words t2 to t7999, so that a server that insists on one can load it.
-
-    Args:
-        folder: where to.
-        seed: of the weights.
-
-    Returns:
-        `folder`.
     """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").exists():  # written last

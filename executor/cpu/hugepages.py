@@ -10,13 +10,10 @@ _MADV_COLLAPSE = 25  # Linux 6.1; also where transparent huge pages are left to 
 
 
 def collapse_anonymous() -> int:
-    """Put the process's anonymous memory into huge pages, as far as the kernel does so.
+    """Put the process's anonymous memory into huge pages; the bytes asked for. Does nothing on other systems.
 
-    A decode step reads all the weights that it needs once, and with small pages a part of its time goes into looking
-    them up. Takes about two seconds a GB, once. Does nothing on other systems.
-
-    Returns:
-        The bytes for which the kernel was asked.
+    A decode step reads its weights once, and with small pages spends part of its time on looking them up. Takes about
+    two seconds a GB, once.
     """
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()

@@ -1,10 +1,9 @@
 """Linear layers and experts, on CPUs in float32 with weights packed for oneDNN.
 
 PyTorch sends float32 matrix products on x86 to MKL, which on some processors reaches half of oneDNN's speed, and reads
-a weight matrix slower than memory delivers it when there are few rows. oneDNN's fused linear and its packed weight
-format are registered with PyTorch as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; they compute in
-float32. A kernel of our own does the products where it can read that format (`qllm.executor.cpu.packed_matmul`), else
-oneDNN. Where oneDNN's operators are missing, all is `F.linear` on plain weights.
+a weight matrix slower than memory delivers it when there are few rows. oneDNN's operators are registered with PyTorch
+as `mkldnn::_linear_pointwise` and `mkldnn::_reorder_linear_weight`; where they are missing, all is `F.linear`. A kernel
+of our own does the products where it can read the packed format (`qllm.executor.cpu.packed_matmul`), else oneDNN.
 """
 
 from __future__ import annotations
@@ -61,19 +60,8 @@ class PackedWeights:
         return len(self._packed)
 
     def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The products of some rows with each of some weights.
-
-        The bits of a row may depend on how many rows come to the same weight. With the kernel of
-        `qllm.executor.cpu.packed_matmul` they depend on nothing but the row.
-
-        Args:
-            x: `[S, K]`; the rows of one weight after those of another.
-            which: numbers of the weights.
-            sizes: rows of each.
-
-        Returns:
-            `[S, N]`.
-        """
+        """`x` `[S, K]` with weights `which`, `sizes` rows each in turn, to `[S, N]`."""
+        # oneDNN's bits of a row may depend on how many rows come with it; those of the kernel depend on the row alone.
         if self._matmul is not None and x.dtype is torch.float32:  # else oneDNN says what is wrong
             return self._matmul.products(x, which, sizes)
         parts = zip(x.split(list(sizes)), which, strict=True)
@@ -88,14 +76,10 @@ def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def pack_model(model: torch.nn.Module) -> int:
-    """Pack the linear layers and experts of a float32 CPU model, and free the plain weights.
+    """Pack the linear layers and experts of a float32 CPU model, free the plain weights; the number packed.
 
-    The parameters keep their shapes but hold NaN without memory: afterwards the model computes with the packed weights
-    alone. Only exact `torch.nn.Linear` modules are packed: a subclass, for a quantised layer say, has its own forward.
-    A plain weight that several modules share is kept.
-
-    Returns:
-        The number of weights packed.
+    The parameters keep their shapes but hold NaN without memory; one that several modules share is kept. Only exact
+    `torch.nn.Linear` modules are packed: a subclass, for a quantised layer say, has its own forward.
     """
     if not can_pack():
         return 0

@@ -1,8 +1,7 @@
 """OpenMP's threads, where PyTorch computes with GNU's runtime on a CPU.
 
-Each thread that computes keeps a team of helpers. Once all teams together have more threads than there are cores, the
-runtime makes waiting helpers sleep instead of spin, and each small operation pays for waking them: the engine's thread
-decoded half as fast after a model had been loaded in another thread.
+Each computing thread keeps a team. Once all teams exceed the cores, waiting helpers sleep instead of spin, and each
+small operation pays for waking them: an engine decoded half as fast after another thread had loaded a model.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ def runtime() -> ctypes.CDLL | None:
 
 
 def release_team() -> bool:
-    """End the helpers of the calling thread; they come back when it computes again.
-
-    Returns False where that cannot be done: another runtime, or another system than Linux.
-    """
+    """End the helpers of the calling thread; they come back when it computes again. False where that cannot be done."""
     openmp = runtime()
     return (
         openmp is not None and hasattr(openmp, "omp_pause_resource_all") and openmp.omp_pause_resource_all(_SOFT) == 0

@@ -1,14 +1,9 @@
 """Products with many packed weights in one call (`packed_matmul.cpp`), on CPUs with AVX-512.
 
 A product of oneDNN's costs about 13 microseconds besides its arithmetic, and a decode step needs two for each expert
-that it hits. oneDNN also makes code for each number of rows that it sees. The kernel has neither cost:
-
-- It computes a row with the same bits whatever comes with it.
-- It reads oneDNN's own packed weights, so that nothing is held twice.
-- It shares PyTorch's OpenMP team.
-
-It is compiled when the package is installed, where there is a C++ compiler. Without it, or where the packed format is
-another, oneDNN does all products.
+that it hits. oneDNN also makes code for each number of rows that it sees. The kernel has neither cost. It computes a
+row with the same bits whatever comes with it, reads oneDNN's own packed weights and shares PyTorch's OpenMP team. It is
+compiled at installation; without it, or where the packed format is another, oneDNN does all products.
 """
 
 from __future__ import annotations
@@ -44,10 +39,7 @@ def kernel() -> Callable[..., None] | None:
 
 
 class PackedMatmul:
-    """Products with packed weights `[n, k]`, all of one shape.
-
-    The packed format holds STRIP outputs together; this keeps where these strips lie in memory.
-    """
+    """Products with packed weights `[n, k]` of one shape; knows where their strips of STRIP outputs lie in memory."""
 
     def __init__(self, packed: Sequence[torch.Tensor], n: int, k: int):
         self._packed = packed  # keeps the memory
@@ -56,20 +48,7 @@ class PackedMatmul:
         self._stride = torch.ops.mkldnn._nbytes(packed[0]) // 4 // -(-n // STRIP)
 
     def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """The products of some rows with each of some weights.
-
-        Args:
-            x: `[S, k]`, float32; the rows of one weight after those of another.
-            which: numbers of the weights.
-            sizes: rows of each.
-
-        Returns:
-            `[S, n]`.
-
-        Raises:
-            ValueError: `x` has another shape.
-            RuntimeError: there is no kernel.
-        """
+        """float32 `x` `[S, k]` with weights `which`, `sizes` rows each in turn, to `[S, n]`. Raises ValueError."""
         run = kernel()
         if run is None:
             raise RuntimeError("no compiled kernel: packed_matmul_of() would have said so")
@@ -95,11 +74,8 @@ class PackedMatmul:
 def packed_matmul_of(
     packed: Sequence[torch.Tensor], n: int, k: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> PackedMatmul | None:
-    """The kernel over oneDNN's packed weights `[n, k]`; None without it, or where they are packed in another way.
-
-    The format is internal to oneDNN and may change with its version, the processor and the shape. So the kernel's
-    products with each weight are compared with those of oneDNN (`product(x, weight)`) before it is trusted.
-    """
+    """The kernel over packed weights `[n, k]`; None without it, or where they are packed in another way."""
+    # It may change with oneDNN's version, the processor and the shape: the products are compared with `product`.
     if kernel() is None or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None
     n_strips = -(-n // STRIP)

@@ -2,11 +2,9 @@
 
 engine.py          Engine: submit, cancel, close
 loop.py            the thread that decides and runs passes
-execution.py       how a pass moves on in time, real or virtual; which suspended passes may be merged into it
-clock.py           real time, or the virtual time of a step model
-requests.py        a request inside the engine; the client's Stream of tokens, and the request's times
+execution.py       how a pass moves on in time (clock.py: real or virtual); which passes may be merged into it
+requests.py        a request; the client's Stream of tokens and its times; checks.py: what a client may ask
 sampling.py        logits to tokens
 block_manager.py   which KV blocks belong to which sequence
-replay.py          a request trace, sent to an engine
-recorder.py        what a replay records of passes
+replay.py          a request trace, sent to an engine; recorder.py: what it records of passes
 """

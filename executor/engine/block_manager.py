@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 class BlockManager:
     """Gives the blocks of one cache to sequences, and moves KV to host memory and back.
 
-    A sequence's blocks lie one after another as far as that can be: attention over scattered blocks takes longer on a
-    CPU, which reads ahead.
+    A sequence's blocks lie together as far as that can be: scattered ones take a CPU, which reads ahead, longer.
     """
 
     def __init__(self, cache: PagedKVCache):
@@ -28,11 +27,7 @@ class BlockManager:
         self.held = 0  #: blocks in use
 
     def grow(self, sequence: EngineRequest, tokens: int, others: Iterable[EngineRequest]) -> None:
-        """Give `sequence` the blocks for `tokens` tokens.
-
-        Where too few are free, takes those of `others` that the scheduler has dropped. Raises ExecutorError where the
-        scheduler gave out more than there is.
-        """
+        """Give `sequence` the blocks for `tokens` tokens, those of dropped `others` if needed. Raises ExecutorError."""
         need = -(-tokens // self._cache.block_size) - len(sequence.blocks)
         if need > self._left:
             for other in others:
@@ -84,11 +79,8 @@ class BlockManager:
         return self._cache.n_blocks - self.held
 
     def _room(self, need: int) -> int:
-        """Where to put `need` blocks.
-
-        In the middle of the longest run of free ones, so that they and those before the run can grow; at its start
-        where it is not longer than `need`.
-        """
+        """Where to put `need` blocks: amid the longest free run, so that they and those before the run can grow."""
+        # At its start where it is not longer than `need`.
         edges = np.flatnonzero(np.diff(self._free, prepend=False, append=False))
         starts, ends = edges[::2], edges[1::2]
         longest = int((ends - starts).argmax())

@@ -11,11 +11,7 @@ from qllm.executor.errors import RequestError
 
 
 def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
-    """Read token ids: an iterable of them, a tensor, or what a tokenizer or a chat template returns.
-
-    Raises:
-        RequestError: `given` is something else, or holds an id beyond `vocabulary`.
-    """
+    """Token ids from an iterable, a tensor, or what a tokenizer or a chat template returns. Raises RequestError."""
     if isinstance(given, Mapping) and "input_ids" in given:
         given = given["input_ids"]
     if hasattr(given, "tolist"):

@@ -13,22 +13,15 @@ from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
 
 class Clock(Protocol):
-    """What time it is for an engine, in seconds, and how passes move on in that time.
+    """What time it is for an engine, in seconds, and how passes move on in that time."""
 
-    Attributes:
-        steps: splits the passes; None where the engine's own splitter does.
-    """
-
-    steps: PassCostModel | None
+    steps: PassCostModel | None  #: splits the passes; None where the engine's own splitter does
 
     def now(self) -> float:
         """The time now."""
 
     def idle(self, until: float | None) -> float | None:
-        """The engine has nothing to do before `until`, or until something is submitted where that is None.
-
-        Returns how many seconds it may wait for a message, None for as long as it takes.
-        """
+        """Nothing to do before `until`, or a message. Returns the seconds to wait for one; None: any time."""
 
     def suspended(self) -> None:
         """A pass was suspended: adds what that costs beyond its steps."""

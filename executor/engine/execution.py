@@ -1,8 +1,7 @@
 """How a pass moves on in time: step by step, from one point where it may stop to the next.
 
-In real time a step takes what it takes. In virtual time the same pass runs on the same model, but the clock moves by
-what a step model says (`qllm.traces.step_times.cost_model`), as on the simulator's step-by-step device: same times,
-same preemption points, same order of events at one instant.
+In virtual time the clock moves by what a step model says (`qllm.traces.step_times.cost_model`), as on the simulator's
+step-by-step device: same times, same preemption points, same order of events at one instant.
 """
 
 from __future__ import annotations
@@ -23,17 +22,11 @@ STAGES = ("attention", "experts")
 
 
 class Execution(Protocol):
-    """A pass that has begun, and how it moves on.
-
-    Attributes:
-        running: the pass inside the model.
-        sequences: the requests that the pass computes.
-        done: steps done (see `qllm.traces.results.PassSlice`).
-    """
+    """A pass that has begun, and how it moves on."""
 
     running: RunningPass
     sequences: tuple[EngineRequest, ...]
-    done: int
+    done: int  #: steps done (see `qllm.traces.results.PassSlice`)
 
     def advance(self) -> bool:
         """Run to the next preemption point; False at the end of the pass. Raises what the pass raises."""
@@ -81,10 +74,9 @@ class RealExecution:
 
 
 class VirtualExecution:
-    """A pass in virtual time.
+    """A pass in virtual time: it stops at all points of the step model, also at groups of experts without tokens.
 
-    It stops at all points of the step model. Groups of experts without tokens have one too, at which the real pass does
-    not stop; the real pass follows, and is never ahead of the step model.
+    The real pass does not stop there; it follows, and is never ahead of the step model.
     """
 
     may_stop = True  # at the points of its granularity only
@@ -155,10 +147,9 @@ def cost_of(steps: PassCostModel, p: Pass) -> PassCost:
 
 
 class MergePartners:
-    """The suspended passes that stand before or between the experts of a layer, first launched first.
+    """The suspended passes that stand before or between the experts of a layer, first launched first: a live view.
 
-    A live view: a pass that is discarded meanwhile drops out. The execution says where a pass stands, since on the
-    virtual clock the real pass may have got to the experts before its time has.
+    The execution says where a pass stands: in virtual time the real one may be at the experts before its time.
     """
 
     def __init__(self, scheduler: Scheduler):

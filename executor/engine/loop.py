@@ -1,8 +1,7 @@
 """The engine's loop: one thread that owns the scheduler, the model and the KV cache.
 
-Around it everything comes as a message, a callable in the inbox that the loop runs at the next preemption point or
-between two passes. What happens at one instant happens in this order: a pass ends, requests arrive, the scheduler
-decides; as in the simulator.
+A message is a callable that the loop runs at the next preemption point or between two passes. At one instant a pass
+ends, then requests arrive, then the scheduler decides; as in the simulator.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Loop:
-    """Serves requests with one model until `stop()`. Only `send` is for other threads.
-
-    `runner` and `scheduler` must have the same number of KV blocks of the same size.
-    """
+    """Serves requests until `stop()`; `runner` and `scheduler` agree on KV blocks. Only `send` is for other threads."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler, clock: Clock):
         self.inbox: SimpleQueue[Message] = SimpleQueue()

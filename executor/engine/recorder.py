@@ -12,19 +12,12 @@ from qllm.traces.results import PassSlice
 
 @dataclass
 class RunRecorder:
-    """Records passes from a moment on.
+    """Records passes from a moment on."""
 
-    Attributes:
-        origin: seconds on the engine's clock at that moment.
-        passes: passes launched until then.
-        slices: when each pass ran, in seconds since `origin`.
-        routing: tokens per expert of each finished pass, [MoE layers][experts], by pass id.
-    """
-
-    origin: float
-    passes: int
-    slices: list[PassSlice] = field(default_factory=list)
-    routing: dict[int, list[list[int]]] = field(default_factory=dict)
+    origin: float  #: seconds on the engine's clock at that moment
+    passes: int  #: launched until then
+    slices: list[PassSlice] = field(default_factory=list)  #: in seconds since `origin`
+    routing: dict[int, list[list[int]]] = field(default_factory=dict)  #: by pass id, tokens [MoE layers][experts]
 
     def record(
         self,
@@ -36,10 +29,7 @@ class RunRecorder:
         place: tuple[int, str],
         suspended: bool,
     ) -> None:
-        """`p` ran from `start` to `end`, from `first` (steps done, layer) to `last` steps done.
-
-        It stands at `place` (layer, stage).
-        """
+        """`p` ran from `first` (steps done, layer) to `last` steps done, and stands at `place` (layer, stage)."""
         self.slices.append(
             PassSlice(
                 start=start - self.origin,

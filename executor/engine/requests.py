@@ -176,11 +176,7 @@ class Stream:
 
 
 class _Text:
-    """Text from tokens one by one.
-
-    A token's text depends on its neighbours, so a few are decoded together each time. An unfinished character waits for
-    the token that finishes it.
-    """
+    """Text from tokens one by one; a few are decoded together, as a token's text depends on its neighbours."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -189,7 +185,7 @@ class _Text:
         self._told = 0  # number of tokens whose text was given out
 
     def add(self, token: int, last: bool) -> str:
-        """The text that `token` adds; with the `last` one, whatever was held back."""
+        """The text that `token` adds; an unfinished character waits, but not beyond the `last` one."""
         self._ids.append(token)
         before = self._decode(self._ids[self._prefix : self._told])
         now = self._decode(self._ids[self._prefix :])
@@ -209,21 +205,15 @@ class _Text:
 
 @dataclass(eq=False, kw_only=True)
 class EngineRequest(Sequence):
-    """One request inside the engine: a sequence, the scheduler's request for it, and the client's stream.
-
-    Attributes:
-        seed: of its random numbers.
-        host: its KV while that lies in host memory.
-        error: what ended it, if an error did.
-    """
+    """One request inside the engine: a sequence, the scheduler's request for it, and the client's stream."""
 
     request: Request
     stream: Stream
     sampling: SamplingParams
-    seed: int
-    host: HostKV | None = None
+    seed: int  #: of its random numbers
+    host: HostKV | None = None  #: its KV while that lies in host memory
     ended: bool = False
-    error: Exception | None = None
+    error: Exception | None = None  #: what ended it, if an error did
 
     @property
     def generated(self) -> int:

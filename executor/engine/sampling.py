@@ -1,12 +1,11 @@
 """Sampling: one batch of logits in, one token per row out.
 
-Greedy rows take the largest logit. The others draw by inverse transform from the filtered distribution, in the order of
-token ids, with one uniform number that depends only on the request's seed and on how many tokens it has generated. So
-from the same logits a request draws the same token, whoever shares its batch, and again after it was recomputed. (The
-logits themselves may differ in their last bits with the rows that share a batch: see docs/engine.md.)
+Greedy rows take the largest logit. The others draw by inverse transform, in the order of token ids, with one uniform
+number that depends only on the request's seed and its count of tokens. So from the same logits a request draws the same
+token, whoever shares its batch. (The last bits of the logits may differ with the rows of a batch: see docs/engine.md.)
 
-A filter keeps every token whose logit reaches a threshold. Tokens that tie with the last one kept are kept too, as
-transformers and vLLM do for top-k; which of them came first would depend on the kernel that sorts.
+A filter keeps every token whose logit reaches a threshold, ties with the last one kept included, as transformers and
+vLLM do for top-k; which of them came first would depend on the kernel that sorts.
 """
 
 from __future__ import annotations
@@ -76,17 +75,7 @@ def uniform(seed: int, step: int) -> float:
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
 ) -> list[int | None]:
-    """Choose one token id per row of `logits` `[rows, vocab]`.
-
-    Args:
-        logits: float, one row per request.
-        params: How each request's token is chosen.
-        generated: Tokens that each request has generated so far.
-        seeds: Each request's seed.
-
-    Returns:
-        A token id per row; None for a row from which none can be chosen: it holds NaN or inf, or nothing is allowed.
-    """
+    """One token id per row of `logits` `[rows, vocab]`; None where the row holds NaN or inf, or allows nothing."""
     logits = forbid_stops(logits, params, generated)
     tokens: list[int | None] = [None] * len(params)
     greedy = [i for i, p in enumerate(params) if p.temperature == 0]
@@ -116,11 +105,8 @@ def forbid_stops(logits: torch.Tensor, params: Sequence[SamplingParams], generat
 
 
 def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int | None]:
-    """Token ids drawn at the given uniform numbers, after temperature, top-k and top-p, in this order.
-
-    top-p keeps the smallest set of most likely tokens whose probability reaches p, the token that reaches it included.
-    None for a row from which nothing can be drawn.
-    """
+    """Token ids drawn at these uniform numbers, after temperature, top-k, top-p; None where nothing can be drawn."""
+    # top-p keeps the fewest most likely tokens whose probability reaches p, the one that reaches it included.
     filtered = [i for i, p in enumerate(params) if 0 < p.top_k <= CANDIDATES or p.top_p < 1]
     rows = logits if len(filtered) == len(params) else logits[filtered]
     tokens: dict[int, int | None] = {}
@@ -136,10 +122,7 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequen
 def _among_largest(
     rows: torch.Tensor, params: Sequence[SamplingParams], numbers: np.ndarray
 ) -> list[tuple[int | None, bool]]:
-    """Draw from the largest logits of each of `rows`: (token, whether it is known).
-
-    It is not where what the filters keep may reach beyond the logits that were looked at.
-    """
+    """(token, whether it is known) from each row's largest logits: not known where filters may keep more than these."""
     n, vocab = rows.shape
     top_k = np.array([p.top_k if 0 < p.top_k < vocab else vocab for p in params])
     width = min(vocab, TIES + max(min(k, CANDIDATES) for k in top_k.tolist()))

@@ -35,7 +35,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer inside a pass; raises UnsupportedModelError for any that is not plainly causal.
 
-    query `[1, heads, T, Dk]`, key and value `[1, kv_heads, T, D]` and sinks s_aux `[heads]` give `[1, T, heads, Dv]`, None.
+    query `[1, heads, T, Dk]`, key and value `[1, kv_heads, T, D]`, sinks s_aux `[heads]`; out `[1, T, heads, Dv]`.
     `sliding_window` counts tokens seen, the token itself included. ExecutorError outside of a pass.
     """
     running = current_pass()
@@ -96,7 +96,7 @@ class Kernel:
     ) -> torch.Tensor:
         """Attention of query heads, of which `group` share one KV head, to `[B, kv_heads, group, rows, Dv]`.
 
-        q is `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`. The mask, bool `[rows, L]` or `[B, 1, 1, L]`,
+        q is `[B, kv_heads, group, rows, Dk]`, k and v `[B, kv_heads, L, D]`. The mask, `[rows, L]` or `[B, 1, 1, L]`,
         is True where a row may look. `causal` (row i sees keys 0 to i) needs no mask, rows = L and a plain kernel.
         """
         batch, heads, group, rows, _ = q.shape

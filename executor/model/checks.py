@@ -35,8 +35,9 @@ def check_config(config: PreTrainedConfig) -> None:
 
 def check_model(model: PreTrainedModel) -> None:
     """Run a tiny input through the hooks, which stay on. Raise UnsupportedModelError where the model ignores them."""
-    # Two passes over a prompt, the second packed with another sequence, against the model's own logits in one pass: state
-    # outside attention is lost between. Experts return their input: in half precision rounding changes a token's experts.
+    # Two passes over a prompt, the second packed with another sequence, against the model's own logits in one pass:
+    # state outside attention is lost between. Experts return their input here, since in half precision rounding alone
+    # changes a token's experts.
     name = model.config.model_type
     vocab = embedding(model).num_embeddings
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
@@ -76,7 +77,7 @@ def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, Runn
 
 
 def check_windows(config: PreTrainedConfig, windows: list[int | None], told: list[int | None]) -> None:
-    """Raise UnsupportedModelError where `told`, where it is not None, is not the sliding window declared in `windows`."""
+    """Raise UnsupportedModelError where a layer told (None: left to its mask) another window than it declares."""
     if not told:
         raise UnsupportedModelError(f"{config.model_type}: its attention does not go through the attention interface")
     if len(told) != len(windows) or any(t is not None and t != w for t, w in zip(told, windows, strict=True)):

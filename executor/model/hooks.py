@@ -1,4 +1,7 @@
-"""Registers "qllm" with transformers' experts and attention interfaces, by being imported."""
+"""Registers "qllm" with transformers' experts and attention interfaces.
+
+Importing it is enough; `set_attn_implementation` and `set_experts_implementation` switch a model over.
+"""
 
 from __future__ import annotations
 

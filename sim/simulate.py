@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import simpy
 
-from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler
+from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
@@ -52,6 +52,7 @@ def simulate(
 
     Raises:
         KeyError: A class has no priority.
+        SchedulerError: The policy broke, or requests are left that nobody serves.
     """
     levels = [priorities[name] for name in trace.classes]
     workload = _Workload(trace, levels, Scheduler(policy, limits))
@@ -64,6 +65,12 @@ def simulate(
     device.start(step_device if step_by_step else fast_device)
     env.process(workload.arrivals(env, device))
     env.run(until)
+    left = workload.scheduler.requests
+    if until is None and left:
+        raise SchedulerError(
+            f"the simulation stands still at {env.now:.6g} s with {len(left)} requests in the system, such as "
+            f"{next(iter(left.values()))!r}: nothing runs, and nothing will"
+        )
     return workload.end(slices)
 
 

@@ -199,10 +199,13 @@ def test_the_timeline_shows_passes_and_matching_suspensions(folder: Path, tmp_pa
     assert len(events) == count
     tracks = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert set(tracks.values()) == {"ls", "be"}
+    assert all(tid > 0 for _, tid in tracks)  # 0 is no track of its own
     for process, _ in enumerate(shown, start=1):
         mine = [e for e in events if e["pid"] == process]
-        slices = sorted((e["ts"], e["ts"] + e["dur"]) for e in mine if e["ph"] == "X")
-        assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(slices))
+        # Perfetto rounds starts and durations to whole nanoseconds, each for itself.
+        slices = sorted((round(e["ts"] * 1e3), round(e["dur"] * 1e3)) for e in mine if e["ph"] == "X")
+        assert all(start + length <= following for (start, length), (following, _) in pairwise(slices))
+        assert all(isinstance(e["id"], int) for e in mine if e["ph"] in "sf")
         stops = [e for e in mine if e["name"].startswith("preempted in layer")]
         goes_on = [e for e in mine if e["name"].startswith("resumed in layer")]
         assert len(stops) == len(goes_on)

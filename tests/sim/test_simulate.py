@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler, SchedulerError, make_policy
-from qllm.sim import Routing, Status, isolated_ttft, uniform
+from qllm.sim import Routing, Status, isolated_ttft, simulate, uniform
 from qllm.sim.passes import GpuModel
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import TICK, PassCostModel
@@ -270,3 +270,13 @@ def test_scheduler_rejects_what_can_never_fit_and_ids_in_use():
         scheduler.add(Request(2, 10, 8), 0.0)
     with pytest.raises(SchedulerError, match="id is in the system"):
         scheduler.add(Request(1, 1, 1), 0.0)
+
+
+def test_requests_that_nobody_serves_are_an_error(monkeypatch):
+    monkeypatch.setattr(Scheduler, "next", lambda self, now: None)
+    trace = RequestTrace(np.array([0.0]), np.array([3]), np.array([2]), np.array([0]), ("ls",))
+    steps = PassCostModel(affine_timings(layers=2, experts=4, top_k=2))
+    with pytest.raises(SchedulerError, match="stands still at 0 s with 1 requests"):
+        simulate(trace, priorities={"ls": 0}, policy=make_policy("fcfs"), limits=Limits(), steps=steps)
+    result = simulate(trace, priorities={"ls": 0}, policy=make_policy("fcfs"), limits=Limits(), steps=steps, until=1.0)
+    assert result.status.tolist() == [Status.UNFINISHED]

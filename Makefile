@@ -18,24 +18,26 @@ demo: .venv/.installed
 demo-engine: .venv/.installed-executor
 	$(BIN)/qllm run configs/demo_engine.yaml --out out/demo_engine
 
+# Files of tests side by side, and a floor for how much of scheduler and simulator they reach (pyproject.toml).
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadscope --cov
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
 
 # The tests of `make test` with the lowest versions that pyproject.toml allows, and with today's newest, each in an
-# environment of its own. Only torch keeps the version of constraints.txt in the second: one of its builds is several GB.
+# environment of its own; what these versions warn of is no error. Only torch keeps the version of constraints.txt in the
+# second: one of its builds is several GB.
 EVERYTHING := dev,docs,executor,timings,ray,dask,notebooks
 
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -m "not slow"
+	.venv-lowest/bin/python -m pytest -m "not slow" -W default
 
 test-newest:
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
 		$(shell grep ^torch== constraints.txt) -e '.[$(EVERYTHING)]'
-	.venv-newest/bin/python -m pytest -m "not slow"
+	.venv-newest/bin/python -m pytest -m "not slow" -W default
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

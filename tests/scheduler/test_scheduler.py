@@ -15,6 +15,7 @@ from qllm.scheduler import (
     Limits,
     Pass,
     Policy,
+    PolicyError,
     Request,
     RequestTooLarge,
     Scheduler,
@@ -432,6 +433,25 @@ def test_what_a_policy_may_ask():
     assert s.recheck_at(p, 0.0) == float("inf"), "unless it says so, what it decides does not change with time"
     assert not s.has_slot(0)
     assert not s.can_prefill(2)
+
+
+def test_what_a_policy_answers_is_checked():
+    """A mistake in a policy is found when a request arrives, and named."""
+
+    class Half(Policy):
+        def level(self, r: Request) -> float:
+            return r.priority + 0.5
+
+    class Mixed(Policy):
+        def order(self, r: Request) -> tuple:
+            return (r.arrival if r.id else "first",)
+
+    with pytest.raises(PolicyError, match=r"level gave 1\.5; allowed: a whole number"):
+        add(Scheduler(Half(), Limits()), 0, 5, 1, 1)
+    s = Scheduler(Mixed(), Limits())
+    add(s, 0, 5, 1, 1)
+    with pytest.raises(PolicyError, match=r"order gave \(0.0,\); comparing it"):
+        add(s, 1, 5, 1, 1)
 
 
 def test_an_idle_request_that_left_does_not_come_back_to_decode():

@@ -46,4 +46,4 @@ def write_config(folder: Path, text: str = CONFIG) -> Path:
 def qllm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-c", "from qllm.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)

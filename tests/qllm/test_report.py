@@ -109,7 +109,7 @@ def test_the_command_writes_into_the_first_folder(folders: list[Path]) -> None:
 def browse(page: Path, profile: Path) -> tuple[str, list[str]]:
     """The page as it stands after its scripts ran, and the console's messages."""
     command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", page.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 

@@ -134,7 +134,7 @@ finish(runs(load_config({str(config)!r}))[0])
 loaded = {{module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "qllm"}}
 print(*sorted(loaded - {{str(path) for path in source_files()}}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == [], done.stderr
     shipped = {path.stem for path in cache.source_files() if path.suffix == ".csv"}
     assert {*bundled_timings(), *bundled_popularity(), *bundled_lengths()} <= shipped

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from numbers import Integral
 from typing import Any
 
-from qllm.executor.engine.sampling import SamplingParams
+from qllm.executor.engine.sampling import SamplingParams, is_whole
 from qllm.executor.errors import RequestError
 
 
@@ -22,7 +21,7 @@ def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
     if len(tokens) == 1 and isinstance(tokens[0], list):  # a batch of one
         tokens = tokens[0]
     for token in tokens:
-        if not _is_whole(token) or not 0 <= token < vocabulary:
+        if not is_whole(token) or not 0 <= token < vocabulary:
             raise RequestError(f"{name} holds {token!r}; allowed: token ids from 0 to {vocabulary - 1}")
     return [int(token) for token in tokens]
 
@@ -33,9 +32,9 @@ def check_request(
     """Raise RequestError for a request that the model or the scheduler cannot take."""
     if not tokens:
         raise RequestError("prompt is empty; allowed: at least one token id")
-    if not _is_whole(max_new_tokens) or max_new_tokens < 1:
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
         raise RequestError(f"max_new_tokens is {max_new_tokens!r}; allowed: a whole number, 1 or more")
-    if not _is_whole(priority):
+    if not is_whole(priority):
         raise RequestError(f"priority is {priority!r}; allowed: a whole number, lower is more urgent")
     if sampling.min_tokens > max_new_tokens:
         raise RequestError(f"min_tokens is {sampling.min_tokens}; allowed: at most max_new_tokens, {max_new_tokens}")
@@ -44,7 +43,3 @@ def check_request(
             f"{len(tokens)} prompt tokens and {max_new_tokens} new ones; allowed: {max_positions} together, as the "
             "model's positions"
         )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

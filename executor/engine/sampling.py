@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -62,8 +63,13 @@ def _number(name: str, value: object, fits: Callable[[float], bool], allowed: st
         raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether `value` is a whole number, of Python or of numpy; a bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _whole(name: str, value: object, fits: Callable[[int], bool], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not fits(int(value)):
+    if not is_whole(value) or not fits(int(value)):
         raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
 
 

@@ -23,6 +23,10 @@ class PassError(ExecutorError, ValueError):
     """A pass that cannot be started: no tokens, too few KV blocks, positions beyond the model's."""
 
 
+class KVMemoryError(ExecutorError, ValueError):
+    """KV blocks that do not fit the device's memory; the message names the setting and what is allowed."""
+
+
 class EngineClosed(ExecutorError):
     """The engine was closed, or broke, before the request was served."""
 

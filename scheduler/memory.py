@@ -7,12 +7,15 @@ last admitted first; ranks are kept for good, so the first admitted always gets 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 
 from qllm.scheduler.decode import DecodePool, rank
 from qllm.scheduler.passes import NEVER
 from qllm.scheduler.request import Request, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
+
+UNBOUNDED = 2**62  # KV blocks where nobody says how many there are
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Limits:
     Attributes:
         max_seqs: Sequences in a pass (the paper's batch size B).
         max_batched_tokens: Tokens in a pass; a longer prompt runs as several passes.
-        kv_blocks: The KV budget, in blocks.
+        kv_blocks: The KV budget, in blocks. None: what fits, which an engine works out; a scheduler on its own has no
+            bound.
         block_size: Tokens in a KV block.
         urgent_blocks: KV blocks that only requests of the policy's `urgent` levels may be admitted to.
         max_suspended_tokens: Tokens in suspended passes, whose activations are kept; a pass that would exceed it does
@@ -36,25 +40,33 @@ class Limits:
 
     max_seqs: int = 32
     max_batched_tokens: int = 8192
-    kv_blocks: int = 65536
+    kv_blocks: int | None = None
     block_size: int = 16
     urgent_blocks: int = 0
     max_suspended_tokens: int | None = None
     evict: str = "recompute"
 
     def __post_init__(self) -> None:
-        for name in ("max_seqs", "max_batched_tokens", "kv_blocks", "block_size"):
-            if getattr(self, name) < 1:
-                raise SchedulerError(f"limits.{name} is {getattr(self, name)}, must be at least 1")
+        for field in fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "urgent_blocks" else 1
+            if field.name == "evict" or (value is None and field.default is None):
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise SchedulerError(f"limits.{field.name} is {value!r}, must be a whole number, at least {least}")
         if self.max_batched_tokens < self.max_seqs:
             raise SchedulerError(
                 f"limits.max_batched_tokens is {self.max_batched_tokens}, must be at least max_seqs ({self.max_seqs}): "
                 "each decoding sequence takes one token"
             )
-        if not 0 <= self.urgent_blocks < self.kv_blocks:
-            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks}, must be in [0, {self.kv_blocks})")
+        if not 0 <= self.urgent_blocks < self.blocks:
+            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks}, must be in [0, {self.blocks})")
         if self.evict not in ("recompute", "offload"):
             raise SchedulerError(f"limits.evict is {self.evict!r}, must be recompute or offload")
+
+    @property
+    def blocks(self) -> int:
+        """`kv_blocks`, or a number that nobody reaches."""
+        return UNBOUNDED if self.kv_blocks is None else self.kv_blocks
 
 
 class KVBudget:
@@ -102,7 +114,7 @@ class Memory:
 
     def __init__(self, limits: Limits, urgent: int, waiting: WaitingQueues, ready: DecodePool):
         self.limits = limits
-        self.kv = KVBudget(limits.kv_blocks, limits.block_size, limits.urgent_blocks, urgent)
+        self.kv = KVBudget(limits.blocks, limits.block_size, limits.urgent_blocks, urgent)
         self.waiting = waiting
         self.ready = ready
         self.decoding = 0  #: requests that decode in running or suspended passes

@@ -27,7 +27,7 @@ from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
-from qllm.executor.model.info import blocks_in, embedding, model_facts, stop_ids
+from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import LinearSplitter, Splitter
@@ -74,8 +74,8 @@ class Engine:
         model: a causal MoE model; prepared here where it is not yet (`qllm.executor.load_model`).
         tokenizer: for prompts given as text, and for the text of tokens.
         policy: a name in `qllm.scheduler.POLICIES`, or a policy.
-        limits: what the scheduler may use.
-        kv_memory: bytes for KV, in place of `limits.kv_blocks`. Where neither is given, a share of the free memory.
+        limits: what the scheduler may use; without `kv_blocks`, as many as fit a share of the free memory.
+        kv_memory: bytes for KV, in place of `limits.kv_blocks`.
         clock: real time by default.
         splitter: how passes are split (`qllm.executor.model.split`), unless the clock's step model does it.
         max_step: seconds that no step should exceed, for the default splitter.
@@ -89,7 +89,7 @@ class Engine:
     Raises:
         UnsupportedModelError: the model cannot be served.
         SchedulerError: the policy or the limits are not possible.
-        ValueError: not a single KV block fits the memory.
+        KVMemoryError: the KV blocks, or a single one, do not fit the memory.
     """
 
     def __init__(
@@ -111,14 +111,15 @@ class Engine:
         self.clock: Clock = clock or RealClock()
         facts = model_facts(model)
         given = limits or Limits()
-        if limits is None or kv_memory is not None:
+        blocks = given.kv_blocks
+        if blocks is None or kv_memory is not None:
             blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
-            given = dataclasses.replace(given, kv_blocks=blocks)
-        self.limits = given
+        self.limits = given = dataclasses.replace(given, kv_blocks=blocks)
         if splitter is None:
             splitter = LinearSplitter(facts["experts"], facts["top_k"], max_step=max_step)
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
-        self._runner = Runner(model, given.kv_blocks, given.block_size, splitter)
+        self._runner = Runner(model, blocks, given.block_size, splitter)
+        make_cache(self._runner, facts["kv_bytes_per_token"])
         self._stop_ids = stop_ids(model)
         self.vocabulary = embedding(model).num_embeddings
         self._ids = itertools.count()
@@ -134,7 +135,7 @@ class Engine:
         release_team()  # this thread has prepared the model and is not going to compute any more
         log.info(
             "engine started: %s, %s, on %s, %d KV blocks of %d tokens, policy %s",
-            *(model.config.model_type, facts["dtype"], model.device, given.kv_blocks, given.block_size),
+            *(model.config.model_type, facts["dtype"], model.device, blocks, given.block_size),
             type(self.scheduler.policy).__name__,
         )
         self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
@@ -163,7 +164,7 @@ class Engine:
         Raises:
             UnsupportedModelError: the model cannot be served.
             SchedulerError: the policy or the limits are not possible.
-            ValueError: not a single KV block fits the memory.
+            KVMemoryError: the KV blocks, or a single one, do not fit the memory.
         """
         model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         tokenizer: Any

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from qllm.executor.errors import KVMemoryError
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import whole
@@ -55,14 +56,31 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None = None) -> int:
-    """KV blocks that fit `kv_memory` bytes (None: a share of the free memory). Raises ValueError where none does."""
+    """KV blocks that fit `kv_memory` bytes (None: a share of the free memory). Raises KVMemoryError if none does."""
     if kv_memory is None:
         share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
         kv_memory = int(memory_bytes(model.device)[0] * share)
     blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
     if blocks < 1:
-        raise ValueError(
+        raise KVMemoryError(
             f"kv_memory is {kv_memory} bytes; allowed: at least {(block_size + 1) * token_bytes}, one block of "
             f"{block_size} tokens"
         )
     return int(blocks)
+
+
+def make_cache(runner: Runner, token_bytes: int) -> None:
+    """Make the KV of all layers at once, before the first request. Raises KVMemoryError where it does not fit."""
+    # Most systems promise more memory than there is, and end the process that uses it: so look before.
+    cache = runner.cache
+    need, (_, total) = (cache.zero_slot + 1) * token_bytes, memory_bytes(runner.device)
+    found = f"{total} bytes in all"
+    if need <= total:
+        try:
+            return runner.make_cache()
+        except (RuntimeError, MemoryError) as error:  # a CPU raises RuntimeError, of which OutOfMemoryError is one
+            found = str(error).splitlines()[0]
+    raise KVMemoryError(
+        f"limits.kv_blocks is {cache.n_blocks}: {need} bytes of KV on {runner.device} ({found}); "
+        "allowed: fewer, or None for what fits"
+    )

@@ -1,8 +1,8 @@
 """Paged KV cache: one K and one V tensor per attention layer, addressed by *slots*.
 
 Block `b` holds slots `b * block_size` to `(b + 1) * block_size - 1`; the scheduler's budget numbers and allocates
-blocks. Layers are created at their first write, with the widths seen then: MLA has different widths of K and V, some
-models have different head counts per layer.
+blocks. A layer gets the widths of its first write: MLA has different widths of K and V, some models have different head
+counts per layer. An engine makes all of them when it starts (`Runner.make_cache`).
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ class PagedKVCache:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
         if index == len(self.keys):
-            for store, like in ((self.keys, key), (self.values, value)):
-                store.append(torch.zeros((self.zero_slot + 1, *like.shape[1:]), dtype=like.dtype, device=like.device))
+            # Both before either is kept: where memory ends between them, the layer is not there and can be made later.
+            made = [
+                torch.zeros((self.zero_slot + 1, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in (key, value)
+            ]
+            self.keys.append(made[0])
+            self.values.append(made[1])
         return self.keys[index], self.values[index]
 
     def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -27,6 +27,11 @@ class Runner:
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
+    def make_cache(self) -> None:
+        """Make the KV of all layers, in a pass over one token. Raises what PyTorch raises where memory ends."""
+        with torch.inference_mode():
+            run_to_end(self.begin([(Sequence([0], [0]), 1)]))
+
     def begin(
         self,
         entries: Iterable[tuple[Sequence, int]],

@@ -11,8 +11,12 @@ from qllm.scheduler.memory import KVBudget
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"max_seqs": 0}, "limits.max_seqs is 0, must be at least 1"),
-        ({"kv_blocks": 0}, "limits.kv_blocks is 0, must be at least 1"),
+        ({"max_seqs": 0}, "limits.max_seqs is 0, must be a whole number, at least 1"),
+        ({"kv_blocks": 0}, "limits.kv_blocks is 0, must be a whole number, at least 1"),
+        ({"block_size": 1.5}, "limits.block_size is 1.5, must be a whole number, at least 1"),
+        ({"max_batched_tokens": None}, "limits.max_batched_tokens is None, must be a whole number, at least 1"),
+        ({"urgent_blocks": -1}, "limits.urgent_blocks is -1, must be a whole number, at least 0"),
+        ({"max_suspended_tokens": True}, "limits.max_suspended_tokens is True, must be a whole number, at least 1"),
         ({"max_seqs": 8, "max_batched_tokens": 4}, r"max_batched_tokens is 4, must be at least max_seqs \(8\)"),
         ({"kv_blocks": 8, "urgent_blocks": 8}, r"limits.urgent_blocks is 8, must be in \[0, 8\)"),
         ({"evict": "drop"}, "limits.evict is 'drop', must be recompute or offload"),
@@ -21,6 +25,13 @@ from qllm.scheduler.memory import KVBudget
 def test_limits_are_checked(wrong, says):
     with pytest.raises(SchedulerError, match=says):
         Limits(**wrong)
+
+
+def test_without_a_number_of_kv_blocks_a_scheduler_has_no_bound():
+    s = Scheduler(make_policy("fcfs"), Limits(max_batched_tokens=100_000))
+    s.add(Request(0, 10_000_000, 1, 1, 0.0), 0.0)
+    assert s.next(0.0).tokens == 100_000
+    assert s.kv.free == s.kv.total - 625_000
 
 
 def test_no_block_is_taken_or_given_that_is_not_there():

@@ -75,7 +75,7 @@ class KVBudget:
     `total` blocks of `block_size` tokens; `reserve` of them are for urgent requests only (level <= `urgent`).
     """
 
-    __slots__ = ("block_size", "free", "reserve", "total", "urgent")
+    __slots__ = ("block_size", "free", "least_free", "reserve", "total", "urgent")
 
     def __init__(self, total: int, block_size: int, reserve: int, urgent: int):
         self.total = total
@@ -83,6 +83,7 @@ class KVBudget:
         self.reserve = reserve
         self.urgent = urgent
         self.free = total
+        self.least_free = total  #: the fewest that were ever free
 
     def blocks(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
@@ -101,6 +102,7 @@ class KVBudget:
         if n > self.free:
             raise SchedulerError(f"{n} KV blocks asked for, {self.free} free")
         self.free -= n
+        self.least_free = min(self.least_free, self.free)
 
     def give(self, n: int) -> None:
         """Give `n` blocks back; raises SchedulerError where more come back than were taken (invariant I4)."""

@@ -87,6 +87,7 @@ class RunResult:
         reasons: Why a request was rejected or broke, by index.
         makespan: From the start of the trace to the last token.
         passes: How many were launched.
+        kv_peak: Largest share of the KV blocks that was ever in use.
         slices: When each pass ran, if that was recorded.
         routing: Of real passes in the order of their launches: tokens per expert, int64[MoE layers, experts].
     """
@@ -104,6 +105,7 @@ class RunResult:
     reasons: dict[int, str] = field(default_factory=dict)
     makespan: float = 0.0
     passes: int = 0
+    kv_peak: float = 0.0
     slices: list[PassSlice] | None = None
     routing: list[np.ndarray] | None = None
 

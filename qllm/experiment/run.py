@@ -98,6 +98,7 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
             "suspended_s": result.suspended,
             "preemptions": np.asarray(result.preemptions, dtype=np.int64),
             "evictions": np.asarray(result.evictions, dtype=np.int64),
+            "kv_peak": np.full(n, result.kv_peak),
             "isolated_ttft_s": isolated_ttft,
             "status": np.asarray(result.status, dtype=np.int8),
             "reason": [result.reasons.get(i, "") for i in range(n)],

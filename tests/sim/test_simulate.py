@@ -237,6 +237,15 @@ def test_requests_that_cannot_fit_are_rejected_with_a_reason(step_by_step):
     assert "63 KV blocks" in result.reasons[0]
 
 
+def test_the_peak_of_the_kv_is_that_of_the_moment_with_most_blocks_in_use():
+    """Two requests together hold 3 + 2 of 20 blocks at the end of the first one; the third comes when both are gone."""
+    columns = np.array([0.0, 0.0, 9.0]), np.array([40, 20, 50]), np.array([5, 5, 5]), np.array([0, 0, 0])
+    result = run(
+        RequestTrace(*columns, ("ls",)), make_policy("fcfs"), Limits(kv_blocks=20), PassCostModel(affine_timings())
+    )
+    assert result.kv_peak == 5 / 20
+
+
 def test_expert_queues_hold_what_a_suspended_pass_has_left():
     """An LS prompt stops a BE prefill between two experts; the queues hold exactly the tokens of those not yet run."""
     steps = PassCostModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)

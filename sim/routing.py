@@ -143,6 +143,23 @@ class Routing:
         return drawn.astype(np.intp)
 
 
+def binomial(tokens: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """How many of `tokens` go to an expert that gets each with chance `share`: (int64[n] counts, float64[n] chances).
+
+    Counts that hardly ever occur, less than once in a thousand million draws, are left out.
+    """
+    if not 0 < share < 1:
+        return np.array([tokens if share else 0]), np.ones(1)
+    mean, far = tokens * share, 7 * math.sqrt(tokens * share) + 7
+    counts = np.arange(max(math.floor(mean - far), 0), min(math.ceil(mean + far), tokens) + 1)
+    grows = np.log((tokens - counts[:-1]) / counts[1:]) + math.log(share / (1 - share))
+    logs = np.cumsum(np.concatenate(([0.0], grows)))
+    chances = np.exp(logs - logs.max())
+    chances /= chances.sum()
+    often = chances > 1e-9
+    return counts[often], chances[often]
+
+
 @lru_cache(maxsize=2)
 def _pool(data: bytes, shape: tuple[int, int], top_k: int, seed: int) -> tuple[int, np.ndarray, np.ndarray]:
     """(tokens in the pool, uint16[2 tokens + 1, layers * experts] running counts of the pool twice over, noise)."""

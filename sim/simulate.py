@@ -10,7 +10,7 @@ import simpy
 from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
-from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
+from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
@@ -82,7 +82,9 @@ def uniform(steps: PassCostModel) -> np.ndarray:
 def isolated_ttft(
     prompt_tokens: np.ndarray, *, limits: Limits, steps: PassCostModel, popularity: np.ndarray | None = None
 ) -> np.ndarray:
-    """Compute the TTFT of prompts alone on an idle device, routed at the mean: the floor for any policy.
+    """Compute the TTFT of prompts alone on an idle device, expected over what their tokens may be routed to.
+
+    A lone request of a simulation takes that long on average; what it draws itself may take a little less or more.
 
     Args:
         prompt_tokens: Length of each prompt, int[n].
@@ -99,16 +101,17 @@ def isolated_ttft(
 
 
 def _isolated_prefill(tokens: int, max_tokens: int, steps: PassCostModel, share: np.ndarray) -> float:
+    shares, place = np.unique(share, return_inverse=True)
+    with np.errstate(divide="ignore"):
+        missed = np.log1p(-share)  # the logarithm of a token's chance to go elsewhere, -inf where all come
     done, seconds = 0, 0.0
     while done < tokens:
         n = min(tokens - done, max_tokens)
         cost = steps.cost([(None, n, done)], 0, 0, int(done + n == tokens))
-        mean = n * share
-        low = mean.astype(np.intp)
-        experts_s = steps.experts(low)
-        experts_s = experts_s + (mean - low) * (steps.experts(low + 1) - experts_s)
-        further = np.minimum(steps.by_group(cost, mean)[:, 1:], 1).sum()  # groups with tokens, at most one each
-        seconds += steps.total(cost, float(experts_s.sum() + cost.group_launch_s * further))
+        # f is no line, so f of the mean is not the mean of f: few tokens at most experts have none.
+        expected = np.array([steps.experts(counts) @ chance for counts, chance in (binomial(n, q) for q in shares)])
+        empty = np.exp(n * steps.by_group(cost, missed)[:, 1:])  # chance that a further group has no tokens
+        seconds += steps.total(cost, float(expected[place].sum() + cost.group_launch_s * (1 - empty).sum()))
         done += n
     return seconds
 

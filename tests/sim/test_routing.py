@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from qllm.scheduler import Limits, make_policy
 from qllm.sim import RecordedRouting, ResampledRouting, Routing, simulate
+from qllm.sim.routing import binomial
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.testing import affine_timings
@@ -79,3 +81,12 @@ def test_a_simulation_pays_for_the_experts_that_were_reached():
     even = simulate(trace, **world)
     few = simulate(trace, **world, routing=ResampledRouting(PASSES, TOP_K, layers=2))
     assert even.finish[0] - few.finish[0] == pytest.approx(2 * (EXPERTS - 2) * 1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(1, 0.2), (16, 1 / 16), (8192, 1 / 16), (100, 0.999), (5, 0.0), (5, 1.0)]
+)
+def test_chances_of_counts_are_binomial(tokens, share):
+    counts, chances = binomial(tokens, share)
+    assert chances == pytest.approx(stats.binom.pmf(counts, tokens, share), abs=1e-12)
+    assert chances.sum() == pytest.approx(1, abs=1e-6)

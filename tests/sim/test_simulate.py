@@ -213,6 +213,31 @@ def test_lone_request_takes_its_isolated_ttft():
         assert result.queueing[0] == 0
 
 
+@pytest.mark.parametrize("max_step", [math.inf, 500e-6], ids=["one group", "groups"])
+@pytest.mark.parametrize("table", ["uniform", "skewed"])
+def test_isolated_ttft_is_the_mean_over_routings(table, max_step):
+    """Not the time of the mean routing, which lies a third above it where few tokens meet many experts."""
+    timings = affine_timings(layers=8, experts=32, top_k=4, expert=(50e-6, 1e-7))
+    steps = PassCostModel(timings, max_step=max_step)
+    rows = np.random.default_rng(0).dirichlet(np.full(32, 2.0), 8) if table == "skewed" else np.full((8, 32), 1 / 32)
+    for prompt in (1, 4, 16, 100, 1000):
+        trace = RequestTrace(np.arange(40.0), np.full(40, prompt), np.full(40, 1), np.zeros(40, int), ("ls",))
+        result = simulate(
+            trace, priorities={"ls": 0}, policy=make_policy("fcfs"), limits=Limits(), steps=steps, popularity=rows
+        )
+        alone = isolated_ttft(np.array([prompt]), limits=Limits(), steps=steps, popularity=rows)
+        assert (result.first_token - trace.arrival).mean() == pytest.approx(alone[0], rel=0.03)
+
+
+def test_isolated_ttft_where_a_share_is_nothing_or_everything():
+    """Experts 0 and 1 get all tokens, expert 3 none: nothing is left to chance."""
+    steps = PassCostModel(affine_timings(layers=2, experts=4, top_k=2), max_step=60e-6)
+    rows = np.array([[0.5, 0.5, 0.0, 0.0]] * 2)
+    cost = steps.cost([(None, 10, 0)], 0, 0, 1)
+    exact = steps.total(cost, steps.experts_of_pass(cost, np.array([[10, 10, 0, 0]] * 2)))
+    assert isolated_ttft(np.array([10]), limits=Limits(), steps=steps, popularity=rows)[0] == pytest.approx(exact)
+
+
 @pytest.mark.parametrize("step_by_step", [False, True])
 def test_a_pass_that_finds_the_device_idle_takes_wake_s_more(step_by_step):
     """The second of two requests waits for the first, which woke the device up; nobody wakes it at time 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.engine.sampling import SamplingParams
-from qllm.executor.errors import ExecutorError
+from qllm.executor.errors import ExecutorError, RequestError
 from qllm.scheduler import RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
@@ -33,34 +34,33 @@ def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int]
 
     Returns:
         The times of each request in seconds since the call, the slices of all passes and the routing of each pass.
+        A request that the model or the KV budget can never take is rejected, with the reason.
 
     Raises:
         KeyError: a class has no priority.
-        RequestError: a request is longer than the model's positions.
         ExecutorError: the engine is not idle, or a pass broke.
         EngineClosed: the engine was closed, or broke.
     """
     levels = [priorities[name] for name in trace.classes]
     rng = np.random.default_rng(seed)
     arrival = ticks(trace.arrival)
-    sequences = [
-        engine.make_request(
-            rng.integers(engine.vocabulary, size=prompt).tolist(), output, levels[cls], SamplingParams(), at
-        )
-        for at, prompt, output, cls in zip(
-            arrival.tolist(),
-            trace.prompt_tokens.tolist(),
-            trace.output_tokens.tolist(),
-            trace.cls.tolist(),
-            strict=True,
-        )
-    ]
+    made: list[EngineRequest | RequestError] = []
+    columns = (arrival, trace.prompt_tokens, trace.output_tokens, trace.cls)
+    for at, prompt, output, cls in zip(*(column.tolist() for column in columns), strict=True):
+        tokens = rng.integers(engine.vocabulary, size=prompt).tolist()
+        try:
+            made.append(engine.make_request(tokens, output, levels[cls], SamplingParams(), at))
+        except RequestError as error:
+            made.append(error)
+    sequences = [sequence for sequence in made if isinstance(sequence, EngineRequest)]
     recorder = engine.call(lambda loop: _begin(loop, sequences))
     for sequence in sequences:
         with suppress(RequestTooLarge):
             sequence.stream.result()
-    passes = engine.call(_end)
-    return _result(sequences, arrival, recorder, passes)
+    passes, kv_peak = engine.call(_end)
+    result = _result(made, arrival, recorder)
+    result.passes, result.kv_peak = passes, kv_peak
+    return result
 
 
 def _begin(loop: Loop, sequences: list[EngineRequest]) -> RunRecorder:
@@ -70,24 +70,27 @@ def _begin(loop: Loop, sequences: list[EngineRequest]) -> RunRecorder:
     now = loop.clock.now()
     for sequence in sequences:
         sequence.request.arrival += now
+    loop.scheduler.kv.least_free = loop.scheduler.kv.free  # the peak is that of this run
     loop.recorder = RunRecorder(now, loop.scheduler.passes)
     loop.scheduled.extend(sequences)
     return loop.recorder
 
 
-def _end(loop: Loop) -> int:
+def _end(loop: Loop) -> tuple[int, float]:
+    """How many passes there were, and the largest share of the KV blocks in use."""
     recorder, loop.recorder = loop.recorder, None
-    return loop.scheduler.passes - (recorder.passes if recorder else 0)
+    kv = loop.scheduler.kv
+    return loop.scheduler.passes - (recorder.passes if recorder else 0), 1 - kv.least_free / kv.total
 
 
-def _result(sequences: list[EngineRequest], arrival: np.ndarray, recorder: RunRecorder, passes: int) -> RunResult:
+def _result(made: list[EngineRequest | RequestError], arrival: np.ndarray, recorder: RunRecorder) -> RunResult:
     result = RunResult.of(arrival)
-    for i, sequence in enumerate(sequences):
-        if sequence.error is None:
-            result.finished(i, sequence.request, recorder.origin)
+    for i, sequence in enumerate(made):
+        error = sequence if isinstance(sequence, RequestError) else sequence.error
+        if error is None:
+            result.finished(i, cast(EngineRequest, sequence).request, recorder.origin)
         else:
-            result.rejected(i, str(sequence.error))
-    result.passes = passes
+            result.rejected(i, str(error))
     result.slices = recorder.slices
     result.routing = recorder.counts()
     return result

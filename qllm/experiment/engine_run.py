@@ -6,6 +6,7 @@ Its timings, routing and GPU memory are not used, but a timing trace of this ver
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
@@ -19,13 +20,13 @@ from qllm.config.policies import describe_failure
 from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
 from qllm.executor.calibration.environment import device_name, versions
-from qllm.executor.engine.requests import Stream
+from qllm.executor.errors import RequestError
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
 from qllm.executor.testing import DEMO, demo_model
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
-from qllm.scheduler import Limits
+from qllm.scheduler import Limits, RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
@@ -92,7 +93,7 @@ def run(
             known = alone.get(key, (np.empty(0), np.empty(0)))
             alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths))
         result = replay_run(this, trace, target, limits)
-        tables.append(sweep_rows(this, request_table(this, trace, result, np.interp(trace.prompt_tokens, *alone[key]))))
+        tables.append(sweep_rows(this, request_table(this, trace, result, _between(trace.prompt_tokens, *alone[key]))))
         if this.point == last and this.seed == config.seed_list[0]:
             shown.append((this, result))
     requests = pd.concat(tables, ignore_index=True)
@@ -115,33 +116,44 @@ def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limi
 
 
 def warm_up(engine: Engine, trace: RequestTrace) -> None:
-    """The first passes of an engine make its KV cache and its thread's workers: not part of what is measured."""
+    """The first passes of an engine make its thread's workers: not part of what is measured."""
     for prompt in (int(trace.prompt_tokens.min()), int(trace.prompt_tokens.max())):
-        _lone(engine, prompt, 2).result()
+        _lone_ttft(engine, prompt, 2)
 
 
 def isolated_ttft(config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray) -> np.ndarray:
-    """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64."""
+    """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64.
+
+    NaN for a length that can never be served.
+    """
     clock = engine_clock(target, config)
     with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
         for n in lengths[[0, -1]].tolist():
-            _lone(engine, n, 2).result()
-        found = []
-        for n in lengths.tolist():
-            records = [_lone(engine, n, 1).result().times for _ in range(ISOLATED_REPEATS)]
-            found.append(float(np.median([r.first_token - r.arrival for r in records])))
-    return np.array(found)
+            _lone_ttft(engine, n, 2)
+        repeats = range(ISOLATED_REPEATS)
+        return np.array([np.median([_lone_ttft(engine, n, 1) for _ in repeats]) for n in lengths.tolist()])
 
 
-def _lone(engine: Engine, prompt_tokens: int, new_tokens: int) -> Stream:
+def _lone_ttft(engine: Engine, prompt_tokens: int, new_tokens: int) -> float:
+    """Seconds; NaN where such a request can never be served."""
     prompt = np.random.default_rng(prompt_tokens).integers(engine.vocabulary, size=prompt_tokens)
-    return engine.submit(prompt.tolist(), max_new_tokens=new_tokens, stop=())
+    try:
+        times = engine.submit(prompt.tolist(), max_new_tokens=new_tokens, stop=()).result().times
+    except (RequestError, RequestTooLarge):
+        return math.nan
+    return times.first_token - times.arrival
 
 
 def _lengths(trace: RequestTrace) -> np.ndarray:
     """Prompt lengths of the trace, spread over its range: increasing, at most ISOLATED_LENGTHS."""
     spread = np.quantile(trace.prompt_tokens, np.linspace(0, 1, ISOLATED_LENGTHS), method="nearest")
     return np.unique(spread)
+
+
+def _between(prompt_tokens: np.ndarray, lengths: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Linear between the lengths that could be served."""
+    served = ~np.isnan(seconds)
+    return np.interp(prompt_tokens, lengths[served], seconds[served]) if served.any() else prompt_tokens * math.nan
 
 
 def _joined(known: tuple[np.ndarray, np.ndarray], at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

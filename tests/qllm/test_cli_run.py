@@ -57,12 +57,24 @@ def test_models_and_devices_that_do_not_exist(model, device, dtype, expected) ->
         load_target(model, device=device, dtype=dtype)
 
 
-def test_a_mistake_ends_in_one_line(tmp_path: Path) -> None:
-    long = ["--set", "classes.be.prompt={fixed: 20000}"]
-    done = qllm("run", write_config(tmp_path), "--out", tmp_path / "out", *SMALL, *long)
-    assert done.returncode == 2
-    assert "allowed: 16384 together" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("too_much", "reason"),
+    [
+        (["classes.be.prompt={fixed: 20000}"], "allowed: 16384 together"),
+        (["classes.be.prompt={fixed: 500}", "limits.kv_blocks=20"], "its class may use 20"),
+        (["classes={be: {prompt: {fixed: 500}, output: {fixed: 4}}}", "limits.kv_blocks=1"], "its class may use 1"),
+    ],
+)
+def test_what_can_never_be_served_is_rejected_as_in_a_simulation(tmp_path: Path, too_much, reason) -> None:
+    settings = [part for setting in too_much for part in ("--set", setting)]
+    done = qllm("run", write_config(tmp_path), "--out", tmp_path / "out", *SMALL, *settings)
+    assert done.returncode == 0, done.stderr
+    requests = load_results(tmp_path / "out").requests
+    be = requests[requests["class"] == "be"]
+    assert len(be)
+    assert (be["status"] == "rejected").all()
+    assert be["reason"].str.contains(reason).all()
+    assert (requests["status"][requests["class"] != "be"] == "finished").all()
 
 
 def test_timings_measured_here_cut_the_passes_and_others_do_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""When a file changed."""
+"""What files are, and when they changed."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ def file_stamp(path: str | Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
+
+
+def not_regular(path: str | Path) -> str:
+    """What is there in place of a regular file: nothing, a folder, or a device or pipe, which is not read."""
+    found = Path(path)
+    return "is a folder" if found.is_dir() else "not a regular file" if found.exists() else "no such file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date, datetime
 from difflib import get_close_matches
 from typing import Any
 
@@ -25,6 +26,7 @@ def suggestion(word: str, allowed: Iterable[str]) -> str:
 def kind(value: Any) -> str:
     """The YAML name of a value's type."""
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
+    names |= {date: "a date", datetime: "a date", bytes: "bytes", set: "a set"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 

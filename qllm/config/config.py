@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from qllm.config.schema import Arrival, JobClass, LimitsConfig, PolicyConfig, Replay
+from qllm.config.schema import (
+    Arrival,
+    FileName,
+    JobClass,
+    LimitsConfig,
+    PolicyConfig,
+    Replay,
+    Warmup,
+    cells,
+    check_title,
+)
 from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
 from qllm.traces.messages import KeyPath, dotted, suggestion
 from qllm.traces.requests.recipe import Poisson, Recipe, check_total
@@ -28,12 +40,13 @@ from qllm.traces.step_times.timings import bundled_timings
 
 #: Axis of the figures and column of every table, though it need not be swept.
 RATE = "rate"
+MOST_RUNS = 100_000  #: simulations of one sweep
 
 
 class Config(StrictModel):
     """One simulated experiment. Times in seconds, lengths in tokens, rates in requests per second."""
 
-    name: str = "simulation"
+    name: FileName = "simulation"  #: of the folder of the results
     timings: str  #: a bundled timing trace or the path of one
     popularity: str = "uniform"  #: how tokens spread over experts: uniform, a bundled table or the path of one
     expert_mode: Literal["fused", "separate"] | None = None  #: default: what the timing trace was taken with
@@ -43,9 +56,11 @@ class Config(StrictModel):
     rate: Positive | None = None  #: all classes together
     requests: Count | None = None  #: sent in one run
     duration: Positive | None = None  #: seconds of arrivals, where `requests` is not given
+    warmup: Warmup | None = None  #: what of each run the metrics leave out
     limits: LimitsConfig = LimitsConfig()
     policies: list[PolicyConfig]
-    seeds: Count | list[Annotated[int, Field(ge=0)]] = 1  #: how many (0, 1, 2, ...) or which
+    #: how many (0, 1, 2, ...) or which
+    seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = 1
     #: key of this configuration -> values; every combination is run
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     #: written with results: versions, and where the timings come from
@@ -75,6 +90,8 @@ class Config(StrictModel):
     def _shares(cls, classes: dict[str, JobClass]) -> dict[str, JobClass]:
         if not classes:
             raise ValueError("at least one class is needed, e.g. ls")
+        for name in classes:
+            check_title(name)
         check_total({name: job.share for name, job in classes.items()})
         return classes
 
@@ -85,6 +102,7 @@ class Config(StrictModel):
             raise ValueError("at least one policy is needed, e.g. fcfs")
         titles = [policy.title for policy in policies]
         for title in titles:
+            check_title(title)
             if titles.count(title) > 1:
                 raise ValueError(f"two policies are called {title!r}; give one of them a label")
         return policies
@@ -108,10 +126,17 @@ class Config(StrictModel):
                 raise PydanticCustomError("unknown_key", "{message}", {"key": key, "message": message})
             if not values:
                 raise ValueError(f"{key} has no values; expected a list such as [1, 2]")
+            try:
+                cells(values)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
         return sweep
 
     @model_validator(mode="after")
     def _complete(self) -> Config:
+        runs = math.prod(len(values) for values in self.sweep.values()) * len(self.policies) * len(self.seed_list)
+        if runs > MOST_RUNS:
+            raise ValueError(f"the sweep has {runs:,} simulations; allowed: {MOST_RUNS:,}")
         if self.requests is not None and self.duration is not None:
             raise ValueError("give requests or duration, not both")
         if isinstance(self.arrival, Replay):
@@ -149,15 +174,20 @@ class Config(StrictModel):
         return [dict(zip(self.sweep, values, strict=True)) for values in itertools.product(*self.sweep.values())]
 
     def at(self, point: dict[str, Any]) -> Config:
-        """This configuration with one point of the sweep put in."""
-        data = self.model_dump(exclude_none=True, by_alias=True)
+        """This configuration with one point of the sweep put in. ConfigError where its values do not go together."""
+        data = self.model_dump(exclude_unset=True, by_alias=True)
         data["sweep"] = {}
-        for key, value in point.items():
-            set_path(data, parse_dotted(key), value)
-        return Config.model_validate(data)
+        for name, value in point.items():
+            set_path(data, parse_dotted(name), value)
+        try:
+            return Config.model_validate(data)
+        except ValidationError as error:
+            key, text = explain(error, data)
+            where = ", ".join(f"{name}={value}" for name, value in point.items())
+            raise ConfigError(f"sweep: at {where}: {f'{dotted(key)}: ' if key else ''}{text}") from None
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: str | list[str] | tuple[str, ...] = ()) -> Config:
     """Read and check a configuration, every point of its sweep included.
 
     Args:
@@ -171,37 +201,56 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ConfigError: One line that names file, line, key, the line's content and what is allowed.
     """
     source = load_yaml(path)
-    for assignment in overrides:
+    for assignment in [overrides] if isinstance(overrides, str) else overrides:
         source.override(assignment)
     context = {"base": source.path.parent}
     try:
         config = Config.model_validate(source.data, context=context)
     except ValidationError as error:
-        raise _one_line(source, error.errors()[0], source.data) from None
-    for key, values in config.sweep.items():
-        for position, value in enumerate(values):
-            _check_swept(source, key, position, value, context)
-    return config
+        raise _one_line(source, error, source.data) from None
+    sweep = {
+        key: [_checked_swept(source, key, position, value, context) for position, value in enumerate(values)]
+        for key, values in config.sweep.items()
+    }
+    for key, values in sweep.items():
+        try:
+            cells(values)
+        except ValueError as error:
+            raise source.error(("sweep", key), str(error)) from None
+    return config.model_copy(update={"sweep": sweep}) if sweep else config
 
 
-def _check_swept(source: YamlFile, key: str, position: int, value: Any, context: dict[str, Any]) -> None:
-    """Validate the configuration with one swept value in place; its error names the line of the sweep."""
-    data = deepcopy(source.data)
+def _checked_swept(source: YamlFile, key: str, position: int, value: Any, context: dict[str, Any]) -> Any:
+    """`value`, its paths absolute, if the configuration is valid with it; else an error names the line of the sweep."""
+    data, path = deepcopy(source.data), parse_dotted(key)
     try:
-        set_path(data, parse_dotted(key), value)
-        Config.model_validate(data, context=context)
+        set_path(data, path, value)
+        found: Any = Config.model_validate(data, context=context).model_dump(by_alias=True)
     except ConfigError as error:
         raise source.error(("sweep", key), str(error)) from None
     except ValidationError as error:
-        found = _one_line(source, error.errors()[0], data, swept=(("sweep", key, position), parse_dotted(key)))
-        raise found from None
+        raise _one_line(source, error, data, swept=(("sweep", key, position), path)) from None
+    for part in path:
+        found = found.get(part) if isinstance(found, dict) else found[part]
+    return _with_paths(value, found)
+
+
+def _with_paths(value: Any, found: Any) -> Any:
+    """`value` with the absolute paths that validation made of files in it."""
+    if isinstance(value, dict) and isinstance(found, dict):
+        return {key: _with_paths(item, found.get(key)) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(found, list):
+        return [_with_paths(*pair) for pair in zip(value, found, strict=True)]
+    if isinstance(value, str) and isinstance(found, dict):  # its long form
+        return next((item for item in found.values() if isinstance(item, str) and os.path.isabs(item)), value)
+    return found if isinstance(value, str) and isinstance(found, str) and os.path.isabs(found) else value
 
 
 def _one_line(
-    source: YamlFile, detail: ErrorDetails, data: Any, swept: tuple[KeyPath, KeyPath] | None = None
+    source: YamlFile, error: ValidationError, data: Any, swept: tuple[KeyPath, KeyPath] | None = None
 ) -> ConfigError:
     """The ConfigError for pydantic's first finding. `swept`: where the value came from and where it was put."""
-    key, text = explain(detail, data)
+    key, text = explain(error, data)
     if swept:
         text = text if key == swept[1] else f"{dotted(key)}: {text}"
         key = swept[0]

@@ -2,16 +2,75 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from qllm.config.policies import file_policy, named_policy
 from qllm.scheduler import Policy
-from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Poisson
-from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel
+from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Poisson, process_by_name
+from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel, shown
 
+
+def check_title(text: str) -> str:
+    """What tables, figures and their legends can show."""
+    if not text.strip() or not text.isprintable() or text.startswith("_") or len(text) > 80:
+        raise ValueError(
+            f"{shown(text)} cannot be shown in tables and figures; allowed: up to 80 printable characters, the first "
+            "none of _"
+        )
+    return text
+
+
+def _file_name(text: str) -> str:
+    """What a folder can be called on any system."""
+    if not re.fullmatch(r"\w([\w .,+=@()-]{0,98}[\w+=@()-])?", text):
+        raise ValueError(
+            f"{shown(text)} is not a plain file name; allowed: up to 100 letters, digits and any of _-+=.,@() or space"
+        )
+    return text
+
+
+def _short(value: Any, parts: int) -> Any:
+    """`value` with the last `parts` parts of the absolute paths in it."""
+    if isinstance(value, dict):
+        return {key: _short(item, parts) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item, parts) for item in value]
+    return "/".join(Path(value).parts[-parts:]) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def cells(values: list[Any]) -> list[int | float | str]:
+    """Swept values as a column of a table, of one type: numbers if all are, else text; files by name.
+
+    ValueError where a value stands twice.
+    """
+    if all(isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 62 for value in values):
+        found: list[int | float | str] = list(values)
+    else:
+        for parts in range(1, 20):
+            found = [_text(_short(value, parts)) for value in values]
+            if len(set(found)) == len(found):
+                break
+    twice = next((cell for cell in found if found.count(cell) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} stands twice; allowed: each value once")
+    return found
+
+
+def _text(value: Any) -> str:
+    """A swept value as text; null is "none", which no reader of tables takes for a missing number."""
+    if isinstance(value, str):
+        return value
+    return "none" if value is None else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
+
+
+Title = Annotated[str, AfterValidator(check_title)]
+FileName = Annotated[str, AfterValidator(_file_name)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -26,6 +85,19 @@ class Slo(StrictModel):
     def _something(self) -> Slo:
         if self.ttft is None and self.ttft_over_isolated is None and self.tpot is None:
             raise ValueError("give at least one of ttft, ttft_over_isolated, tpot")
+        return self
+
+
+class Warmup(StrictModel):
+    """The beginning of each run, whose requests do not count in the metrics: give one of the two."""
+
+    seconds: NotNegative | None = None  #: from the first arrival on
+    share: Annotated[float, Field(ge=0, lt=1)] | None = None  #: of the requests, in the order of their arrivals
+
+    @model_validator(mode="after")
+    def _one(self) -> Warmup:
+        if (self.seconds is None) == (self.share is None):
+            raise ValueError("give either seconds or share (of the requests)")
         return self
 
 
@@ -46,10 +118,16 @@ class Replay(StrictModel):
 
     process: Literal["trace"]
     file: InputFile
-    format: Literal["azure", "burstgpt", "mooncake", "csv", "jsonl"] | None = None  #: default: looked up
+    #: default: found from the content
+    format: Literal["azure", "burstgpt", "mooncake", "bailian", "csv", "jsonl"] | None = None
+    unit: Literal["s", "ms", "us", "ns"] | None = None  #: of the file's arrivals; default: what the format says
+    spread: bool = False  #: spread requests that share an instant over the gap to the next (arrivals were rounded)
+    skip_invalid: bool = False  #: leave rows out that are no requests; a warning counts them
 
 
-Arrival = Annotated[Poisson | Gamma | OnOff | Replay, Field(discriminator="process")]
+Arrival = Annotated[
+    Annotated[Poisson | Gamma | OnOff | Replay, Field(discriminator="process")], BeforeValidator(process_by_name)
+]
 
 
 class LimitsConfig(StrictModel):
@@ -82,12 +160,20 @@ class PolicyConfig(BaseModel):
     name: str | None = None
     file: InputFile | None = None
     class_: str | None = Field(None, alias="class")  #: which class of the file, where it defines several policies
-    label: str | None = None  #: in tables and figures
+    label: Title | None = None  #: in tables and figures
 
     @model_validator(mode="before")
     @classmethod
     def _bare_name(cls, data: Any) -> Any:
+        if not isinstance(data, str | dict | PolicyConfig):
+            raise ValueError(f"must be the name of a policy, or a mapping with name or file; got {shown(data)}")
         return {"name": data} if isinstance(data, str) else data
+
+    @model_serializer
+    def _as_given(self) -> dict[str, Any]:
+        """With the settings that are null, which may differ from settings left out."""
+        fields = {"name": self.name, "file": self.file, "class": self.class_, "label": self.label}
+        return {key: value for key, value in fields.items() if value is not None} | (self.model_extra or {})
 
     @model_validator(mode="after")
     def _usable(self) -> PolicyConfig:

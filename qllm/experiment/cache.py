@@ -1,6 +1,6 @@
 """Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
 
-Each is a parquet file, named by a hash of all that its content depends on: labels and SLOs are not part of it.
+Each is a parquet file, named by a hash of all that its content depends on, which labels, SLOs and warm-up are not.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
             return [resolved(item) for item in value]
         return contents(value) if isinstance(value, str) and os.path.isabs(value) else value
 
-    elsewhere = {"name", "policies", "seeds", "sweep", "provenance"}
+    elsewhere = {"name", "policies", "seeds", "sweep", "provenance", "warmup"}
     resolved_config = run.config.model_dump(
         mode="json", exclude={**dict.fromkeys(elsewhere, True), "classes": {"__all__": {"slo"}}}
     )
-    policy = run.config.policies[run.policy].model_dump(mode="json", exclude={"label"})
+    policy = {**run.config.policies[run.policy].model_dump(mode="json"), "label": None}
     return resolved({"config": resolved_config, "policy": policy, "seed": run.seed})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 from qllm.config.config import RATE, Config
 from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
 from qllm.config.policies import describe_failure
+from qllm.config.schema import cells
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
@@ -26,6 +28,7 @@ class Run:
     point: dict[str, Any]
     policy: int
     seed: int
+    cells: dict[str, int | float | str]  #: the point's values as tables have them
 
     @property
     def title(self) -> str:
@@ -33,17 +36,18 @@ class Run:
         return self.config.policies[self.policy].title
 
     def __str__(self) -> str:
-        where = ", ".join(f"{key}={value}" for key, value in {**self.point, "seed": self.seed}.items())
+        where = ", ".join(f"{key}={value}" for key, value in {**self.cells, "seed": self.seed}.items())
         return f"policy {self.title} at {where}"
 
 
 def runs(config: Config) -> list[Run]:
     """Every simulation of the sweep in the order of the tables: points, then policies, then seeds."""
     found = []
-    for point in config.points():
+    columns = itertools.product(*(cells(values) for values in config.sweep.values()))
+    for point, column in zip(config.points(), columns, strict=True):
         at_point = config.at(point)
         found += [
-            Run(at_point, point, policy, seed)
+            Run(at_point, point, policy, seed, dict(zip(point, column, strict=True)))
             for policy in range(len(at_point.policies))
             for seed in at_point.seed_list
         ]
@@ -107,9 +111,8 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
 
 
 def rate_of(run: Run, trace: RequestTrace) -> float:
-    """Requests per second offered; nan where nothing says so."""
-    rate = run.config.rate if run.config.rate is not None else trace.rate
-    return float("nan") if rate is None else rate
+    """Requests per second offered; 0 where all arrive at one instant: a batch has no rate."""
+    return run.config.rate or trace.rate or 0.0
 
 
 def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
@@ -128,12 +131,8 @@ def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
         {
             "policy": text(np.full(n, run.policy), [policy.title for policy in config.policies]),
             RATE: columns.pop(RATE),
-            **{key: np.full(n, plain(value)) for key, value in run.point.items() if key != RATE},
+            **{key: np.full(n, value) for key, value in run.cells.items() if key != RATE},
             **columns,
         }
     )
 
-
-def plain(value: Any) -> Any:
-    """A swept value as a table's cell: numbers and text stay, the rest becomes text."""
-    return value if isinstance(value, int | float | str) and not isinstance(value, bool) else str(value)

@@ -24,7 +24,7 @@ from qllm.errors import EXPECTED
 from qllm.experiment.backends import parallel
 from qllm.experiment.cache import CachedRun, finish, keys, read, write
 from qllm.experiment.results import Results, make_folder
-from qllm.experiment.run import Run, plain, runs, sweep_rows
+from qllm.experiment.run import Run, runs, sweep_rows
 
 Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
 
@@ -134,7 +134,7 @@ def _results(config: Config, done: list[tuple[Run, CachedRun | Failure]]) -> Res
         text = f"{len(failed)} of {len(done)} simulations failed; first {failed[0][0]}: {failed[0][1].message}"
         warnings.warn(text, stacklevel=3)
     failures = [
-        {"policy": run.title, **{key: plain(value) for key, value in run.point.items()}, "seed": run.seed}
+        {"policy": run.title, **run.cells, "seed": run.seed}
         | {"error": result.message}
         for run, result in failed
     ]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qllm.traces.messages import suggestion
 from qllm.traces.requests.quantile_table import bundled_lengths
@@ -17,6 +26,7 @@ from qllm.traces.requests.strict_model import (
     checked,
     existing_file,
     looks_like_path,
+    shown,
 )
 from qllm.traces.requests.trace import SINGLE_CLASS, TraceError, check_classes
 
@@ -46,13 +56,19 @@ class Lognormal(StrictModel):
 
 
 class Length(StrictModel):
-    """How many tokens: one of these keys."""
+    """How many tokens: one of these keys. A number alone is `fixed`, a name alone `quantiles`."""
 
     fixed: Count | None = None  #: every request the same
     uniform: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None  #: [low, high], both included
     lognormal: Lognormal | None = None
     quantiles: str | None = None  #: drawn from a quantile table: a bundled name or a CSV file
     trace: InputFile | None = None  #: drawn with replacement from a request trace
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_full(cls, data: Any) -> Any:
+        number = isinstance(data, int | float) and not isinstance(data, bool)
+        return {"fixed": data} if number else {"quantiles": data} if isinstance(data, str) else data
 
     @field_validator("quantiles")
     @classmethod
@@ -115,7 +131,18 @@ class OnOff(StrictModel):
         return self
 
 
-GeneratedArrival = Annotated[Poisson | Gamma | OnOff, Field(discriminator="process")]
+def process_by_name(data: Any) -> Any:
+    """`arrival: poisson` in full. ValueError for what is neither a name nor a mapping."""
+    if data is None or isinstance(data, str):
+        return {"process": data or "poisson"}
+    if not isinstance(data, Mapping | BaseModel):
+        raise ValueError(f"must be the name of a process, such as poisson, or a mapping; got {shown(data)}")
+    return data
+
+
+GeneratedArrival = Annotated[
+    Annotated[Poisson | Gamma | OnOff, Field(discriminator="process")], BeforeValidator(process_by_name)
+]
 
 
 class ClassRecipe(StrictModel):
@@ -188,8 +215,8 @@ def check_total(shares: Mapping[str, float | None]) -> None:
     """TraceError where the given shares add up to more than 1, or are all there and add up to less."""
     given = [share for share in shares.values() if share is not None]
     if sum(given) > 1 + 1e-9 or (len(given) == len(shares) and abs(sum(given) - 1) > 1e-9):
-        told = ", ".join(f"{name} {'-' if share is None else f'{share:g}'}" for name, share in shares.items())
-        raise TraceError(f"the shares ({told}) add up to {sum(given):g}; they must add up to 1")
+        told = ", ".join(f"{name} {'-' if share is None else f'{share:.12g}'}" for name, share in shares.items())
+        raise TraceError(f"the shares ({told}) add up to {sum(given):.12g}; they must add up to 1")
 
 
 def _adding_up(shares: dict[str, float | None]) -> dict[str, float | None]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from qllm.traces.files import not_regular
 from qllm.traces.messages import KeyPath, dotted, kind, suggestion
 from qllm.traces.requests.trace import TraceError
 
@@ -36,6 +37,10 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if data is None:  # a key with nothing behind it
+            return {}
+        if not isinstance(data, dict | BaseModel):
+            raise ValueError(f"must be a mapping with keys of {', '.join(cls.model_fields)}; got {shown(data)}")
         if isinstance(data, dict) and cls.model_config.get("extra") == "forbid":
             for key in data:
                 if key not in cls.model_fields:
@@ -53,7 +58,7 @@ def existing_file(value: str, info: ValidationInfo) -> str:
         hint = ""
         if "azure" in path.name.lower():
             hint = "; download it from https://github.com/Azure/AzurePublicDataset (data/)"
-        raise ValueError(f"no such file: {os.path.relpath(path)}{where}{hint}")
+        raise ValueError(f"{not_regular(path)}: {os.path.relpath(path)}{where}{hint}")
     return str(path)
 
 
@@ -71,16 +76,38 @@ def checked(kind_of: type[_T] | TypeAdapter[_T], given: Any, where: KeyPath = ()
     try:
         return adapter.validate_python(dict(given) if isinstance(given, Mapping) else given)
     except ValidationError as error:
-        key, text = explain(error.errors()[0], given)
+        key, text = explain(error, given)
         key = (*where, *key)
         raise TraceError(f"{dotted(key)}: {text}" if key else text) from None
 
 
-def explain(detail: ErrorDetails, data: Any) -> tuple[KeyPath, str]:
-    """The key in `data` that one finding of pydantic is about, and what is wrong there."""
-    context = detail.get("ctx", {})
-    problem, value = detail["type"], detail["input"]
-    key = _key_path(detail["loc"], data)
+#: What pydantic calls a mistake -> what is said of it. Where several are found at one key, all of them are allowed.
+_MUST_BE = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "finite_number": "a finite number",
+    **dict.fromkeys(("string_type", "string_sub_type", "string_unicode"), "text"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "list_type": "a list such as [1, 2]",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "greater than or equal to {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "less than or equal to {le}",
+    **dict.fromkeys(("dict_type", "model_type"), "a mapping such as {{name: value}}"),
+    "invalid_key": "under a key that is text",
+}
+
+
+def explain(error: ValidationError, data: Any) -> tuple[KeyPath, str]:
+    """The key in `data` that pydantic's first finding is about, and what is wrong there, in one line."""
+    found = [(_key_path(detail["loc"], data), detail) for detail in error.errors()]
+    first = found[0][0]
+    inner = [(key, detail) for key, detail in found if key[: len(first)] == first]
+    deepest = max(len(key) for key, _ in inner)  # of the kinds that a value may have, the one that it comes closest to
+    key, detail = next((key, detail) for key, detail in inner if len(key) == deepest)
+    context, problem, value = detail.get("ctx", {}), detail["type"], detail["input"]
     if problem == "unknown_key":
         key = (*key, context["key"])
         text = f"unknown key {context['key']!r}; {context['message']}"
@@ -94,16 +121,31 @@ def explain(detail: ErrorDetails, data: Any) -> tuple[KeyPath, str]:
         options = context.get("expected_tags") or context["expected"]
         names = [name.strip().strip("'") for name in options.replace(" or ", ", ").split(",")]
         key = (*key, context["discriminator"].strip("'")) if "discriminator" in context else key
-        text = f"{given!r} is unknown; {suggestion(str(given), names)}"
+        text = f"{shown(given)} is unknown; {suggestion(str(given), names)}"
     elif problem == "union_tag_not_found":
         text = f"the key {context['discriminator']} is missing"
-    elif problem in ("model_type", "dict_type", "model_attributes_type"):
-        text = f"expected a mapping of keys, got {kind(value)}"
     else:
-        said = detail["msg"][:1].lower() + detail["msg"][1:]
-        shown = kind(value) if isinstance(value, dict | list) or value is None else repr(value)
-        text = f"{said.replace('input should be', 'must be')}, got {shown}"
+        details = [other for of, other in inner if of == key]
+        wanted = (_MUST_BE[d["type"]].format(**_bounds(d)) for d in details if d["type"] in _MUST_BE)
+        text = f"must be {' or '.join(dict.fromkeys(wanted)) or 'another value'}, got {shown(value)}"
     return key, text
+
+
+def _bounds(detail: ErrorDetails) -> dict[str, Any]:
+    """What pydantic says of the bounds, whole numbers without a point."""
+    given = detail.get("ctx", {})
+    return {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in given.items()}
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: text and numbers as they are, if short, else what kind it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:79] + "…")
+    return str(value).lower() if isinstance(value, bool) else kind(value)
 
 
 def _key_path(loc: tuple[int | str, ...], data: Any) -> KeyPath:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from qllm.config.config import Config, load_config
+from qllm.config.config import RATE, Config, load_config
+from qllm.config.schema import Slo, cells
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.metrics import summarise
+from qllm.experiment.metrics import after_warmup, judged, summarise
+from qllm.traces.files import portable_path
 from qllm.traces.messages import first_line
 
 REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
@@ -27,7 +31,7 @@ class Results:
     Attributes:
         requests: A row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
             prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s, suspended_s,
-            preemptions, evictions, isolated_ttft_s, status, reason.
+            preemptions, evictions, kv_peak (of the run), isolated_ttft_s, status, reason.
         summary: A row per point and class (see qllm.experiment.metrics).
         config: The resolved configuration, with provenance.
         failures: A row per simulation that failed: policy, swept keys, seed, error; the other tables lack these.
@@ -41,9 +45,21 @@ class Results:
     @classmethod
     def of(cls, requests: pd.DataFrame, config: Config, failures: pd.DataFrame | None = None) -> Results:
         """Results with the summary worked out from `requests`."""
-        slos = {name: job.slo for name, job in config.classes.items()}
-        summary = summarise(requests, slos, list(config.sweep))
-        return cls(requests, summary, config, pd.DataFrame() if failures is None else failures)
+        parts = [summarise(rows, _slos(at), list(config.sweep), at.warmup) for at, rows in _by_bounds(requests, config)]
+        return cls(requests, pd.concat(parts), config, pd.DataFrame() if failures is None else failures)
+
+    @cached_property
+    def counted(self) -> pd.DataFrame:
+        """The requests after the warm-up with what is said of each: see `judged` of qllm.experiment.metrics."""
+        parts = []
+        for at, rows in _by_bounds(self.requests, self.config):
+            if at.warmup is not None:
+                keys = ["policy", RATE, *(key for key in self.config.sweep if key != RATE), "seed"]
+                rows = pd.concat(
+                    [after_warmup(run, at.warmup) for _, run in rows.groupby(keys, sort=False, observed=True)]
+                )
+            parts.append(judged(rows, _slos(at)))
+        return pd.concat(parts)
 
     def save(self, out: str | Path) -> Path:
         """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv; return `out`.
@@ -104,10 +120,30 @@ def load_results(folder: str | Path) -> Results:
     return Results.of(requests, load_config(folder / CONFIG), failures)
 
 
-def _portable(config: Config, folder: Path) -> dict[str, Any]:
-    """`config` as plain data, its absolute paths relative to `folder`, so that both can move together."""
+def _slos(config: Config) -> dict[str, Slo | None]:
+    return {name: job.slo for name, job in config.classes.items()}
 
-    def relative(value: Any) -> Any:
+
+def _by_bounds(requests: pd.DataFrame, config: Config) -> list[tuple[Config, pd.DataFrame]]:
+    """The rows with each SLO and warm-up that is swept, and a configuration that has these; else all rows."""
+    keys = [key for key in config.sweep if key.partition(".")[0] in ("classes", "warmup")]
+    if not keys:
+        return [(config, requests)]
+    columns = itertools.product(*(cells(values) for values in config.sweep.values()))
+    points: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point, column in zip(config.points(), columns, strict=True):
+        named = dict(zip(config.sweep, column, strict=True))
+        points.setdefault(tuple(named[key] for key in keys), point)
+    found = [
+        (config.at(point), requests[(requests[keys] == list(values)).all(axis=1)]) for values, point in points.items()
+    ]
+    return [(at, rows) for at, rows in found if len(rows)]
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write config.yaml, its absolute paths relative to `folder`, so that both can move together."""
+
+    def portable(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: relative(item) for key, item in value.items()}
         if isinstance(value, list):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Request traces: statistics, conversion, generation.")
 
-_FORMATS = "azure, burstgpt, mooncake, sharegpt, csv or jsonl; default: found from the content"
+_FORMATS = "azure, burstgpt, mooncake, bailian, sharegpt, csv or jsonl; default: found from the content"
+_UNIT = "Of the arrivals in the file: s, ms, us or ns; default: what the format says"
 _LENGTH = "Tokens: a number, a bundled quantile table, or YAML such as '{lognormal: {mean: 161, sigma: 1.3}}'"
 
 
@@ -24,17 +26,25 @@ _LENGTH = "Tokens: a number, a bundled quantile table, or YAML such as '{lognorm
 def describe(
     file: Annotated[Path, typer.Argument(help="Request trace", show_default=False)],
     format: Annotated[str | None, typer.Option(help=_FORMATS)] = None,
+    unit: Annotated[str | None, typer.Option(help=_UNIT)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Requests, rate, burstiness and token lengths of a request trace, by class."""
-    told = _read(file, format, tokenizer, skip_invalid).describe()
+    from qllm.traces.requests._prefixes import prefixes_in_words
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*hash_ids")  # told below
+        told = _read(file, format, unit, tokenizer, skip_invalid).describe()
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return
     classes = told.pop("classes")
     rows = {"all": {key: told.pop(key) for key in ("prompt_tokens", "output_tokens")}, **classes}
+    told["coinciding"] = _coinciding(told["requests"], *told["coinciding"].values())
+    if "prefixes" in told:
+        told["prefixes"] = prefixes_in_words(told["prefixes"])
     for key, value in told.items():
         typer.echo(f"{key:<12} {_number(value)}")
     for name, row in rows.items():
@@ -50,9 +60,13 @@ def make(
     out: Annotated[Path, typer.Argument(help="File to write: .csv or .jsonl", show_default=False)],
     source: Annotated[Path | None, typer.Option("--from", help="Recorded trace to convert; default: generate")] = None,
     format: Annotated[str | None, typer.Option(help=f"Of --from: {_FORMATS}")] = None,
+    unit: Annotated[str | None, typer.Option(help=_UNIT)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
     rate: Annotated[float | None, typer.Option(help="Mean requests per second; a recorded trace is stretched")] = None,
+    spread: Annotated[
+        bool, typer.Option("--spread", help="Spread recorded arrivals that coincide over the gap to the next")
+    ] = False,
     requests: Annotated[int | None, typer.Option(help="How many; of a recorded trace, the first ones")] = None,
     arrival: Annotated[
         str | None, typer.Option(help="poisson, or YAML: '{process: gamma, cv: 3}'; replaces recorded arrivals")
@@ -71,16 +85,19 @@ def make(
     process = {"process": process} if isinstance(process, str) else process
     labels = _yaml("--classes", classes)
     if source is None:
-        given = {"--format": format, "--tokenizer": tokenizer, "--skip-invalid": skip_invalid or None}
+        given: dict[str, Any] = {"--format": format, "--unit": unit, "--tokenizer": tokenizer}
+        given |= {"--skip-invalid": skip_invalid or None, "--spread": spread or None}
         _refuse(given, "belongs to --from FILE")
         trace = _generate(
             rate, requests, process, _length("--prompt", prompt), _length("--output", output), labels, seed
         )
     else:
         _refuse({"--prompt": prompt, "--output": output}, "a recorded trace brings its own lengths")
-        trace = _convert(_read(source, format, tokenizer, skip_invalid), rate, requests, process, labels, seed)
+        trace = _read(source, format, unit, tokenizer, skip_invalid)
+        trace = _convert(trace.spread() if spread else trace, rate, requests, process, labels, seed)
     write_requests(trace, out)
-    typer.echo(f"{out}: {len(trace)} requests, {_number(trace.rate)} requests/s, classes {', '.join(trace.classes)}")
+    rate_told = "all at one instant" if trace.rate is None else f"{_number(trace.rate)} requests/s"
+    typer.echo(f"{out}: {len(trace)} requests, {rate_told}, classes {', '.join(trace.classes)}")
 
 
 def _generate(
@@ -115,10 +132,20 @@ def _convert(
     return trace
 
 
-def _read(file: Path, format: str | None, tokenizer: Path | None, skip_invalid: bool) -> RequestTrace:
+def _read(file: Path, format: str | None, unit: str | None, tokenizer: Path | None, skip_invalid: bool) -> RequestTrace:
     from qllm.traces.requests.readers import read_requests
 
-    return read_requests(file, format, skip_invalid=skip_invalid, tokenizer=_tokenizer(tokenizer))
+    return read_requests(file, format, unit=unit, skip_invalid=skip_invalid, tokenizer=_tokenizer(tokenizer))
+
+
+def _coinciding(requests: int, shared: int, shared_instants: int, instants: int, gap_s: float | None) -> str:
+    """What `describe` says of requests that arrive together, in words."""
+    if not shared:
+        return "no two requests arrive at one instant"
+    told = f"{shared} of {requests} requests share {shared_instants} of {instants} instants"
+    if gap_s is None:
+        return f"{told}: a batch, without a rate"
+    return f"{told}, {_number(gap_s)} s apart (spread: true in a configuration, trace make --spread)"
 
 
 def _tokenizer(path: Path | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from qllm.traces.files import file_stamp
 from qllm.traces.requests.generate import assign_classes, generate
 from qllm.traces.requests.readers import read_requests
 from qllm.traces.requests.recipe import Recipe
-from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace
+from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceWarning
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
 from qllm.traces.step_times.timings import Timings
@@ -39,8 +40,14 @@ def _read_popularity(name: str, experts: int, layers: int, _: object) -> np.ndar
 
 
 @lru_cache(maxsize=4)
-def _read_trace(file: str, format: str | None, _: object) -> RequestTrace:
-    return read_requests(file, format)
+def _read_trace(
+    file: str, format: str | None, unit: str | None, skip_invalid: bool, _: object
+) -> tuple[RequestTrace, list[str]]:
+    """The trace, and what reading it warned of: each run says so, whichever of them read the file."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trace = read_requests(file, format, unit=unit, skip_invalid=skip_invalid)
+    return trace, [str(one.message) for one in caught]
 
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
@@ -75,7 +82,12 @@ def _within(trace: RequestTrace, duration: float) -> RequestTrace:
 
 def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     """The recorded trace cut, stretched and given classes as the configuration says."""
-    trace = _read_trace(replay.file, replay.format, file_stamp(replay.file))
+    given = replay.file, replay.format, replay.unit, replay.skip_invalid
+    trace, warned = _read_trace(*given, file_stamp(replay.file))
+    for message in warned:
+        warnings.warn(message, TraceWarning, stacklevel=2)
+    if replay.spread:
+        trace = trace.spread()
     if config.duration is not None:
         trace = _within(trace, config.duration)
     if config.requests is not None:

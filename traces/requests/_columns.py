@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from qllm.traces.requests._prefixes import Prefixes
+from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
 
 OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -24,19 +26,24 @@ CSV_COLUMNS = {
 JSONL_COLUMNS = {
     "jsonl": OWN_COLUMNS,
     "mooncake": ("timestamp", "input_length", "output_length"),
+    "bailian": ("timestamp", "input_length", "output_length"),
 }
 FORMATS = (*CSV_COLUMNS, *JSONL_COLUMNS, "sharegpt")
+
+# Format -> unit of its arrivals, a key of UNITS, or why there is none to choose.
+TIME_UNITS = dict.fromkeys(FORMATS, "s") | {"mooncake": "ms", "azure": "dates", "sharegpt": "no arrivals"}
 
 
 @dataclass
 class Columns:
     """What a file holds, in its own order."""
 
-    arrival: np.ndarray  # seconds
+    arrival: np.ndarray | Sequence[Number]  # seconds; or numbers in the format's unit, exact
     prompt: np.ndarray  # tokens
     output: np.ndarray
     names: list[str] | None = None  # the class of each row; None: no such column
     classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
+    prefixes: Prefixes | None = None  # the blocks of each row's prompt; None: the format has none
 
 
 class SkippedRows:

@@ -6,7 +6,9 @@ import csv
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +22,12 @@ from qllm.traces.requests._columns import (
     class_problem,
     text_lines,
 )
+from qllm.traces.requests._time_units import Number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
 
 NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
-Convert = Callable[[Sequence[str]], np.ndarray]
+Convert = Callable[[Sequence[str]], np.ndarray | Sequence[Number]]
 
 
 def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
@@ -32,8 +35,9 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
     header, numbers, rows, classes = _table(path, skipped)
     wanted = CSV_COLUMNS[format]
     for name in wanted:
-        if name not in header:
-            raise TraceError(f"{path}: column {name!r} is missing; format {format} has {', '.join(wanted)}")
+        if header.count(name) != 1:
+            problem = "stands twice" if name in header else "is missing"
+            raise TraceError(f"{path}: column {name!r} {problem}; format {format} has {', '.join(wanted)}")
     own = format == "csv"
     if own:
         allowed = (*OWN_COLUMNS, CLASS_COLUMN)
@@ -43,7 +47,7 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
     cells = [header.index(name) for name in wanted]
     converts: tuple[Convert, ...] = (_dates if format == "azure" else _numbers, _counts, _counts)
 
-    def convert(part: list[list[str]]) -> list[np.ndarray]:
+    def convert(part: list[list[str]]) -> list[Any]:
         columns = list(zip(*part, strict=True))
         return [one(columns[i]) for one, i in zip(converts, cells, strict=True)]
 
@@ -115,17 +119,32 @@ def _problem(row: list[str], wanted: Sequence[str], cells: Sequence[int], conver
 
 
 def _counts(cells: Sequence[str]) -> np.ndarray:
-    values = np.fromiter(map(int, cells), np.int64, len(cells))
+    try:
+        values = np.fromiter(map(int, cells), np.int64, len(cells))
+    except ValueError:
+        values = np.array([whole(_decimal(cell)) or 0 for cell in cells])
     if values.min() < 1:
         raise ValueError
     return values
 
 
-def _numbers(cells: Sequence[str]) -> np.ndarray:
-    values = np.fromiter(map(float, cells), np.float64, len(cells))
-    if not (np.isfinite(values).all() and values.min() >= 0):
+def _numbers(cells: Sequence[str]) -> Sequence[Number]:
+    values: Sequence[Number]
+    try:
+        values = list(map(int, cells))
+    except ValueError:
+        values = list(map(_decimal, cells))
+    rounded = np.fromiter(map(float, values), np.float64, len(values))
+    if not (np.isfinite(rounded).all() and rounded.min() >= 0):
         raise ValueError
     return values
+
+
+def _decimal(cell: str) -> Decimal:
+    try:
+        return Decimal(cell)
+    except InvalidOperation:
+        raise ValueError from None
 
 
 def _dates(cells: Sequence[str]) -> np.ndarray:

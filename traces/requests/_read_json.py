@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sized
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,33 @@ from qllm.traces.requests._columns import (
     class_problem,
     text_lines,
 )
+from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
+from qllm.traces.requests._time_units import Number, number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
 
 Tokenizer = Callable[[str], Sized]
 
-Request = tuple[float, int, int]
+Doubts = Callable[[dict[str, Any]], str | None]
+
+Request = tuple[Number, int, int]
 
 
 class _BadRow(Exception):
     """Why one row is no request; the reader adds file and line."""
 
 
-def read_json(path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenizer | None) -> Columns:
-    """The columns of one JSON or JSONL trace; TraceError names the file and the line (or the list's entry)."""
+def read_json(
+    path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenizer | None, doubts: Doubts | None
+) -> Columns:
+    """The columns of one JSON or JSONL trace; TraceError names the file and the line (or the list's entry).
+
+    `doubts`: why the unit of a row's timestamp is in doubt, or None; None: the caller gave the unit.
+    """
     columns = JSONL_COLUMNS.get(format, OWN_COLUMNS)
     classes: tuple[str, ...] | None = None
     requests: list[Request] = []
     names: list[str] = []
+    prefixes = Prefixes() if format in USUAL_BLOCK else None
     for where, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
         try:
             if not isinstance(entry, dict):
@@ -49,7 +59,10 @@ def read_json(path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenize
                     classes = _declared(path, where, entry)
                     continue
                 _check_keys(entry)
-            request = (_seconds(entry, columns[0]), _tokens(entry, columns[1]), _tokens(entry, columns[2]))
+            doubt = doubts(entry) if doubts else None
+            if doubt:
+                raise TraceError(f"{path}, {where}: {doubt}")
+            request = (_time(entry, columns[0]), _tokens(entry, columns[1]), _tokens(entry, columns[2]))
             if format == "jsonl":
                 if (CLASS_COLUMN in entry) != bool(names) and requests:
                     raise _BadRow(f"every line names its {CLASS_COLUMN}, or none does")
@@ -58,40 +71,37 @@ def read_json(path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenize
                     if problem:
                         raise _BadRow(problem)
                     names.append(entry[CLASS_COLUMN])
+            if prefixes is not None:
+                prefixes.add(_hash_ids(entry))
             requests.append(request)
         except _BadRow as error:
             skipped.row(where, str(error))
     arrival, prompt, output = zip(*requests, strict=True) if requests else ((), (), ())
-    seconds = np.array(arrival, dtype=np.float64)
     return Columns(
-        seconds / 1000 if format == "mooncake" else seconds,
-        np.array(prompt, dtype=np.int64),
-        np.array(output, dtype=np.int64),
-        names or None,
-        classes,
+        arrival, np.array(prompt, dtype=np.int64), np.array(output, dtype=np.int64), names or None, classes, prefixes
     )
 
 
 def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text_lines(path), start=1):
+    for count, line in enumerate(text_lines(path), start=1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                yield f"line {count}", json.loads(line, parse_float=Decimal)
             except (ValueError, RecursionError) as error:
-                skipped.row(f"line {number}", f"is no JSON object: {error}")
+                skipped.row(f"line {count}", f"is no JSON object: {error}")
 
 
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        entries = json.loads("".join(text_lines(path)))
+        entries = json.loads("".join(text_lines(path)), parse_float=Decimal)
     except TraceError:
         raise
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}: is no JSON: {error}") from None
     if not isinstance(entries, list):
         raise TraceError(f"{path}: must be a JSON list of conversations")
-    for number, entry in enumerate(entries, start=1):
-        yield f"entry {number}", entry
+    for count, entry in enumerate(entries, start=1):
+        yield f"entry {count}", entry
 
 
 def _conversation(entry: dict[str, Any], tokenizer: Tokenizer | None) -> Request:
@@ -99,14 +109,14 @@ def _conversation(entry: dict[str, Any], tokenizer: Tokenizer | None) -> Request
     if tokenizer is None:
         if "prompt_tokens" not in entry:
             raise _BadRow("has no prompt_tokens and output_tokens: add them, or give a tokenizer")
-        return 0.0, _tokens(entry, "prompt_tokens"), _tokens(entry, "output_tokens")
+        return 0, _tokens(entry, "prompt_tokens"), _tokens(entry, "output_tokens")
     turns = entry.get("conversations")
     turns = turns[:2] if isinstance(turns, list) else []
     speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
     if speakers != ["human", "gpt"]:
         raise _BadRow(f"conversations begins with {_short(speakers)}, must begin with a human and a gpt turn")
     prompt, output = (_measured(turn, tokenizer) for turn in turns)
-    return 0.0, prompt, output
+    return 0, prompt, output
 
 
 def _measured(turn: dict[str, Any], tokenizer: Tokenizer) -> int:
@@ -125,17 +135,24 @@ def _check_keys(entry: dict[str, Any]) -> None:
 
 
 def _tokens(entry: dict[str, Any], key: str) -> int:
-    value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63:
-        raise _BadRow(f"{key} is {_short(value)}, must be an integer >= 1")
-    return value
+    count = whole(entry.get(key))
+    if count is None:
+        raise _BadRow(f"{key} is {_short(entry.get(key))}, must be an integer >= 1")
+    return count
 
 
-def _seconds(entry: dict[str, Any], key: str) -> float:
-    value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise _BadRow(f"{key} is {_short(value)}, must be a number >= 0")
-    return value
+def _time(entry: dict[str, Any], key: str) -> Number:
+    time = number(entry.get(key))
+    if time is None:
+        raise _BadRow(f"{key} is {_short(entry.get(key))}, must be a number >= 0")
+    return time
+
+
+def _hash_ids(entry: dict[str, Any]) -> list[int | str]:
+    ids = entry.get("hash_ids", [])
+    if not isinstance(ids, list) or not {*map(type, ids)} <= {int, str}:
+        raise _BadRow(f"hash_ids is {_short(ids)}, must be a list of integers or texts")
+    return ids
 
 
 def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
@@ -146,5 +163,5 @@ def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    text = str(value) if isinstance(value, Decimal) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qllm.traces.files import file_stamp
+from qllm.traces.requests._columns import TIME_UNITS
+from qllm.traces.requests._time_units import UNITS
 from qllm.traces.requests.quantile_table import load_table
-from qllm.traces.requests.readers import read_requests
+from qllm.traces.requests.readers import detect_format, read_requests
 from qllm.traces.requests.trace import RequestTrace, TraceError
 
 if TYPE_CHECKING:
@@ -97,4 +99,6 @@ def _load_trace(path: str) -> RequestTrace:
 # A sweep draws from one file many times over; a changed file has another stamp.
 @lru_cache(maxsize=8)
 def _read_trace(path: str, _: object) -> RequestTrace:
-    return read_requests(path)
+    format = detect_format(path)
+    # Lengths need no arrivals, so no doubt about their unit matters.
+    return read_requests(path, format, unit="s" if TIME_UNITS[format] in UNITS else None)

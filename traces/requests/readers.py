@@ -1,6 +1,7 @@
-"""Read request traces: Azure and BurstGPT (CSV), Mooncake (JSONL), ShareGPT (JSON), and this project's own two.
+"""Read request traces: Azure, BurstGPT (CSV), Mooncake, Qwen-Bailian (JSONL), ShareGPT (JSON), and our own two.
 
-Every reader sorts by arrival (stable) and, save for the project's own formats, moves the first arrival to 0.
+Every reader sorts by arrival (stable) and moves the first arrival to 0, before anything is rounded to float64. The
+project's own formats keep their arrivals, unless these are dates (seconds since 1970).
 A row that is not a request stops the reading with a TraceError that names file and line, unless `skip_invalid` is
 asked for; then a TraceWarning says how many rows were left out and why the first one was.
 """
@@ -9,7 +10,10 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +22,23 @@ from qllm.traces.requests._columns import (
     CSV_COLUMNS,
     FORMATS,
     JSONL_COLUMNS,
+    TIME_UNITS,
     Columns,
     SkippedRows,
     text_lines,
 )
+from qllm.traces.requests._prefixes import USUAL_BLOCK, prefixes_in_words
 from qllm.traces.requests._read_csv import read_csv
 from qllm.traces.requests._read_json import Tokenizer, read_json
-from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError
+from qllm.traces.requests._time_units import BAILIAN_KEYS, UNITS, check_magnitude, seconds, unit_doubt
+from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError, TraceWarning
 
 
 def read_requests(
     path: str | Path,
     format: str | None = None,
     *,
+    unit: str | None = None,
     skip_invalid: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> RequestTrace:
@@ -41,18 +49,25 @@ def read_requests(
         azure      TIMESTAMP, ContextTokens, GeneratedTokens: dates in UTC
         burstgpt   Timestamp (s), Request tokens, Response tokens; other columns are not used. The releases with
                    failures mark them by 0 response tokens: not a request, so an error unless `skip_invalid`
-        mooncake   timestamp (ms), input_length, output_length a line; hash_ids (prefix sharing) are not used
+        mooncake   timestamp (ms), input_length, output_length a line
+        bailian    Qwen-Bailian's: Mooncake's keys, but timestamp in seconds, and chat_id, parent_chat_id, turn
         sharegpt   a list of {"id", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}: the
                    first two turns make one request, its lengths len(tokenizer(text)); without a `tokenizer` each
                    entry must hold integers "prompt_tokens" and "output_tokens". There are no arrivals: all are 0 and
                    `rate` is None (see `assign_arrivals`)
         csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class
 
+    Counts may be written 1087.0. `format` or `unit` is needed where rows do not say whether they are Mooncake's or
+    Qwen-Bailian's; `unit` where the first arrival would be a date in another unit. The hash_ids of these two (prompts
+    that begin alike) are not used: a TraceWarning says what share of the prompt tokens a prefix cache would have held.
+    What was read, and how, stands in the trace's `source`.
+
     A trace without classes has the one class "all" (see `assign_classes`).
 
     Args:
         path: The file.
         format: One of FORMATS; default: found from the content.
+        unit: Of the arrivals, "s", "ms", "us" or "ns"; default: what the format says.
         skip_invalid: Leave out rows that are no requests, with a TraceWarning: the count and the first reason.
         tokenizer: From text to its tokens, for format sharegpt.
 
@@ -60,18 +75,35 @@ def read_requests(
         TraceError: The file cannot be read, or a row is no request; the message names file and line.
     """
     path = Path(path)
-    if format is None:
-        format = detect_format(path)
+    detected = format is None
+    format = format or detect_format(path)
     if format not in FORMATS:
         raise TraceError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
+    usual = TIME_UNITS[format]
+    if unit is not None and unit not in UNITS:
+        raise TraceError(f"unit {unit!r}: must be one of {', '.join(UNITS)}")
+    if unit is not None and usual not in UNITS:
+        raise TraceError(f"{path}: format {format} has {usual}; leave unit out")
     if tokenizer is not None and format != "sharegpt":
         raise TraceError(f"{path}: a tokenizer is of use only for format sharegpt, this is {format}")
     skipped = SkippedRows(path, skip_invalid)
-    columns = read_csv(path, format, skipped) if format in CSV_COLUMNS else read_json(path, format, skipped, tokenizer)
+    if format in CSV_COLUMNS:
+        columns = read_csv(path, format, skipped)
+    else:
+        doubts = None if unit else partial(unit_doubt, format, detected)
+        columns = read_json(path, format, skipped, tokenizer, doubts)
     skipped.report()
     if not len(columns.arrival):
         raise TraceError(f"{path}: holds no request")
-    return _trace(columns, shift=format not in ("csv", "jsonl"))
+    source: dict[str, Any] = {"format": format, "time_unit": unit or usual}
+    if skip_invalid:
+        source["skipped_rows"] = skipped.count
+    if not isinstance(columns.arrival, np.ndarray):
+        if usual in UNITS and unit is None:
+            check_magnitude(path, columns.arrival, usual)
+        scale = unit or (usual if usual in UNITS else "s")
+        columns.arrival = seconds(columns.arrival, scale, from_first=format not in ("csv", "jsonl"))
+    return _trace(path, columns, columns.arrival, source)
 
 
 def detect_format(path: str | Path) -> str:
@@ -97,20 +129,23 @@ def detect_format(path: str | Path) -> str:
         known = CSV_COLUMNS
     for name, columns in known.items():
         if set(columns) <= found:
-            return name
+            return "bailian" if name == "mooncake" and found >= {*BAILIAN_KEYS} else name
     formats = "; ".join(f"{name} ({', '.join(columns)})" for name, columns in known.items())
     raise TraceError(f"{path}, line {number}: {first[:80]!r} has the columns of no known format: {formats}")
 
 
-def _trace(columns: Columns, shift: bool) -> RequestTrace:
-    order = np.argsort(columns.arrival, kind="stable")
-    arrival = columns.arrival[order]
-    if shift:
-        arrival = arrival - arrival[0]
+def _trace(path: Path, columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> RequestTrace:
+    order = np.argsort(arrival, kind="stable")
+    prompt = columns.prompt[order]
+    if columns.prefixes is not None:
+        prefixes = columns.prefixes.sorted(order).describe(prompt, USUAL_BLOCK[source["format"]])
+        if prefixes is not None:
+            source["prefixes"] = prefixes
+            warnings.warn(f"{path}: {prefixes_in_words(prefixes)}", TraceWarning, stacklevel=3)
     if columns.names is None:
         classes, cls = columns.classes or SINGLE_CLASS, np.zeros(len(order), dtype=np.int64)
     else:
         classes = columns.classes or tuple(dict.fromkeys(columns.names))
         index = {name: i for i, name in enumerate(classes)}
         cls = np.array([index[name] for name in columns.names], dtype=np.int64)
-    return RequestTrace(arrival, columns.prompt[order], columns.output[order], cls[order], classes)
+    return RequestTrace(arrival[order], prompt, columns.output[order], cls[order], classes, source)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ class TraceError(ValueError):
 
 
 class TraceWarning(UserWarning):
-    """Rows of a trace were left out because the caller asked for that; the message says how many and why."""
+    """What of a trace was not used: rows that the caller asked to leave out, how many and why; shared prefixes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,8 @@ class RequestTrace:
         output_tokens: int64[n], >= 1.
         cls: Index into `classes`, int64[n].
         classes: Names, distinct and printable; one may have no request.
+        source: What the trace was read from, ready for JSON: format, unit of the arrivals, what is not used. Empty for
+            one that was not read. Two traces may be equal without it.
 
     Raises:
         TraceError: A column breaks these rules.
@@ -39,6 +42,7 @@ class RequestTrace:
     output_tokens: np.ndarray
     cls: np.ndarray
     classes: tuple[str, ...] = SINGLE_CLASS
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_classes(self.classes))
@@ -77,7 +81,8 @@ class RequestTrace:
     def rate(self) -> float | None:
         """Mean arrival rate in requests per second, (n - 1) / (last - first); None where all arrive at one instant."""
         span = float(self.arrival[-1] - self.arrival[0]) if len(self) else 0.0
-        return (len(self) - 1) / span if span > 0 else None
+        rate = (len(self) - 1) / span if span > 0 else math.inf
+        return rate if rate < math.inf else None
 
     def scaled(self, factor: float) -> RequestTrace:
         """The same requests at `factor` times the arrival rate: arrival times divided by `factor` (> 0)."""
@@ -85,11 +90,45 @@ class RequestTrace:
         return replace(self, arrival=self.arrival / factor)
 
     def at_rate(self, rate: float) -> RequestTrace:
-        """The same requests at `rate` per second on average. TraceError without arrival times (ShareGPT)."""
-        if self.rate is None:
-            raise TraceError("this trace has no arrival times to scale: give it some (generate.assign_arrivals)")
+        """The same requests at `rate` per second on average. TraceError where all arrive at one instant (a batch)."""
         check_positive("rate", rate)
+        if self.rate is None:
+            raise TraceError(
+                f"rate: {self._at_once()}: there are no arrival times to scale; leave rate out (a batch), or give the trace "
+                "arrivals (qllm trace make --from FILE --arrival poisson --rate RATE, assign_arrivals)"
+            )
         return self.scaled(rate / self.rate)
+
+    def spread(self) -> RequestTrace:
+        """The same requests, those of one instant spread evenly over the gap to the next.
+
+        For arrivals that were rounded, as Mooncake's to 3 s. The gap is at most `gap_s` of `describe`. Order, first and
+        last arrival stay; for the last, all gaps shrink alike to make room for the requests that shared its instant.
+
+        Raises:
+            TraceError: Several requests, and all arrive at one instant.
+        """
+        instants, start, sizes = np.unique(self.arrival, return_index=True, return_counts=True)
+        if len(instants) == len(self):
+            return self
+        gap = _usual_gap(instants)
+        if gap is None:
+            raise TraceError(
+                f"spread: {self._at_once()}: there is no gap to spread them over; give the trace arrivals "
+                "(qllm trace make --from FILE --arrival poisson --rate RATE, assign_arrivals)"
+            )
+        room = np.append(np.minimum(np.diff(instants), gap), gap)
+        place = (np.arange(len(self)) - np.repeat(start, sizes)) / np.repeat(sizes, sizes)
+        offset = self.arrival - instants[0] + place * np.repeat(room, sizes)
+        span = instants[-1] - instants[0]
+        moved = instants[0] + np.maximum.accumulate(offset) * (span / offset[-1])
+        moved = np.minimum(moved, instants[-1])
+        moved[-1] = instants[-1]
+        return replace(self, arrival=moved)
+
+    def _at_once(self) -> str:
+        n = len(self)
+        return f"all {n} requests of this trace arrive at one instant" if n > 1 else f"this trace holds {n} request"
 
     def head(self, n: int) -> RequestTrace:
         """The first `n` requests; TraceError where the trace holds fewer, so that no experiment shrinks unseen."""
@@ -104,14 +143,28 @@ class RequestTrace:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Statistics, ready for JSON; `arrival_cv` is the coefficient of variation of the gaps between arrivals."""
+        """Statistics, ready for JSON; `arrival_cv` is the coefficient of variation of the gaps between arrivals.
+
+        `coinciding` says how many requests share their instant with another (`requests`), at how many of the trace's
+        `instants` (`shared_instants`), and the gap from one instant to the next (`gap_s`: a tenth are shorter).
+        """
         gaps = np.diff(self.arrival)
+        if len(gaps) and gaps.max() > 0:
+            gaps = gaps / gaps.max()  # no square overflows
         gap_mean = float(gaps.mean()) if len(gaps) else 0.0
+        instants, sizes = np.unique(self.arrival, return_counts=True)
         return {
+            **self.source,
             "requests": len(self),
             "duration_s": float(self.arrival[-1] - self.arrival[0]) if len(self) else 0.0,
             "rate_rps": self.rate,
             "arrival_cv": float(gaps.std() / gap_mean) if gap_mean > 0 else None,
+            "coinciding": {
+                "requests": int(sizes[sizes > 1].sum()),
+                "shared_instants": int((sizes > 1).sum()),
+                "instants": len(instants),
+                "gap_s": _usual_gap(instants),
+            },
             "prompt_tokens": _statistics(self.prompt_tokens),
             "output_tokens": _statistics(self.output_tokens),
             "classes": {
@@ -156,6 +209,11 @@ def _column(name: str, values: Any, dtype: type) -> np.ndarray:
     column: np.ndarray = given.astype(dtype)
     column.setflags(write=False)
     return column
+
+
+def _usual_gap(instants: np.ndarray) -> float | None:
+    """Seconds from one instant to the next; a tenth may be shorter, as rounding is not always to the same step."""
+    return float(np.quantile(np.diff(instants), 0.1, method="lower")) if len(instants) > 1 else None
 
 
 def _statistics(tokens: np.ndarray) -> dict[str, float] | None:

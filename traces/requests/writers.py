@@ -1,4 +1,7 @@
-"""Write a request trace in this project's own CSV or JSONL; reading it back gives the same trace, bit for bit."""
+"""Write a request trace in this project's own CSV or JSONL; reading it back gives the same trace, bit for bit.
+
+Arrivals that begin after 1e9 s (31 years) are dates to the readers: these move the first one to 0.
+"""
 
 from __future__ import annotations
 

@@ -16,16 +16,41 @@ class HeaderError(ValueError):
         self.row = row
 
 
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML in which no key stands twice and nothing holds itself."""
+
+    def mapping(self, node: yaml.MappingNode) -> dict[Any, Any]:
+        """A mapping, built at once, with its values: a node that holds itself is an error of the loader's."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        self.flatten_mapping(node)
+        built: dict[Any, Any] = self.construct_mapping(node, deep=True)
+        return built
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.mapping)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text holds. HeaderError where it is none, a key stands twice, or something holds itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-31
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        raise HeaderError(str(problem), mark.line + 1 if mark else None) from None
+
+
 def read_header(lines: Sequence[str]) -> tuple[dict[str, Any], int]:
     """The YAML mapping in the `# ` lines that a file begins with, and how many lines those are. Raises HeaderError."""
     count = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        header = yaml.load("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:count]), Loader=loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = f"the header is not YAML after '# ': {getattr(error, 'problem', error)}"
-        raise HeaderError(problem, mark.line + 1 if mark else None) from None
+        header = read_yaml("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:count]))
+    except HeaderError as error:
+        raise HeaderError(f"the header is not YAML after '# ': {error}", error.row) from None
     if header is None:
         return {}, count
     if not isinstance(header, dict):

@@ -18,11 +18,17 @@ OPTIONAL = ("launch", "after_prefill")  # steps that a trace may leave out
 ALL_STEPS = (*STEPS, *OPTIONAL)
 SOURCES = ("measured", "imported", "modelled")
 EXPERT_MODES = ("fused", "separate")
+MOST_EXPERTS = 1 << 24  # in all layers together: a simulation counts the tokens of each
+MOST_TOKENS = 1 << 40
 COLUMNS = ("step", "tokens", "context", "seconds", "spread_s", "repeats", "source")
 
 
 class TimingError(ValueError):
     """A timing trace that cannot be used; the message names file, row or key, and what is allowed."""
+
+
+class TimingWarning(UserWarning):
+    """A timing trace that can be used and is not plausible; the message names the step and says why."""
 
 
 class Point(NamedTuple):
@@ -69,6 +75,8 @@ class TimingHeader:
     wake_s: float = 0.0  # what a pass takes longer after the device stood idle
     engine_loop_s: float | None = None  # the part of `host_s` that is the engine's loop, beyond a pass itself
     engine_between_s: float | None = None  # the part of `engine_loop_s` that lies between two passes
+    max_context: int | None = None  # tokens that a sequence of the model may have
+    least_s: dict[str, list[float]] = field(default_factory=dict)  # roofline.py: seconds that a step takes at least
     repeats: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +102,7 @@ _MAY_BE_ZERO = (
 
 def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:
     """The header with numbers as their own types. TimingError for a missing, unknown or impossible key."""
-    unknown = sorted(set(header) - set(_KINDS))
+    unknown = sorted(set(header) - set(_KINDS), key=str)
     if unknown:
         raise TimingError(f"{where}: unknown header key {unknown[0]!r}; allowed: {', '.join(_KINDS)}")
     checked: dict[str, Any] = {}
@@ -104,7 +112,26 @@ def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:
                 raise TimingError(f"{where}: header key {key!r} is missing")
             continue
         checked[key] = _checked_value(key, header[key], where)
+    _check_together(checked, where)
     return checked
+
+
+def _check_together(header: dict[str, Any], where: str) -> None:
+    """TimingError for keys that exclude each other."""
+    for key, most in (("top_k", "experts"), ("engine_loop_s", "host_s"), ("engine_between_s", "engine_loop_s")):
+        if key in header and most in header and header[key] > header[most]:
+            raise TimingError(
+                f"{where}: header key {key!r} must be at most {most} ({header[most]:g}), got {header[key]:g}"
+            )
+    if header["layers"] * header["experts"] > MOST_EXPERTS:
+        raise TimingError(f"{where}: header keys 'layers' x 'experts' must be at most {MOST_EXPERTS}")
+    for step, least in header.get("least_s", {}).items():
+        numbers = [type(value) in (int, float) and 0 <= value < math.inf for value in least]
+        if step not in STEPS or len(numbers) != 2 or not all(numbers):
+            raise TimingError(
+                f"{where}: header key 'least_s' must give two numbers of at least 0 for each of {', '.join(STEPS)}, "
+                f"got {step}: {least!r}"
+            )
 
 
 def _checked_value(key: str, value: Any, where: str) -> Any:
@@ -116,13 +143,15 @@ def _checked_value(key: str, value: Any, where: str) -> Any:
             raise TimingError(f"{where}: header key {key!r} must be a mapping, got {value!r}")
         return {str(name): entry.item() if hasattr(entry, "item") else entry for name, entry in value.items()}
     if kind == "str":
+        if isinstance(value, dict | list):
+            raise TimingError(f"{where}: header key {key!r} must be a text, got {value!r}")
         return str(value)
     whole = kind.startswith("int")
     try:
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         allowed = "a whole number" if whole else "a number"
         raise TimingError(f"{where}: header key {key!r} must be {allowed}, got {value!r}") from None
     if number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
@@ -152,13 +181,15 @@ def check_points(points: list[Point], rows: list[str]) -> None:
 def _check_point(point: Point, row: str) -> None:
     if point.step not in ALL_STEPS:
         raise TimingError(f"{row}: unknown step {point.step!r}; allowed: {', '.join(ALL_STEPS)}")
-    if point.tokens < 1:
-        raise TimingError(f"{row}: tokens must be at least 1, got {point.tokens}")
+    if not 1 <= point.tokens <= MOST_TOKENS:
+        bound = "at least 1" if point.tokens < 1 else f"at most {MOST_TOKENS}"
+        raise TimingError(f"{row}: tokens must be {bound}, got {point.tokens}")
     if (point.context is None) == (point.step in GRIDS):
         need = "needs a context" if point.context is None else "takes no context"
         raise TimingError(f"{row}: step {point.step!r} {need}")
-    if point.context is not None and point.context < 0:
-        raise TimingError(f"{row}: context must be at least 0, got {point.context}")
+    if point.context is not None and not 0 <= point.context <= MOST_TOKENS:
+        bound = "at least 0" if point.context < 0 else f"at most {MOST_TOKENS}"
+        raise TimingError(f"{row}: context must be {bound}, got {point.context}")
     if not math.isfinite(point.seconds) or point.seconds < 0:
         raise TimingError(f"{row}: seconds must be a number of at least 0, got {point.seconds}")
     if point.spread_s is not None and not (math.isfinite(point.spread_s) and point.spread_s >= 0):
@@ -194,7 +225,11 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
     if tuple(lines[head].split(",")) != COLUMNS:
         raise TimingError(f"{where}, row {head + 1}: the columns must be {','.join(COLUMNS)}, got {lines[head]!r}")
     points, rows = [], []
-    for number, cells in enumerate(csv.reader(lines[head + 1 :]), start=head + 2):
+    try:
+        table = list(csv.reader(lines[head + 1 :]))
+    except csv.Error as error:
+        raise TimingError(f"{where}: the table is no CSV: {error}") from None
+    for number, cells in enumerate(table, start=head + 2):
         row = f"{where}, row {number}"
         if len(cells) != len(COLUMNS):
             raise TimingError(

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from qllm.traces.step_times.file_format import MOST_EXPERTS, TimingError
 
 # Bytes per weight. int4: 4 bits plus one 16-bit scale per group of 128 (GPTQ, AWQ, Marlin).
 # nf4: 4 bits plus one 32-bit scale per block of 64 (bitsandbytes' default, without double quantisation).
-WEIGHT_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "int8": 1.0, "int4": 0.5 + 2 / 128, "nf4": 0.5 + 4 / 64}
+# mxfp4 and nvfp4: 4 bits plus one 8-bit scale per block of 32 or 16.
+WEIGHT_BYTES = {
+    **{"bf16": 2.0, "fp16": 2.0, "fp32": 4.0, "fp8": 1.0, "int8": 1.0},
+    **{"int4": 0.5 + 2 / 128, "nf4": 0.5 + 4 / 64, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16},
+}
+_MAY_BE_ZERO = ("shared_inter", "dense_layers", "dense_inter", "latent_kv", "window", "window_layers", "max_context")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one MoE model. `inter` is one expert's, `shared_inter` that of all shared experts together (0: none)."""
+    """Sizes of one MoE model. `inter` is one expert's, `shared_inter` that of all shared experts together (0: none).
+
+    Raises:
+        TimingError: A size is impossible; the message names it.
+    """
 
     name: str
     layers: int
@@ -28,6 +39,34 @@ class ModelShape:
     dense_inter: int = 0
     tied: bool = False  # embedding and LM head share their weights
     latent_kv: int = 0  # values kept per token and layer by multi-head latent attention (0: plain K and V)
+    window: int = 0  # tokens that the attention of `window_layers` of the layers sees (0: all, in every layer)
+    window_layers: int = 0
+    max_context: int = 0  # tokens that a sequence may have (0: not stated)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, least = getattr(self, f.name), int(f.name not in _MAY_BE_ZERO)
+            if f.type == "int" and (type(value) is not int or not least <= value < 1 << 40):
+                raise self._error(f"{f.name} is {value!r}, must be a whole number of at least {least}")
+            if f.type == "bool" and type(value) is not bool:
+                raise self._error(f"{f.name} is {value!r}, must be true or false")
+        if type(self.name) is not str or not self.name:
+            raise self._error(f"name is {self.name!r}, must be a text")
+        for key, most in (("top_k", "experts"), ("kv_heads", "heads"), ("window_layers", "layers")):
+            if getattr(self, key) > getattr(self, most):
+                raise self._error(f"{key} is {getattr(self, key)}, must be at most {most} ({getattr(self, most)})")
+        if self.heads % self.kv_heads:
+            raise self._error(f"heads is {self.heads}, must be a multiple of kv_heads ({self.kv_heads})")
+        if self.dense_layers >= self.layers:
+            raise self._error(f"dense_layers is {self.dense_layers}, must be less than layers ({self.layers})")
+        for one, other in (("window", "window_layers"), ("dense_layers", "dense_inter")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise self._error(f"{one} is {getattr(self, one)} and {other} is {getattr(self, other)}: both or none")
+        if self.layers * self.experts > MOST_EXPERTS:
+            raise self._error(f"layers x experts is {self.layers * self.experts}, must be at most {MOST_EXPERTS}")
+
+    def _error(self, problem: str) -> TimingError:
+        return TimingError(f"model {self.name!r}: {problem}")
 
     @property
     def qkv_width(self) -> int:
@@ -60,10 +99,16 @@ class ModelShape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        ModelShape("mixtral-8x7b", 32, 4096, 32, 8, 128, 14336, 8, 2, 32000),
-        ModelShape("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 768, 128, 8, 151936),
-        ModelShape("olmoe-1b-7b", 16, 2048, 16, 16, 128, 1024, 64, 8, 50304),
-        ModelShape("gpt-oss-20b", 24, 2880, 64, 8, 64, 2880, 32, 4, 201088),
+        ModelShape("mixtral-8x7b", 32, 4096, 32, 8, 128, 14336, 8, 2, 32000, max_context=32768),
+        ModelShape("qwen3-30b-a3b", 48, 2048, 32, 4, 128, 768, 128, 8, 151936, max_context=40960),
+        ModelShape("olmoe-1b-7b", 16, 2048, 16, 16, 128, 1024, 64, 8, 50304, max_context=4096),
+        ModelShape(
+            "gpt-oss-20b",
+            *(24, 2880, 64, 8, 64, 2880, 32, 4, 201088),
+            window=128,
+            window_layers=12,
+            max_context=131072,
+        ),
         ModelShape(
             "deepseek-v2-lite",
             *(27, 2048, 16, 16, 128, 1408, 64, 6, 102400),
@@ -71,6 +116,7 @@ SHAPES = {
             dense_layers=1,
             dense_inter=10944,
             latent_kv=576,
+            max_context=163840,
         ),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,16 @@ from qllm.traces.step_times.file_format import (
     Point,
     TimingError,
     TimingHeader,
+    TimingWarning,
     check_header,
     check_points,
     read,
     render,
 )
 from qllm.traces.step_times.interpolate import Curve, ExtrapolationWarning, Grid
+from qllm.traces.step_times.roofline import implausible, times_least
 
-__all__ = ["ExtrapolationWarning", "Point", "TimingError", "Timings", "bundled_timings"]
+__all__ = ["ExtrapolationWarning", "Point", "TimingError", "TimingWarning", "Timings", "bundled_timings"]
 
 _FOLDER = Path(__file__).parents[1] / "data" / "timings"
 
@@ -54,7 +57,7 @@ class Timings(TimingHeader):
 
     @classmethod
     def load(cls, path: str | Path) -> Timings:
-        """Read a timing trace.
+        """Read a timing trace; a TimingWarning for each step that its GPU cannot be so fast or so slow at.
 
         Args:
             path: The file, or the name of a bundled trace.
@@ -69,7 +72,14 @@ class Timings(TimingHeader):
             names = ", ".join(bundled_timings())
             raise TimingError(f"{name}: no such file, and no bundled timing trace; bundled: {names}")
         header, points = read(Path(path))
-        return cls(points=tuple(points), **header)
+        timings = cls(points=tuple(points), **header)
+        for line in timings.implausible():
+            warnings.warn(f"timings {timings.name!r}: {line}", TimingWarning, stacklevel=2)
+        return timings
+
+    def implausible(self) -> list[str]:
+        """What is not plausible of it, a line each: steps against the GPU's roofline, sizes against its memory, units."""
+        return implausible(self, self.points)
 
     def save(self, path: str | Path) -> None:
         """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
@@ -136,8 +146,13 @@ class Timings(TimingHeader):
         return shape.lo, shape.hi
 
     def describe(self) -> dict[str, Any]:
-        """Header, and for each step its range, points by source, and the largest change by the monotone clean-up."""
-        steps = {}
+        """Describe the trace.
+
+        Returns:
+            The header; `implausible`: lines, as `implausible()`; `steps`: for each its range, points by source, the
+            largest change by the monotone clean-up, and the lowest and highest time over that of the GPU's roofline.
+        """
+        steps, times = {}, times_least(self, self.points)
         for step in self.steps:
             mine = [point for point in self.points if point.step == step]
             low, high = self.range(step)
@@ -147,8 +162,10 @@ class Timings(TimingHeader):
                 "highest": high,
                 "points": {source: sum(point.source == source for point in mine) for source in sources},
                 "cleaned_max": self._cleaned(mine),
+                "times_least": times.get(step),
             }
-        return {**{f.name: getattr(self, f.name) for f in fields(TimingHeader)}, "steps": steps}
+        header = {f.name: getattr(self, f.name) for f in fields(TimingHeader)}
+        return {**header, "implausible": self.implausible(), "steps": steps}
 
     def _cleaned(self, points: list[Point]) -> float:
         """The largest relative difference between a point and the monotone curve through its step."""

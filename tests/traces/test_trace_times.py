@@ -176,6 +176,32 @@ def test_own_arrivals_that_are_no_dates_stay_as_they_are(tmp_path):
     assert read_requests(csv(tmp_path, header, "1500,1,2", "2500,1,2"), unit="ms").arrival.tolist() == [1.5, 2.5]
 
 
+@pytest.mark.parametrize("date", ["2023-11-16T18:15:47.500000001Z", " 2023-11-16 18:15:47.500000001+00:00"])
+def test_dates_of_azure_are_exact(tmp_path, date):
+    header = "TIMESTAMP,ContextTokens,GeneratedTokens"
+    path = csv(tmp_path, header, f"{date},1,1", "2023-11-16 18:15:46,1,1")
+    assert read_requests(path).arrival.tolist() == [0, 1.500000001]
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "1500-01-01 00:00:00",
+        "2300-01-01 00:00:00",
+        "2023-11-16 18:15:46+02:00",
+        "2023-11-16 18:15:46.0000000001",
+        "20231116181546000000",
+        "1700000000.1234567890",
+        "2023-02-30 00:00:00",
+        "2023-11-16 18:15:60",
+    ],
+)
+def test_other_dates_are_refused(tmp_path, date):
+    path = csv(tmp_path, "TIMESTAMP,ContextTokens,GeneratedTokens", f"{date},1,1")
+    with pytest.raises(TraceError, match=r"line 2: TIMESTAMP is '.*', must be a date in UTC as 2023-11-16"):
+        read_requests(path)
+
+
 # Counts
 
 

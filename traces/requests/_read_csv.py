@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -26,6 +27,8 @@ from qllm.traces.requests._time_units import Number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
 
 NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+_DATE = re.compile(r"((?:19|2[01])\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|\+00:00)?", re.ASCII)
 
 Convert = Callable[[Sequence[str]], np.ndarray | Sequence[Number]]
 
@@ -149,9 +152,10 @@ def _decimal(cell: str) -> Decimal:
 
 def _dates(cells: Sequence[str]) -> np.ndarray:
     """Seconds since the first date; whole nanoseconds until then. The 2024 traces write +00:00 behind each date."""
-    if min(map(len, cells)) < len("2023-11-16 18:15:46"):
+    found = [_DATE.fullmatch(cell.strip()) for cell in cells]
+    dates = np.array([one[1] for one in found if one], dtype="datetime64[ns]")
+    if len(dates) < len(cells):
         raise ValueError
-    dates = np.array([cell.removesuffix("+00:00") for cell in cells], dtype="datetime64[ns]")
     seconds: np.ndarray = (dates - dates.min()).astype(np.int64) / 1e9
     return seconds
 

@@ -94,8 +94,8 @@ class RequestTrace:
         check_positive("rate", rate)
         if self.rate is None:
             raise TraceError(
-                f"rate: {self._at_once()}: there are no arrival times to scale; leave rate out (a batch), or give the trace "
-                "arrivals (qllm trace make --from FILE --arrival poisson --rate RATE, assign_arrivals)"
+                f"rate: {self._at_once()}: there are no arrival times to scale; leave rate out (a batch), or give the "
+                "trace arrivals (qllm trace make --from FILE --arrival poisson --rate RATE, assign_arrivals)"
             )
         return self.scaled(rate / self.rate)
 

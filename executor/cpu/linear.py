@@ -104,8 +104,8 @@ def pack_model(model: torch.nn.Module) -> int:
 
 
 def packable(weight: torch.Tensor) -> bool:
-    """Whether oneDNN's packed format is for such a weight."""
-    return weight.dtype is torch.float32 and weight.device.type == "cpu"
+    """Whether oneDNN's packed format is for such a weight. It cannot hold one without rows or columns."""
+    return weight.dtype is torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
 
 
 def release(parameter: torch.Tensor) -> None:

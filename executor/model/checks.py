@@ -1,12 +1,23 @@
-"""Which models can be served: checks made at load, before the first request."""
+"""Which models can be served: checks of the configuration, of the weights' files, and of the loaded model."""
 
 from __future__ import annotations
 
-import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
-from qllm.executor.errors import UnsupportedModelError
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from qllm.executor.errors import LoadError, UnsupportedModelError
 from qllm.executor.model.hooks import NAME, PASS_THROUGH
 from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
@@ -14,6 +25,32 @@ from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
 
 PROBE_TOKENS = 8
+PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
+MOST_WORDS = 300  # characters of another library's message
+LFS = b"version https://git-lfs"  # how a file begins in a clone without its contents
+NO_POINT = "its experts do not go through transformers' experts interface, so a pass cannot stop between experts"
+
+
+def words(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    told = shorten(str(error), MOST_WORDS, placeholder=" ...")
+    plain = isinstance(error, OSError | ValueError | ImportError) and told
+    return told if plain else f"{type(error).__name__}: {told}"
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that makes the language model: a composite model is made whole, and gets text only.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    known = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    for auto, mapping in known.items():
+        if type(config) in mapping or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+            return auto
+    raise UnsupportedModelError(f"{config.model_type}: transformers has no language model of this type")
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -33,12 +70,125 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{name}: chunked attention is not supported")
 
 
+def expand_weights(config: PreTrainedConfig) -> str | None:
+    """Have quantised weights expanded while they are read, whatever the device could do with them; their method.
+
+    Experts that stay packed do not go through the experts interface. Raises UnsupportedModelError where transformers
+    cannot expand them.
+    """
+    owners = [c for c in (config, config.get_text_config(decoder=True)) if getattr(c, "quantization_config", None)]
+    if not owners:
+        return None
+    given = owners[0].quantization_config
+    if not isinstance(given, Mapping):
+        raise UnsupportedModelError(f"{config.model_type}: quantization_config is {given!r}; allowed: a mapping")
+    bits = next((bits for bits in ("4bit", "8bit") if given.get(f"load_in_{bits}")), None)
+    method = f"bitsandbytes_{bits}" if bits else str(given.get("quant_method"))
+    expanded = [name for name, made in AUTO_QUANTIZATION_CONFIG_MAPPING.items() if _expands(made)]
+    if method not in expanded:
+        raise UnsupportedModelError(
+            f"{config.model_type}: its weights are quantised ({method}), and transformers cannot expand them at load; "
+            f"allowed: a checkpoint in bfloat16, float16 or float32, or one that can be expanded "
+            f"({', '.join(sorted(expanded))})"
+        )
+    owners[0].quantization_config = {**given, "dequantize": True}
+    return method
+
+
+def _expands(made: type) -> bool:
+    parameters = inspect.signature(made).parameters
+    return "dequantize" in parameters and "gguf_file" not in parameters  # a GGUF file is no checkpoint's folder
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where no layer holds experts of the interface; they need no memory."""
+    if not any(hasattr(module, "is_transposed") for module in model.modules()):  # what the interface sets
+        raise UnsupportedModelError(f"{model.config.model_type}: {NO_POINT}")
+
+
+def check_files(name: str, config: PreTrainedConfig, method: str | None) -> None:
+    """Read the headers of a checkpoint's safetensors files, fetched where they lie on a hub.
+
+    Raises LoadError for a broken file, and for weights, quantised by `method`, that transformers would misread.
+    """
+    headers: dict[str, tuple[str, list[int]]] = {}
+    for file in weight_files(name):
+        headers |= read_header(file)
+    packed = next((name for name, (dtype, _) in headers.items() if dtype not in PLAIN), None)
+    if packed is not None and method is None:
+        raise LoadError(
+            f"{packed} is quantised ({headers[packed][0]}), but config.json has no quantization_config; allowed: a "
+            "checkpoint in bfloat16, float16 or float32, or one that says how to expand it"
+        )
+    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    for name, (_, scales) in headers.items():
+        weight = headers.get(name.removesuffix("_scale_inv"))
+        if block is None or weight is None or len(scales) != 2 or not name.endswith("_scale_inv"):
+            continue
+        # transformers cuts rows and columns into as many equal blocks as there are scales
+        if any(n > 1 and size % of for n, size, of in zip(scales, weight[1][-2:], block, strict=True)):
+            raise LoadError(f"{name}: blocks of {block} do not divide {weight[1]}, and would be misread")
+
+
+def weight_files(name: str) -> list[Path]:
+    """A checkpoint's safetensors files; none where its weights are of another kind. Raises LoadError."""
+    try:
+        single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if single is not None:
+            return [Path(single)]
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        return [] if index is None else [Path(file) for file in get_checkpoint_shard_files(name, index)[0]]
+    except Exception as error:  # the index is a file that anybody may have written
+        raise LoadError(f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({words(error)})") from None
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each weight in a safetensors file. Raises LoadError."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        if not file.is_file():
+            raise LoadError(f"{file.name} is missing; the index names it") from None
+        with file.open("rb") as opened:
+            pointer = opened.read(len(LFS)) == LFS
+        told = "a Git LFS pointer; run git lfs pull" if pointer else f"damaged ({words(error)}); fetch it again"
+        raise LoadError(f"{file.name} is {told}") from None
+
+
 def check_model(model: PreTrainedModel) -> None:
     """Run a tiny input through the hooks, which stay on. Raise UnsupportedModelError where the model ignores them."""
     # Two passes over a prompt, the second packed with another sequence, against the model's own logits in one pass:
     # state outside attention is lost between. Experts return their input here, since in half precision rounding alone
     # changes a token's experts.
     name = model.config.model_type
+    try:
+        expected, logits, running = _compare(model)
+    except UnsupportedModelError:
+        raise
+    except Exception as broken:
+        raise UnsupportedModelError(f"{name}: a pass over {PROBE_TOKENS} tokens breaks: {words(broken)}") from broken
+    if not running.routing:
+        raise UnsupportedModelError(f"{name}: {NO_POINT}")
+    if not any(map(any, running.routing)):
+        raise UnsupportedModelError(f"{name}: its tokens go to no expert")
+    check_windows(model.config, declared_windows(model.config), running.windows)
+    if not expected.isfinite().all():
+        raise UnsupportedModelError(
+            f"{name}: its logits are not finite: the weights are damaged, or too large for {str(model.dtype)[6:]}"
+        )
+    error = (logits - expected).float().norm() / expected.float().norm()
+    # Rounding alone: 1e-6 in float32, 2e-2 in bfloat16; lost state is of the order of 1.
+    if not error <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
+        raise UnsupportedModelError(
+            f"{name}: a prompt computed in two passes gives other logits than in one (relative error {error:.2g}): "
+            "it keeps state outside attention, or attends in a way that the hook does not know"
+        )
+
+
+def _compare(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, RunningPass]:
+    """Logits of one pass without the hooks and of two with them; a pass through the model's own experts."""
     vocab = embedding(model).num_embeddings
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
     with torch.inference_mode():
@@ -50,19 +200,7 @@ def check_model(model: PreTrainedModel) -> None:
         logits, _ = probe(model, prompt)
         model.set_experts_implementation(NAME)
         _, running = probe(model, prompt)
-    if not running.routing:
-        raise UnsupportedModelError(
-            f"{name}: its experts do not go through transformers' experts interface, "
-            "so a pass cannot stop between experts"
-        )
-    check_windows(model.config, declared_windows(model.config), running.windows)
-    error = (logits - expected).float().norm() / expected.float().norm()
-    # Rounding alone: 1e-6 in float32, 2e-2 in bfloat16; lost state is of the order of 1.
-    if not error <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
-        raise UnsupportedModelError(
-            f"{name}: a prompt computed in two passes gives other logits than in one (relative error {error:.2g}): "
-            "it keeps state outside attention, or attends in a way that the hook does not know"
-        )
+    return expected, logits, running
 
 
 def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, RunningPass]:

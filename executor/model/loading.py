@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qllm.executor.cpu.hugepages import collapse_anonymous
 from qllm.executor.cpu.linear import pack_model
 from qllm.executor.errors import LoadError, UnsupportedModelError
-from qllm.executor.model.checks import check_config, check_model
+from qllm.executor.model.checks import (
+    auto_class,
+    check_config,
+    check_files,
+    check_layers,
+    check_model,
+    expand_weights,
+    words,
+)
 from qllm.executor.model.info import blocks_in, memory_bytes, model_facts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,6 +45,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model with the qllm hooks, in evaluation mode.
 
+    Quantised weights (FP8, MXFP4, compressed-tensors) are expanded to `dtype` while they are read. Whatever
+    configuration and headers of files can tell is checked before weights are read.
+
     Args:
         name_or_path: a folder, or a name on a model hub.
         device: where the model is to run.
@@ -42,16 +55,21 @@ def load_model(
         trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
-        UnsupportedModelError: the model keeps state outside attention, is no causal decoder, or its experts or
-            attention do not go through transformers' interfaces.
+        UnsupportedModelError: the model keeps state outside attention, is no causal decoder, its experts or attention
+            do not go through transformers' interfaces, or its weights are quantised and cannot be expanded.
+        LoadError: the checkpoint is not there, is damaged or not whole, or does not fit the device.
     """
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    with _logging_refusal():
-        check_config(config)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        name_or_path, config=config, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    return prepare_model(model.to(torch.device(device)))  # type: ignore[arg-type]  # the stubs of `to` want a str
+    name = str(name_or_path)
+    place = checked_device(device)
+    chosen = checked_dtype(dtype) if isinstance(dtype, str) else dtype
+    with _refusing(name):
+        config = _read_config(name, trust_remote_code)
+        method = expand_weights(config)
+        found = torch_dtype(chosen, config) or torch.bfloat16
+        _check_size(_skeleton(config, found, trust_remote_code), place, method)
+        check_files(name, config, method)
+        model = _read_weights(name, config, place, chosen, trust_remote_code)
+        return _prepare(model)
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,10 +81,14 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: as `load_model` does.
     """
+    with _refusing():
+        return _prepare(model)
+
+
+def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
-    with _logging_refusal():
-        check_config(model.config)
-        check_model(model)
+    check_config(model.config)
+    check_model(model)
     if pack_model(model):
         collapse_anonymous()
     log.info("model loaded: %s, %s, on %s", model.config.model_type, str(model.dtype)[6:], model.device)
@@ -74,12 +96,120 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _logging_refusal() -> Iterator[None]:
+def _refusing(name: str = "") -> Iterator[None]:
+    """Log why a model is refused, and name the checkpoint."""
     try:
         yield
-    except UnsupportedModelError as error:
-        log.warning("model refused: %s", error)
-        raise
+    except (UnsupportedModelError, LoadError) as error:
+        told = type(error)(f"{name}: {error}") if name else error
+        log.warning("model refused: %s", told)
+        raise told from error.__cause__
+
+
+def _read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The checkpoint's configuration, that of a model which can be served as far as it tells."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise LoadError(
+            "cannot be loaded: the folder has no config.json; allowed: a checkpoint as transformers saves it"
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever transformers makes of a file that anybody may have written
+        hint = "" if folder.exists() else "; allowed: a folder or a model hub's name"
+        raise LoadError(f"cannot be loaded: {_why(error)}{hint}") from None
+    check_config(config)
+    return config
+
+
+def _why(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it needs code that comes with the checkpoint (trust_remote_code lets it run)"
+    return words(error)
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    auto = auto_class(config)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise LoadError(f"cannot be loaded: no model can be made of its config.json: {_why(error)}") from None
+    check_layers(model)
+    return model
+
+
+def torch_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dtype | None:
+    """The type of weights; "auto" is that of the configuration, None where it has none."""
+    if dtype == "auto":
+        return cast(torch.dtype | None, config.dtype or config.get_text_config(decoder=True).dtype)
+    return cast(torch.dtype, getattr(torch, dtype)) if isinstance(dtype, str) else dtype
+
+
+def _check_size(skeleton: PreTrainedModel, place: torch.device, method: str | None) -> None:
+    size, room = _bytes(skeleton), memory_bytes(place)[1]
+    if size > room:
+        expanded = f" (expanded from {method})" if method else ""
+        raise LoadError(
+            f"does not fit: {size / 1e9:.0f} GB of weights in {str(skeleton.dtype)[6:]}{expanded}, {place} has "
+            f"{room / 1e9:.0f} GB; choose a smaller model or dtype"
+        )
+
+
+def _read_weights(
+    name: str, config: PreTrainedConfig, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model with the checkpoint's weights, all of them; on an accelerator they are read straight onto it."""
+    told: dict[str, Any]
+    report = _Report()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(report)
+    try:
+        model, told = auto_class(config).from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            device_map=None if place.type == "cpu" else {"": place},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names
+        )
+    except Exception as error:
+        raise LoadError(f"cannot be loaded: {report.cause or _why(error)}") from error
+    finally:
+        logger.removeFilter(report)
+    if told["mismatched_keys"]:
+        key, in_file, in_model = min(told["mismatched_keys"])
+        raise LoadError(f"{key} is {list(in_file)} in its files and {list(in_model)} by its config.json")
+    if told["missing_keys"]:
+        raise LoadError(f"its files lack {_some(told['missing_keys'])}, which its config.json asks for")
+    if told["unexpected_keys"]:
+        log.warning("%s: not of this model, left out: %s", name, _some(told["unexpected_keys"]))
+    return cast(PreTrainedModel, model)
+
+
+class _Report(logging.Filter):
+    """Keeps transformers' tables of what does not fit from being printed: one line says it.
+
+    `cause` is what broke while weights were put together.
+    """
+
+    cause = ""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        for before, line in pairwise(text.splitlines()):
+            if line.startswith("Error: "):  # Error: <operation> on tensors destined for <name>. <files>
+                self.cause = f"{line.partition('destined for ')[2].split('. ')[0]} cannot be put together: {before}"
+        return False
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *others = sorted(names)
+    return f"{first} and {len(others)} more weights" if others else first
 
 
 @dataclass(frozen=True)
@@ -121,33 +251,29 @@ def load(
     """
     place = checked_device(device)
     checked_dtype(dtype)
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(name_or_path, error) from None
-    with _logging_refusal():
-        check_config(config)
     folder = Path(name_or_path)
     name = folder.name if folder.exists() else name_or_path
-    if random_weights:
-        found = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-        size = weights_bytes(config, found)
-        layers: int = config.get_text_config(decoder=True).num_hidden_layers
-        if size > MEMORY_SHARE * memory_bytes(place)[0]:
-            few = random_model(with_layers(config, FEW_LAYERS), found, place)
-            weights = f"random, {FEW_LAYERS} of {layers} layers (the model does not fit)"
-            return LoadedModel(name, few, layers, size, weights)
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-            model = random_model(config, found, place)
-            return LoadedModel(name, model, layers, size, "random (the folder holds none)")
     try:
+        if random_weights:
+            with _refusing(name_or_path):
+                config = _read_config(name_or_path, trust_remote_code)
+                found = torch_dtype(dtype, config) or torch.float32
+                size = _bytes(_skeleton(config, found, trust_remote_code))
+            layers: int = config.get_text_config(decoder=True).num_hidden_layers
+            if size > MEMORY_SHARE * memory_bytes(place)[0]:
+                few = random_model(with_layers(config, FEW_LAYERS), found, place)
+                weights = f"random, {FEW_LAYERS} of {layers} layers (the model does not fit)"
+                return LoadedModel(name, few, layers, size, weights)
+            if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+                model = random_model(config, found, place)
+                return LoadedModel(name, model, layers, size, "random (the folder holds none)")
         model = load_model(name_or_path, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise _not_loaded(name_or_path, error) from None
+    except LoadError as error:
+        raise LoadError(f"--model {error}") from None
     return LoadedModel.of(name, model)
 
 
-def checked_device(device: str) -> torch.device:
+def checked_device(device: str | torch.device) -> torch.device:
     """The device of that name. Raises LoadError where this machine has none such."""
     try:
         place = torch.device(device)
@@ -163,17 +289,6 @@ def checked_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise LoadError(f"--dtype {dtype}: unknown; allowed: {', '.join(DTYPES)}")
     return dtype
-
-
-def _not_loaded(name: str, error: Exception) -> LoadError:
-    first = str(error).splitlines()[0]
-    return LoadError(f"--model {name}: cannot be loaded: {first}; allowed: a folder or a model hub's name")
-
-
-def weights_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights, nothing allocated."""
-    with torch.device("meta"):
-        return _bytes(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def _bytes(model: PreTrainedModel) -> int:
@@ -197,5 +312,5 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     """A model with random weights, made where it is to run."""
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     return prepare_model(model)  # not inside: pinned buffers are host memory whatever the default device

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
 from qllm.executor.engine.checks import check_request, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer
+from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
@@ -120,7 +120,7 @@ class Engine:
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
         self._runner = Runner(model, blocks, given.block_size, splitter)
         make_cache(self._runner, facts["kv_bytes_per_token"])
-        self._stop_ids = stop_ids(model)
+        self._stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = embedding(model).num_embeddings
         self._ids = itertools.count()
         self._seed = secrets.randbits(63) if seed is None else seed
@@ -163,15 +163,12 @@ class Engine:
 
         Raises:
             UnsupportedModelError: the model cannot be served.
+            LoadError: the checkpoint or its tokenizer cannot be loaded.
             SchedulerError: the policy or the limits are not possible.
             KVMemoryError: the KV blocks, or a single one, do not fit the memory.
         """
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
         model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer: Any
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):
-            tokenizer = None  # a checkpoint without one takes token ids
         return cls(model, tokenizer, **settings)
 
     def submit(
@@ -190,7 +187,8 @@ class Engine:
         """Queue a request. Returns at once.
 
         Args:
-            prompt: text, or token ids.
+            prompt: text, or token ids. Text gets the special tokens that the tokenizer adds, unless it begins with
+                them, as that of a chat template does.
             max_new_tokens: tokens to generate, at most.
             priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship.
             temperature: 0 is greedy.
@@ -198,8 +196,9 @@ class Engine:
             top_p: draw from the most likely tokens that together have this probability.
             seed: of the draws; one of the engine's own by default.
             min_tokens: tokens before which no stop token is chosen.
-            stop: token ids that end the request, the last of its tokens; by default the model's own, with an empty
-                `stop` there are none.
+            stop: token ids that end the request, the last of its tokens. By default those of the checkpoint's
+                generation configuration (else of its config.json) and the tokenizer's; with an empty `stop` there are
+                none.
 
         Returns:
             The stream of its tokens.
@@ -226,7 +225,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
-            prompt = self.tokenizer.encode(prompt)
+            prompt = prompt_ids(self.tokenizer, prompt)
         tokens = token_ids("prompt", prompt, self.vocabulary)
         check_request(tokens, max_new_tokens, priority, sampling, self._runner.max_positions)
         request = Request(next(self._ids), len(tokens), max_new_tokens, priority, arrival)

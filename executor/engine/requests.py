@@ -5,16 +5,23 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from math import isnan
+from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from qllm.executor.engine.sampling import SamplingParams
-from qllm.executor.errors import ExecutorError, RequestFailed
+from qllm.executor.errors import ExecutorError, LoadError, RequestFailed
+from qllm.executor.model.checks import words
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
 from qllm.scheduler import Request, State
 
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 MOST_HELD = 8  #: tokens held back for an unfinished character, which has at most 4 bytes; beyond, they are stray bytes
 
 
@@ -24,6 +31,35 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds, but once.
+
+    Text of a chat template begins with them already. vLLM's chat does not add them to such text either, and llama.cpp
+    warns.
+    """
+    ids = tokenizer.encode(text)
+    added = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(tokenizer.encode(""), ids, strict=False))]
+    return ids[len(added) :] if ids[: 2 * len(added)] == added * 2 else ids
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; None where it has none, so that prompts are token ids. Raises LoadError."""
+    name = str(name_or_path)
+    try:
+        if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
+            return None
+    except OSError:  # no checkpoint either, which loading its model says
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        empty = tokenizer.encode("a") == tokenizer.encode("")  # of a file that is missing transformers makes such a one
+    except Exception as error:  # whatever transformers makes of a file that anybody may have written
+        raise LoadError(
+            f"{name}: its tokenizer cannot be loaded: {words(error)}; without one, load_model and Engine take token ids"
+        ) from error
+    return None if empty else tokenizer
 
 
 class Token(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any, cast
 
@@ -15,6 +16,8 @@ from qllm.executor.model.split import whole
 
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
 ACCELERATOR_SHARE = 0.8
+
+log = logging.getLogger(__name__)
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
@@ -40,11 +43,26 @@ def embedding(model: PreTrainedModel) -> torch.nn.Embedding:
     return cast(torch.nn.Embedding, model.get_input_embeddings())
 
 
-def stop_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The token ids at which the model's own generation ends."""
-    config = getattr(model, "generation_config", None) or model.config
-    eos = getattr(config, "eos_token_id", None)
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+def stop_ids(model: PreTrainedModel, tokenizer: object = None) -> frozenset[int]:
+    """The token ids at which a request ends that names none: the generation configuration's and the tokenizer's.
+
+    So does vLLM. `generate` of transformers stops at the generation configuration's alone. Where this names none,
+    config.json's count. Ids that are no token of the model are ignored, with a warning.
+    """
+    text = model.config.get_text_config(decoder=True)
+    configs = (getattr(model, "generation_config", None), model.config, text)
+    given = next((eos for c in configs if (eos := getattr(c, "eos_token_id", None)) is not None), None)
+    found = [*_ids(given), *_ids(getattr(tokenizer, "eos_token_id", None))]
+    vocabulary = embedding(model).num_embeddings
+    allowed = frozenset(token for token in found if type(token) is int and 0 <= token < vocabulary)
+    if ignored := [token for token in found if token not in allowed]:
+        log.warning("stop tokens ignored: %s; allowed: token ids from 0 to %d", ignored, vocabulary - 1)
+    return allowed
+
+
+def _ids(given: Any) -> list[Any]:
+    given = given.tolist() if isinstance(given, torch.Tensor) else given
+    return [] if given is None else list(given) if isinstance(given, list | tuple | set) else [given]
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

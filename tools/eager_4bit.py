@@ -17,6 +17,7 @@ from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
 from qllm.traces.step_times.aiconfigurator_tables import Memory, Tables, gemm_seconds
 from qllm.traces.step_times.file_format import Point
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
+from qllm.traces.step_times.roofline import Gpu, least_seconds
 from qllm.traces.step_times.timings import Timings
 
 # Eager operations (each one launch) in transformers' modeling_mixtral.py, as of version 4.4x, by part of a layer.
@@ -89,6 +90,7 @@ def model_eager_4bit(
     tables = Tables(source, gpu)
     gemm, _ = tables.read("gemm", dense, gemm_dtype="bfloat16")
     memory = Memory(tables.system)
+    gpu_limits = Gpu(memory.peak, float(tables.system["gpu"]["bfloat16_tc_flops"]))
     engine = _Engine(gemm, memory, costs)
     hidden, inter, width = shape.hidden, shape.inter, shape.qkv_width
     kv, q = shape.kv_heads * shape.head_dim, shape.heads * shape.head_dim
@@ -132,6 +134,7 @@ def model_eager_4bit(
         experts_base_s=2 * costs.op_s,
         launch_s=costs.op_s,
         launches_per_expert=3 * 2 + EXPERT_OPS,
+        least_s={**least_seconds(shape, gpu_limits, *2 * [("nf4", gpu_limits.flops)]), "head": base.least_s["head"]},
         weights_bytes=shape.weights_bytes("nf4", "nf4") + round(2 * shape.vocab * hidden * (2 - WEIGHT_BYTES["nf4"])),
         conditions={"costs": ", ".join(f"{key} = {value:.4g}" for key, value in asdict(costs).items())},
         modelled={

@@ -16,12 +16,16 @@ from qllm.traces.step_times.file_format import TimingError
 
 PACKAGE = "aiconfigurator_core"
 LICENCE = "Apache-2.0 (NVIDIA aiconfigurator, Copyright (c) 2025-2026 NVIDIA CORPORATION & AFFILIATES)"
-FILES = {
-    "gemm": ("gemm", "gemm_perf"),
-    "context": ("attention", "context_attention_perf"),
-    "generation": ("attention", "generation_attention_perf"),
-    "moe": ("moe", "moe_perf"),
+FILES = {  # kind of table: (folder, how its file's name begins, the columns that name a row)
+    "gemm": ("gemm", "gemm_perf", ("m", "n", "k")),
+    "context": ("attention", "context_attention_perf", ("isl",)),
+    "generation": ("attention", "generation_attention_perf", ("batch_size", "step")),
+    "moe": ("moe", "moe_perf", ("num_tokens",)),
 }
+ALIASES = {"workload_distribution": "distribution"}  # what some tables call a column
+KERNEL = "kernel_source"
+# Columns in which the rows of one curve may differ: what was measured, and by what.
+FREE = {"latency", KERNEL, "framework", "version", "device", "op_name", "isl", "power", "power_limit"}
 
 
 class Tables:
@@ -59,7 +63,7 @@ class Tables:
         if len(parts) != 4 or (nested and path.parts[-5:-4] != (self.gpu,)):
             return None
         op, framework, version, stem = parts
-        for kind, (folder, prefix) in FILES.items():
+        for kind, (folder, prefix, _) in FILES.items():
             if op == folder and stem.startswith(prefix):
                 return kind, framework, version
         return None
@@ -68,16 +72,22 @@ class Tables:
         for folder in (self.root, *list(self.root.parents)[:2]):
             path = folder / f"{self.gpu}.yaml"
             if path.is_file():
-                system: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-                return system
+                return _checked_system(path)
         raise TimingError(f"{self.root}: no {self.gpu}.yaml, which gives memory size and bandwidth")
 
+    def frameworks(self, kind: str) -> list[str]:
+        """Whose tables of a kind there are."""
+        return sorted({framework for held, framework, _ in self.files if held == kind})
+
     def read(self, kind: str, choice: str, **wanted: Any) -> tuple[pd.DataFrame, str]:
-        """Rows with these values in the table of `choice` (FRAMEWORK[:VERSION], default newest), and FRAMEWORK:VERSION.
+        """Rows with these values in the table of `choice`, and FRAMEWORK:VERSION.
+
+        `choice`: FRAMEWORK[:VERSION[:KERNEL]]; by default the newest version, and of kernels that were measured at the
+        same sizes the one with the most rows, or the fastest of those; it is then named too.
 
         TimingError where no table has any: it names the first column without a match, and what that holds.
         """
-        framework, _, version = choice.partition(":")
+        framework, version, kernel = (*choice.split(":", 2), "", "")[:3]
         here = sorted({(f, v) for k, f, v in self.files if k == kind}, key=lambda fv: (fv[0], _version_key(fv[1])))
         fitting = [fv for fv in here if fv[0] == framework and version in ("", fv[1])]
         if not fitting:
@@ -86,18 +96,44 @@ class Tables:
         errors = []
         for found in reversed(fitting):
             name = ":".join(found)
+            what, keys = f"{kind} table {name}", FILES[kind][2]
             try:
-                return _select(_parquet(self.files[kind, *found]), f"{kind} table {name}", **wanted), name
+                if kernel:
+                    wanted = {**wanted, KERNEL: kernel}
+                rows = _select(_parquet(self.files[kind, *found], what, keys), what, **wanted)
+                rows, chosen = _one_kernel(rows, keys)
+                kernel = kernel or chosen
+                return _checked_rows(rows, what, keys), f"{name}:{kernel}" if kernel else name
             except TimingError as error:
                 errors.append(error)
         raise errors[0]
 
 
-def _parquet(path: Path) -> pd.DataFrame:
+def _checked_system(path: Path) -> dict[str, Any]:
+    """What a GPU's YAML file says. TimingError unless it has what an import needs."""
     try:
-        return pd.read_parquet(path)
+        system = yaml.safe_load(path.read_text(encoding="utf-8"))
+        needed = [system["gpu"]["mem_bw"], system["gpu"]["mem_capacity"], system["node"]["pcie_bw"]]
+        if not all(float(value) > 0 for value in needed):
+            raise ValueError
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        raise TimingError(f"{path}: needs gpu.mem_bw, gpu.mem_capacity and node.pcie_bw, each above 0") from None
+    checked: dict[str, Any] = system
+    return checked
+
+
+def _parquet(path: Path, what: str, keys: tuple[str, ...]) -> pd.DataFrame:
+    """The table in a file. TimingError where it is none, a column stands twice, or one is missing."""
+    try:
+        frame = pd.read_parquet(path).rename(columns=ALIASES)
     except (OSError, ValueError) as error:
         raise TimingError(f"{path}: cannot be read as a parquet table: {error}") from None
+    for column in frame.columns[frame.columns.duplicated()]:
+        raise TimingError(f"{what}: column {column!r} stands twice")
+    for column in (*keys, "latency"):
+        if column not in frame.columns:
+            raise TimingError(f"{what}: column {column!r} is missing")
+    return frame if KERNEL in frame.columns else frame.assign(**{KERNEL: "not stated"})
 
 
 def _version_key(version: str) -> list[int]:
@@ -105,16 +141,54 @@ def _version_key(version: str) -> list[int]:
 
 
 def _select(frame: pd.DataFrame, what: str, **wanted: Any) -> pd.DataFrame:
-    """Rows with these values; a column that the table lacks is passed over (older tables have fewer)."""
+    """Rows with these values. Tables without a column window_size hold attention over all tokens."""
     for column, value in wanted.items():
-        if column not in frame.columns:
+        if column == "window_size" and value == 0 and column not in frame.columns:
             continue
+        if column not in frame.columns:
+            raise TimingError(f"{what}: column {column!r} is missing, so rows with {column} = {value} cannot be told")
         rows = frame[frame[column] == value]
         if rows.empty:
-            held = ", ".join(str(v) for v in sorted(frame[column].unique().tolist()))
+            held = ", ".join(str(v) for v in sorted(frame[column].unique().tolist(), key=str))
             raise TimingError(f"{what}: no rows with {column} = {value}; with what was asked before, there are: {held}")
         frame = rows
     return frame
+
+
+def _one_kernel(rows: pd.DataFrame, keys: tuple[str, ...]) -> tuple[pd.DataFrame, str]:
+    """The rows of one kernel, and its name, where several were measured at the same sizes; else all, and "".
+
+    Kernels that share the sizes out among them are one curve: the framework itself takes one or the other.
+    """
+    kernels = rows.groupby(list(keys))[KERNEL].nunique()
+    if (kernels < 2).all():
+        return rows, ""
+    shared = rows.set_index(list(keys)).loc[kernels.index[kernels > 1]]
+    ranked = [
+        (-len(mine), shared["latency"][shared[KERNEL] == kernel].sum(), str(kernel))
+        for kernel, mine in rows.drop_duplicates([*keys, KERNEL]).groupby(KERNEL)
+    ]
+    best = min(ranked)[2]
+    return rows[rows[KERNEL].astype(str) == best], best
+
+
+def _checked_rows(rows: pd.DataFrame, what: str, keys: tuple[str, ...]) -> pd.DataFrame:
+    """The rows. TimingError unless they differ in their sizes alone, and each has a latency."""
+    for column in rows.columns:
+        if column not in FREE and column not in keys and rows[column].nunique() > 1:
+            held = ", ".join(str(value) for value in sorted(rows[column].unique().tolist(), key=str))
+            raise TimingError(
+                f"{what}: rows of the same sizes differ in {column} ({held}); which are meant is not known"
+            )
+    latency = pd.to_numeric(rows["latency"], errors="coerce")
+    bad = rows[~(np.isfinite(latency) & (latency > 0))]
+    if len(bad):
+        first = ", ".join(f"{key} = {bad[key].iloc[0]}" for key in keys)
+        raise TimingError(
+            f"{what}: {len(bad)} of {len(rows)} rows have no latency above 0, first that of {first}: "
+            f"{bad['latency'].iloc[0]!s}"
+        )
+    return rows.assign(latency=latency)
 
 
 def series(frame: pd.DataFrame, column: str) -> pd.Series:
@@ -162,7 +236,8 @@ class Memory:
 
     def __init__(self, system: dict[str, Any]) -> None:
         gpu = system["gpu"]
-        self.bandwidth: float = gpu["mem_bw"] * gpu.get("mem_bw_empirical_scaling_factor", 0.8)
+        self.peak: float = gpu["mem_bw"]
+        self.bandwidth: float = self.peak * gpu.get("mem_bw_empirical_scaling_factor", 0.8)
         self.latency: float = gpu.get("mem_empirical_constant_latency", 3e-6)
 
     def seconds(self, traffic: float) -> float:

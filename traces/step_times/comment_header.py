@@ -58,7 +58,19 @@ def read_header(lines: Sequence[str]) -> tuple[dict[str, Any], int]:
     return header, count
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML with numbers of a list in one line."""
+
+    def sequence(self, values: list[Any]) -> yaml.Node:
+        """A list: within brackets where it holds numbers."""
+        inline = all(isinstance(value, int | float) for value in values)
+        return self.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=inline)
+
+
+_Dumper.add_representer(list, _Dumper.sequence)
+
+
 def render_header(header: Mapping[str, Any]) -> str:
     """`header` as YAML behind '# ', a line or more per key, in its order."""
-    text = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.dump(dict(header), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
     return "".join(f"# {line}\n" for line in text.splitlines())

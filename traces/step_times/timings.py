@@ -78,7 +78,7 @@ class Timings(TimingHeader):
         return timings
 
     def implausible(self) -> list[str]:
-        """What is not plausible of it, a line each: steps against the GPU's roofline, sizes against its memory, units."""
+        """What is not plausible, a line each: steps against the GPU's roofline, sizes against its memory, units."""
         return implausible(self, self.points)
 
     def save(self, path: str | Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.executor.engine.sampling import SamplingParams, draw, sample, uniform
+from qllm.executor.engine.sampling import SamplingParams, draw, largest_k, largest_of, sample, uniform
 from qllm.executor.errors import SamplingError
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
@@ -43,14 +43,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p, kept):
     assert set(tokens_at(SamplingParams(temperature=1.0, top_p=top_p), GRID)) == kept
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.data())
-def test_a_request_draws_the_same_whoever_shares_its_batch(seed, step, data):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 1000), st.sampled_from([50, 9000]), st.data())
+def test_a_request_draws_the_same_whoever_shares_its_batch(seed, step, vocab, data):
     n = data.draw(st.integers(1, 5))
-    logits = torch.randn(n, 50, generator=torch.Generator().manual_seed(seed % 2**63))
+    logits = torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed % 2**63))
     params = [
         SamplingParams(
-            temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])), top_k=data.draw(st.integers(0, 60)), top_p=0.9
+            temperature=data.draw(st.sampled_from([0.0, 0.7, 1.5])),
+            top_k=data.draw(st.integers(0, 60)),
+            top_p=data.draw(st.sampled_from([0.9, 1.0])),
         )
         for _ in range(n)
     ]
@@ -101,7 +103,7 @@ def allowed_by_transformers(logits, p):
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10_000),
-    st.sampled_from([3, 40, 1500]),
+    st.sampled_from([3, 40, 1500, 20_001]),
     st.sampled_from([0.3, 1.0, 1.7]),
     st.sampled_from([0, 1, 5, 40, 1100, 1400]),
     st.sampled_from([1.0, 0.95, 0.5, 0.1]),
@@ -117,6 +119,23 @@ def test_the_distribution_is_that_of_transformers(seed, vocab, temperature, top_
     assert drawn == torch.searchsorted(edges, torch.tensor(clear, dtype=torch.float64), right=True).tolist()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([700, 6000, 20_001]), st.integers(1, 60), st.booleans()
+)
+def test_the_largest_logits_are_those_of_a_sort(seed, rows, vocab, k, coarse):
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    if coarse:
+        logits = (logits * 4).round() / 4  # many ties
+    values, ids = largest_k(logits, k)
+    assert torch.equal(values, logits.topk(k).values)
+    assert torch.equal(values, logits.gather(1, ids))
+    assert all(len(set(row)) == k for row in ids.tolist())
+    best, at = largest_of(logits)
+    assert torch.equal(best, values[:, 0])
+    assert at.tolist() == [int((row == row.max()).nonzero()[0]) for row in logits]
+
+
 def test_tokens_that_tie_with_the_kth_are_kept_as_elsewhere():
     logits = torch.tensor([2.0, 2.0, 2.0, 1.0, 0.0])
     p = SamplingParams(temperature=1.0, top_k=2)
@@ -129,11 +148,12 @@ def test_tokens_that_tie_with_the_kth_are_kept_as_elsewhere():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 1.0), (3, 0.9)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "all -inf"])
-def test_a_row_that_cannot_be_sampled_is_none_and_hurts_no_other(temperature, top_k, bad):
-    logits = torch.randn(3, 60, generator=torch.Generator().manual_seed(1))
-    p = SamplingParams(temperature=temperature, top_k=top_k, top_p=0.9)
+@pytest.mark.parametrize("vocab", [60, 20_001])
+def test_a_row_that_cannot_be_sampled_is_none_and_hurts_no_other(temperature, top_k, top_p, bad, vocab):
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(1))
+    p = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     before = sample(logits, [p] * 3, [0] * 3, [5, 6, 7])
     if bad == "all -inf":
         logits[1] = float("-inf")

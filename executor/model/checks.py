@@ -28,7 +28,7 @@ PROBE_TOKENS = 8
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
 MOST_WORDS = 300  # characters of another library's message
 LFS = b"version https://git-lfs"  # how a file begins in a clone without its contents
-NO_POINT = "its experts do not go through transformers' experts interface, so a pass cannot stop between experts"
+NO_POINT = "no layer has experts behind transformers' experts interface, so a pass cannot stop between experts"
 
 
 def words(error: Exception) -> str:
@@ -178,12 +178,12 @@ def check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name}: its logits are not finite: the weights are damaged, or too large for {str(model.dtype)[6:]}"
         )
-    error = (logits - expected).float().norm() / expected.float().norm()
+    error, size = (logits - expected).float().norm(), expected.float().norm()
     # Rounding alone: 1e-6 in float32, 2e-2 in bfloat16; lost state is of the order of 1.
-    if not error <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1):
+    if error > size * (1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1) or error.isnan():
         raise UnsupportedModelError(
-            f"{name}: a prompt computed in two passes gives other logits than in one (relative error {error:.2g}): "
-            "it keeps state outside attention, or attends in a way that the hook does not know"
+            f"{name}: a prompt computed in two passes gives other logits than in one (relative error "
+            f"{error / size:.2g}): it keeps state outside attention, or attends in a way that the hook does not know"
         )
 
 

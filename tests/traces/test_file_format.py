@@ -124,11 +124,15 @@ def test_a_missing_header_key_is_named(tmp_path, lines, key):
         ("host_s", "fast", "must be a number"),
         ("memory_bytes", ".nan", "must be a whole number"),
         ("format", "other 1", "allowed: 'qllm-timings 1'"),
+        ("top_k", "999", r"must be at most experts \(4\), got 999"),
+        ("layers", "100000000", "'layers' x 'experts' must be at most 16777216"),
+        ("layers", "1" + 400 * "0", "must be a whole number"),
+        ("device", "[A100]", r"must be a text, got \['A100'\]"),
     ],
 )
 def test_an_impossible_header_value_is_named(tmp_path, lines, key, text, message):
     lines[row_of(lines, f"# {key}:")] = f"# {key}: {text}"
-    with pytest.raises(TimingError, match=rf"header key '{key}' .*{message}"):
+    with pytest.raises(TimingError, match=rf"header key.*'{key}'.*{message}" if "' x '" not in message else message):
         load(tmp_path, lines)
 
 
@@ -137,6 +141,42 @@ def test_unknown_header_keys_and_broken_yaml_are_named(tmp_path, lines):
         load(tmp_path, ["# lauch_s: 1", *lines])
     with pytest.raises(TimingError, match="row 1: the header is not YAML"):
         load(tmp_path, ["# a: b: c", *lines])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("# layers: 3", "row 12: .*key 'layers' stands twice"),
+        ("# conditions: {clock: 1, clock: 2}", "row 1: .*key 'clock' stands twice"),
+        ("# conditions: &a {power: *a}", "recursive"),
+        ("# date: 2026-02-31", "day is out of range|must be in range"),
+        ("# 7: x", "unknown header key 7"),
+        ("# engine_loop_s: 0.5", r"'engine_loop_s' must be at most host_s \(0\), got 0.5"),
+        ("# least_s: {head: [1]}", r"'least_s' must give two numbers .* got head: \[1\]"),
+        ("# least_s: {tail: [1, 2]}", r"'least_s' must give two numbers .* got tail"),
+        ("# least_s: {head: 5}", "'least_s' must give two numbers .* got head: 5"),
+        ("# max_context: 0", "'max_context' must be above 0"),
+    ],
+)
+def test_keys_that_stand_twice_or_say_the_impossible_are_named(tmp_path, lines, line, message):
+    kept = [old for old in lines if line.startswith("# layers") or not old.startswith(line.split(":")[0] + ":")]
+    with pytest.raises(TimingError, match=rf"trace.csv.*({message})"):
+        load(tmp_path, [line, *kept])
+
+
+@pytest.mark.parametrize(("column", "text"), [(1, 30 * "9"), (2, 30 * "9")])
+def test_sizes_beyond_reason_are_refused(tmp_path, lines, column, text):
+    at = row_of(lines, "attention_decode,")
+    cells = lines[at].split(",")
+    cells[column] = text
+    lines[at] = ",".join(cells)
+    with pytest.raises(TimingError, match=rf"row {at + 1}: .* must be at most 1099511627776"):
+        load(tmp_path, lines)
+
+
+def test_a_table_that_is_no_csv_is_named(tmp_path, lines):
+    with pytest.raises(TimingError, match=r"trace.csv: the table is no CSV: field larger than field limit"):
+        load(tmp_path, [*lines, 200_000 * "x"])
 
 
 def test_other_columns_and_other_files_are_refused(tmp_path, lines):

@@ -17,7 +17,7 @@ import pandas as pd
 
 from qllm.traces.step_times import import_defaults as defaults
 from qllm.traces.step_times.aiconfigurator_points import decode_points, dense_points, prefill_points
-from qllm.traces.step_times.aiconfigurator_tables import LICENCE, Memory, Tables, series
+from qllm.traces.step_times.aiconfigurator_tables import DTYPES, LICENCE, Memory, Tables, series
 from qllm.traces.step_times.expert_fit import OUTLIER, ExpertFit, fit_balanced
 from qllm.traces.step_times.file_format import Point, TimingError, TimingWarning
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
@@ -27,20 +27,8 @@ from qllm.traces.step_times.timings import Timings
 # Tokens of the largest block of a kernel that passes over an expert's weights once a block. SGLang's fused_marlin_moe
 # takes blocks of 8, 16, 32, 48 or 64 tokens; the measured times step up after 64 and after each further 64.
 TILES = {"sglang_marlin_moe": 64}
-# Of a type of kernels: that of the weights in memory (a key of WEIGHT_BYTES), and whose peak the arithmetic has.
-DTYPES = {
-    "bfloat16": ("bf16", "bfloat16"),
-    "float16": ("fp16", "bfloat16"),
-    "fp8": ("fp8", "fp8"),
-    "fp8_block": ("fp8", "fp8"),
-    "int8_wo": ("int8", "bfloat16"),
-    "sq": ("int8", "int8"),
-    "int4_wo": ("int4", "bfloat16"),
-    "nvfp4": ("nvfp4", "fp4"),
-    "w4afp8": ("int4", "fp8"),
-    "w4a16_mxfp4": ("mxfp4", "bfloat16"),
-    "w4a8_mxfp4_mxfp8": ("mxfp4", "fp8"),
-}
+# Keys of `modelled` and `conditions`: what an import made of the rows, and which it took.
+NOTES = ("faster than the memory", "sliding window", "of several kernels")
 SLOW = 4.0  # times the roofline, from which other frameworks' tables are looked at
 _ALLOWED = f"allowed: {', '.join(WEIGHT_BYTES)}"
 BETTER = 2.0  # times faster, from which one of them is named
@@ -273,6 +261,7 @@ def import_aiconfigurator(
             "timed": "kernel time: CUDA-graph replays between CUDA events; repeats and spread not stated",
             "expert_fit": f"relative error on its own rows: mean {errors.mean():.4f}, largest {errors.max():.4f}",
             **({"expert_fit_dropped": f"rows of {dropped} tokens, far off the line"} if dropped else {}),
+            **_kernels(tables, gemm, attended, experts),
             **({"implausible": told} if told else {}),
         },
         modelled={
@@ -293,16 +282,26 @@ def import_aiconfigurator(
     return timings
 
 
+def _kernels(tables: Tables, *parts: _Part) -> dict[str, str]:
+    """What the header says of kernels that were measured at the same sizes: which was taken."""
+    lines = [
+        f"{part.name}, not {', '.join(tables.passed_over[part.name])}"
+        for part in parts
+        if part.name in tables.passed_over
+    ]
+    return {NOTES[2]: "; ".join(lines)} if lines else {}
+
+
 def _notes(shape: ModelShape, floored: Mapping[str, int]) -> dict[str, str]:
     """What the header says of rows below the roofline, and of layers with a sliding window."""
     notes = {}
     if any(floored.values()):
         rows = ", ".join(f"{count} of {step}" for step, count in floored.items() if count)
-        notes["faster than the memory"] = (
+        notes[NOTES[0]] = (
             f"rows whose weights or KV had stayed in the L2 cache take bytes / bandwidth (source = modelled): {rows}"
         )
     if shape.window_layers:
-        notes["sliding window"] = (
+        notes[NOTES[1]] = (
             f"attention is the mean over {shape.layers} layers, of which {shape.window_layers} see the last "
             f"{shape.window} tokens; kv_bytes_per_token counts all layers"
         )

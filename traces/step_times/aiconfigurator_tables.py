@@ -22,6 +22,20 @@ FILES = {  # kind of table: (folder, how its file's name begins, the columns tha
     "generation": ("attention", "generation_attention_perf", ("batch_size", "step")),
     "moe": ("moe", "moe_perf", ("num_tokens",)),
 }
+# Of a type of kernels: that of the weights in memory (a key of WEIGHT_BYTES), and whose peak the arithmetic has.
+DTYPES = {
+    "bfloat16": ("bf16", "bfloat16"),
+    "float16": ("fp16", "bfloat16"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8"),
+    "int8_wo": ("int8", "bfloat16"),
+    "sq": ("int8", "int8"),
+    "int4_wo": ("int4", "bfloat16"),
+    "nvfp4": ("nvfp4", "fp4"),
+    "w4afp8": ("int4", "fp8"),
+    "w4a16_mxfp4": ("mxfp4", "bfloat16"),
+    "w4a8_mxfp4_mxfp8": ("mxfp4", "fp8"),
+}
 ALIASES = {"workload_distribution": "distribution"}  # what some tables call a column
 KERNEL = "kernel_source"
 # Columns in which the rows of one curve may differ: what was measured, and by what.
@@ -55,6 +69,7 @@ class Tables:
             systems = sorted({path.parents[3].name for path in self.root.rglob("gemm_perf.parquet")}) or ["none"]
             raise TimingError(f"{self.root}: no tables for GPU {gpu!r}; GPUs here: {', '.join(systems)}")
         self.system = self._system()
+        self.passed_over: dict[str, list[str]] = {}  # FRAMEWORK:VERSION:KERNEL: others, measured at the same sizes
 
     def _identify(self, path: Path) -> tuple[str, str, str] | None:
         """(kind, framework, version) of a file, or None where it is of another GPU or of no use here."""
@@ -101,8 +116,10 @@ class Tables:
                 if kernel:
                     wanted = {**wanted, KERNEL: kernel}
                 rows = _select(_parquet(self.files[kind, *found], what, keys), what, **wanted)
-                rows, chosen = _one_kernel(rows, keys)
+                rows, chosen, others = _one_kernel(rows, keys)
                 kernel = kernel or chosen
+                if others:
+                    self.passed_over[f"{name}:{chosen}"] = others
                 return _checked_rows(rows, what, keys), f"{name}:{kernel}" if kernel else name
             except TimingError as error:
                 errors.append(error)
@@ -155,21 +172,21 @@ def _select(frame: pd.DataFrame, what: str, **wanted: Any) -> pd.DataFrame:
     return frame
 
 
-def _one_kernel(rows: pd.DataFrame, keys: tuple[str, ...]) -> tuple[pd.DataFrame, str]:
-    """The rows of one kernel, and its name, where several were measured at the same sizes; else all, and "".
+def _one_kernel(rows: pd.DataFrame, keys: tuple[str, ...]) -> tuple[pd.DataFrame, str, list[str]]:
+    """(The rows of one kernel, its name, the others') where several were measured at the same sizes; else all rows.
 
     Kernels that share the sizes out among them are one curve: the framework itself takes one or the other.
     """
     kernels = rows.groupby(list(keys))[KERNEL].nunique()
     if (kernels < 2).all():
-        return rows, ""
+        return rows, "", []
     shared = rows.set_index(list(keys)).loc[kernels.index[kernels > 1]]
     ranked = [
         (-len(mine), shared["latency"][shared[KERNEL] == kernel].sum(), str(kernel))
         for kernel, mine in rows.drop_duplicates([*keys, KERNEL]).groupby(KERNEL)
     ]
-    best = min(ranked)[2]
-    return rows[rows[KERNEL].astype(str) == best], best
+    best, *others = [kernel for _, _, kernel in sorted(ranked)]
+    return rows[rows[KERNEL].astype(str) == best], best, others
 
 
 def _checked_rows(rows: pd.DataFrame, what: str, keys: tuple[str, ...]) -> pd.DataFrame:

@@ -126,7 +126,8 @@ def _check_together(header: dict[str, Any], where: str) -> None:
     if header["layers"] * header["experts"] > MOST_EXPERTS:
         raise TimingError(f"{where}: header keys 'layers' x 'experts' must be at most {MOST_EXPERTS}")
     for step, least in header.get("least_s", {}).items():
-        numbers = [type(value) in (int, float) and 0 <= value < math.inf for value in least]
+        values = least if isinstance(least, list) else []
+        numbers = [type(value) in (int, float) and 0 <= value < math.inf for value in values]
         if step not in STEPS or len(numbers) != 2 or not all(numbers):
             raise TimingError(
                 f"{where}: header key 'least_s' must give two numbers of at least 0 for each of {', '.join(STEPS)}, "

@@ -4,6 +4,5 @@ SOURCE = "aiconfigurator-core"  # the installed package
 GPU = "a100_sxm"
 KERNELS = "sglang"  # whose MoE, GEMM and attention kernels
 KERNEL_DTYPE = "bfloat16"  # as the tables spell it
-WEIGHTS = "bf16"  # a key of model_shapes.WEIGHT_BYTES
 LAUNCH_S = 5e-6  # seconds per kernel launch
 HOST_S = 1e-3  # seconds of host time per pass

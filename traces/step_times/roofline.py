@@ -7,6 +7,7 @@ faster is no measurement of this work, and what is a thousand times slower is in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ class Gpu(NamedTuple):
 
 
 # NVIDIA's data sheets: V100 (2018), T4, A100 (2021), A10, A30, L4, L40S, H100 (2023), H200, B200 and GB200 (DGX), RTX
-# (Ada and Blackwell architecture papers); AMD's data sheets: MI250X, MI300X, MI325X. Keys are parts of a device's name.
+# (Ada and Blackwell architecture papers); AMD's data sheets: MI250X, MI300X, MI325X. Keys are parts of a device's name;
+# of several with one name (memory of 40 or 80 GB, PCIe or SXM) the fastest.
 GPUS = {
     "V100": Gpu(0.9e12, 125e12),
     "T4": Gpu(0.32e12, 65e12),
@@ -42,8 +44,7 @@ GPUS = {
     "H100 NVL": Gpu(3.9e12, 989e12),
     "GH200": Gpu(4.9e12, 989e12),
     "H200": Gpu(4.8e12, 989e12),
-    "B200": Gpu(8e12, 2.5e15),
-    "B300": Gpu(8e12, 2.5e15),
+    **dict.fromkeys(("B200", "GB200", "B300", "GB300"), Gpu(8e12, 2.5e15)),
     "RTX 4090": Gpu(1.01e12, 330e12),
     "RTX 5090": Gpu(1.79e12, 420e12),
     "RTX 6000 Ada": Gpu(0.96e12, 364e12),
@@ -65,8 +66,7 @@ _UNITS = (  # header key, values that its unit (seconds, bytes per second) makes
 
 def gpu_named(device: str) -> Gpu | None:
     """The GPU of that name ("NVIDIA A100-SXM4-80GB"), by the longest key of GPUS in it."""
-    words = device.replace("-", " ").upper()
-    found = [key for key in GPUS if f" {key.upper()}" in f" {words}"]
+    found = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key}(?![0-9])", device, re.IGNORECASE)]
     return GPUS[max(found, key=len)] if found else None
 
 

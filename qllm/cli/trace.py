@@ -63,7 +63,10 @@ def make(
     unit: Annotated[str | None, typer.Option(help=_UNIT)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
-    rate: Annotated[float | None, typer.Option(help="Mean requests per second; a recorded trace is stretched")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Mean requests per second; a recorded trace is stretched, or a batch gets Poisson arrivals"),
+    ] = None,
     spread: Annotated[
         bool, typer.Option("--spread", help="Spread recorded arrivals that coincide over the gap to the next")
     ] = False,

@@ -79,7 +79,7 @@ def test_a_batch_is_simulated_without_a_rate(tmp_path: Path, text: str) -> None:
     results = simulate(path)
     assert set(results.requests["rate"]) == {0.0}
     assert np.isfinite(results.summary[["rate", "ttft_mean_s", "throughput_rps", "turnaround_mean_s"]]).all(axis=None)
-    refused = qllm("simulate", path, "--set", "rate=2", "--out", out)
+    refused = qllm("simulate", path, "--set", "rate=2", "--out", tmp_path / "other")
     assert refused.returncode == 2
     assert "rate: " in refused.stderr
     assert "leave rate out (a batch), or give the trace arrivals" in refused.stderr

@@ -241,6 +241,9 @@ def test_a_column_that_stands_twice_is_refused(tmp_path):
     path = csv(tmp_path, "arrival_s,prompt_tokens,output_tokens,prompt_tokens", "1,5,7,6")
     with pytest.raises(TraceError, match="column 'prompt_tokens' stands twice"):
         read_requests(path)
+    path = jsonl(tmp_path, *rows(0), '{"timestamp": 1, "input_length": 5, "input_length": 50, "output_length": 5}')
+    with pytest.raises(TraceError, match="line 2: is no JSON object: 'input_length' stands twice"):
+        read_requests(path)
 
 
 # Arrivals that coincide

@@ -86,14 +86,26 @@ def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
     for count, line in enumerate(text_lines(path), start=1):
         if line.strip():
             try:
-                yield f"line {count}", json.loads(line, parse_float=Decimal)
+                yield f"line {count}", _loads(line)
             except (ValueError, RecursionError) as error:
                 skipped.row(f"line {count}", f"is no JSON object: {error}")
 
 
+def _loads(text: str) -> Any:
+    """JSON, its numbers exact. ValueError where a key stands twice: Python would drop the first."""
+    return json.loads(text, parse_float=Decimal, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{next(key for key in found if [k for k, _ in pairs].count(key) > 1)!r} stands twice")
+    return found
+
+
 def _array(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        entries = json.loads("".join(text_lines(path)), parse_float=Decimal)
+        entries = _loads("".join(text_lines(path)))
     except TraceError:
         raise
     except (ValueError, RecursionError) as error:

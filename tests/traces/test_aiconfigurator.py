@@ -219,6 +219,227 @@ def test_prefill_over_a_cached_prefix_is_the_difference_of_two_squares():
     assert points[1024, 512].seconds == pytest.approx(1e-9 * (1536**2 - 512**2))
 
 
+def two_kernels(frames: dict[str, pd.DataFrame], kind: str, factor: float, rows: slice = slice(None)) -> None:
+    """Let `kind` also hold rows of a kernel "other" that takes `factor` times as long."""
+    frame = frames[kind].assign(kernel_source="toy")
+    other = frame.assign(kernel_source="other", latency=factor * frame["latency"])
+    frames[kind] = pd.concat([frame, other.iloc[rows]], ignore_index=True)
+
+
+@pytest.mark.parametrize("kind", ["moe", "gemm", "context", "generation"])
+@pytest.mark.parametrize(("factor", "best"), [(0.8, "other"), (3.0, "toy")])
+def test_two_kernels_are_told_apart_and_the_fastest_is_taken(tmp_path, kind, factor, best):
+    frames = tables()
+    plain = imported(write(tmp_path / "plain", "flat", frames))
+    two_kernels(frames, kind, factor)
+    timings = imported(write(tmp_path / "both", "flat", frames))
+    assert timings.points == plain.points or best == "other"
+    if kind == "moe":
+        assert timings.experts_base_s == pytest.approx(30e-6 * min(factor, 1), rel=1e-5)
+    if kind != "context":
+        other = "other" if best == "toy" else "toy"
+        assert f"sglang:1.2:{best}" in timings.framework
+        assert timings.conditions["of several kernels"] == f"sglang:1.2:{best}, not {other}"
+
+
+def test_a_kernel_measured_at_more_sizes_goes_before_a_faster_one(tmp_path):
+    frames = tables()
+    two_kernels(frames, "moe", 0.5, slice(0, 4))
+    timings = imported(write(tmp_path, "flat", frames))
+    assert timings.experts_base_s == pytest.approx(30e-6, rel=1e-5)
+    assert "MoE sglang:1.2:toy (toy)" in timings.framework
+
+
+def test_kernels_that_share_the_sizes_out_are_one_curve(tmp_path):
+    frames = tables()
+    plain = imported(write(tmp_path / "plain", "flat", frames))
+    small = frames["gemm"]["m"] < 64
+    frames["gemm"] = frames["gemm"].assign(kernel_source=np.where(small, "small", "large"))
+    shared = imported(write(tmp_path / "shared", "flat", frames))
+    assert shared.points == plain.points
+    assert "of several kernels" not in shared.conditions
+
+
+def test_a_kernel_is_chosen_by_name(tmp_path):
+    frames = tables()
+    two_kernels(frames, "moe", 0.5)
+    folder = write(tmp_path, "flat", frames)
+    assert imported(folder, moe="sglang:1.2:toy").experts_base_s == pytest.approx(30e-6, rel=1e-5)
+    with pytest.raises(TimingError, match=r"no rows with kernel_source = third; .* there are: other, toy"):
+        imported(folder, moe="sglang:1.2:third")
+
+
+def test_skewed_rows_are_told_by_the_columns_older_name(tmp_path):
+    frames = tables()
+    skewed = frames["moe"].assign(distribution="power_law_1.2", latency=lambda rows: 3 * rows["latency"])
+    both = pd.concat([skewed, frames["moe"]])
+    frames["moe"] = both.rename(columns={"distribution": "workload_distribution"})
+    assert imported(write(tmp_path, "flat", frames)).experts_base_s == pytest.approx(30e-6, rel=1e-6)
+    frames["moe"] = both.drop(columns="distribution")
+    with pytest.raises(TimingError, match="column 'distribution' is missing, so rows with distribution = balanced"):
+        imported(write(tmp_path, "flat", frames))
+
+
+def test_what_stands_twice_is_named(tmp_path):
+    frames = tables()
+    frames["moe"]["workload_distribution"] = "power_law_1.2"
+    with pytest.raises(TimingError, match="moe table sglang:1.2: column 'distribution' stands twice"):
+        imported(write(tmp_path, "flat", frames))
+    frames["gemm"].to_parquet(tmp_path / "gemm__sglang__1.2__gemm_perf_again.parquet")
+    with pytest.raises(
+        TimingError, match=r"gemm_perf_again.parquet: a second gemm table of sglang:1.2, beside .*gemm_p"
+    ):
+        imported(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["moe", "gemm", "context", "generation"])
+@pytest.mark.parametrize("latency", [np.nan, 0.0, -1.0, np.inf])
+def test_a_row_without_a_latency_is_named(tmp_path, kind, latency):
+    frames = tables()
+    frames[kind].loc[1, "latency"] = latency
+    with pytest.raises(TimingError, match=rf"{kind} table sglang:1.2: 1 of \d+ rows have no latency above 0, first"):
+        imported(write(tmp_path, "flat", frames))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("generation", lambda t: t[t["step"] == 127], "decode attention needs 2 contexts .* the table has 127"),
+        ("generation", lambda t: t[t["batch_size"] > 1], "2 contexts of a batch of 1, the tables have 3 and 0"),
+        (
+            "generation",
+            lambda t: t[(t["batch_size"] > 1) | (t["step"] < 1023)],
+            r"smallest batch, 1, .* \(step\) of 1023",
+        ),
+        ("generation", lambda t: t[t["batch_size"] > 512], "no rows with|needs 2 contexts"),
+        ("generation", lambda t: t.drop(columns="step"), "generation table sglang:1.2: column 'step' is missing"),
+        ("context", lambda t: t[t["isl"] == 64], "attention needs 2 lengths of prompts"),
+        ("moe", lambda t: t[t["num_tokens"] > 8], "the base needs 2 rows"),
+        ("moe", lambda t: t[t["num_tokens"] < 16], "f needs a row of more than 16 assignments"),
+        ("moe", lambda t: t.drop(columns="device"), "moe table sglang:1.2: column 'device' is missing"),
+        ("moe", lambda t: t.drop(columns="latency"), "moe table sglang:1.2: column 'latency' is missing"),
+        ("moe", lambda t: t.rename(columns={"num_tokens": "tokens"}), "column 'num_tokens' is missing"),
+        ("moe", lambda t: t.assign(latency="fast"), "rows have no latency above 0, first that of num_tokens = 1: fast"),
+        (
+            "moe",
+            lambda t: pd.concat([t, t.assign(layout="b")]).fillna("a"),
+            r"rows of the same sizes differ in layout \(a",
+        ),
+    ],
+)
+def test_a_table_with_too_little_is_told_in_a_line(tmp_path, kind, rows, message):
+    frames = tables()
+    frames[kind] = rows(frames[kind])
+    with pytest.raises(TimingError, match=message):
+        imported(write(tmp_path, "flat", frames))
+
+
+@pytest.mark.parametrize(
+    "text", ["gpu: {mem_bw: 1}", "gpu: [", "gpu: {mem_bw: 0, mem_capacity: 1}\nnode: {pcie_bw: 1}", ""]
+)
+def test_a_gpu_file_without_what_is_needed_is_named(tmp_path, text):
+    folder = write(tmp_path, "flat", tables())
+    (folder / "toy.yaml").write_text(text)
+    with pytest.raises(TimingError, match=r"toy.yaml: needs gpu.mem_bw, gpu.mem_capacity and node.pcie_bw"):
+        imported(folder)
+
+
+def test_no_row_is_faster_than_the_memory(tmp_path):
+    """Weights and KV that stayed in the L2 cache: rows of one token take bytes / bandwidth, and say so."""
+    frames = tables()
+    for kind in ("gemm", "generation", "moe"):
+        frames[kind]["latency"] *= 0.02
+    timings = imported(write(tmp_path, "flat", frames))
+    assert timings.implausible() == []
+    qkv = 2 * SHAPE.qkv_width * 1024
+    assert timings.dense_pre(1) == pytest.approx(
+        qkv / 1e12 + (8 * 1024 + 4 * SHAPE.qkv_width) / 0.8e12 + 6e-6, rel=1e-6
+    )
+    assert timings.attention_decode(8, 1023) == pytest.approx(8 * 1023 * 2 * 4 * 64 * 2 / 1e12, rel=1e-6)
+    one = 2 * 3 * 1024 * 512 / 1e12
+    assert timings.expert(1) == pytest.approx(one, rel=1e-6)
+    floored = {(p.step, p.tokens): p.source for p in timings.points if p.context in (None, 1023)}
+    assert floored["dense_pre", 1] == floored["expert", 1] == floored["attention_decode", 8] == "modelled"
+    assert floored["dense_pre", 1024] == "imported"
+    told = timings.modelled["faster than the memory"]
+    assert "bytes / bandwidth" in told
+    assert "6 of dense_pre" in told
+    assert "of attention_decode" in told
+    assert "of expert" in told
+
+
+def test_layers_with_a_window_do_not_count_as_full_attention(tmp_path):
+    frames, shape = tables(), replace(SHAPE, window=128, window_layers=3)
+    for kind, at in (("context", "isl"), ("generation", "step")):
+        frames[kind] = pd.concat(
+            frames[kind].assign(window_size=window, latency=lambda t, w=window: t["latency"] * (0.5 if w else 1))
+            for window in (0, 128)
+        )
+        assert at in frames[kind]
+    folder = write(tmp_path, "flat", frames)
+    timings = imported(folder, shape=shape)
+    assert timings.attention_decode(8, 127) == pytest.approx((1 / 4 + 3 / 4 / 2) * 1e-8 * 8 * 227)
+    assert timings.attention_prefill(128, 0) == pytest.approx((1 / 4 + 3 / 4 / 2) * 1e-9 * 128**2)
+    # 1,024 tokens over 32,768: nearly all of the time is that of the layer without a window
+    full = imported(folder).attention_prefill(1024, 32768)
+    assert timings.attention_prefill(1024, 32768) == pytest.approx(full / 4, rel=0.03)
+    assert timings.modelled["sliding window"].startswith(
+        "attention is the mean over 4 layers, of which 3 see the last 128"
+    )
+    assert timings.least_s["attention_decode"][1] == imported(folder).least_s["attention_decode"][1] / 4
+    with pytest.raises(TimingError, match=r"no rows with window_size = 64; .* there are: 0, 128"):
+        imported(folder, shape=replace(shape, window=64))
+    with pytest.raises(TimingError, match="column 'window_size' is missing, so rows with window_size = 128 cannot"):
+        imported(write(tmp_path / "old", "flat", tables()), shape=shape)
+
+
+def test_sizes_of_weights_follow_the_kernels_type(tmp_path):
+    frames = tables()
+    frames["moe"]["moe_dtype"] = "w4a16_mxfp4"
+    frames["gemm"]["gemm_dtype"] = "fp8_block"
+    folder = write(tmp_path, "flat", frames)
+    kinds = {"moe_dtype": "w4a16_mxfp4", "gemm_dtype": "fp8_block"}
+    assert imported(folder, **kinds).weights_bytes == SHAPE.weights_bytes("mxfp4", "fp8")
+    assert imported(folder, **kinds, expert_weights="fp8").weights_bytes == SHAPE.weights_bytes("fp8", "fp8")
+    with pytest.raises(TimingError, match="expert_weights: unknown type of weights 'fp7'; allowed: bf16, fp16"):
+        imported(folder, **kinds, expert_weights="fp7")
+    frames["moe"]["moe_dtype"] = "fp3"
+    with pytest.raises(TimingError, match="expert_weights must be given, since the weights of 'fp3' are not known"):
+        imported(write(tmp_path, "flat", frames), **{**kinds, "moe_dtype": "fp3"})
+
+
+def test_weights_beyond_the_memory_are_told(tmp_path):
+    folder = write(tmp_path, "flat", tables())
+    with pytest.warns(TimingWarning, match=r"weights of 2.1 GB do not fit in 1.0 GB of memory"):
+        imported(folder, shape=replace(SHAPE, vocab=10**6 // 2, layers=1, tied=False))
+
+
+def test_slow_kernels_name_a_framework_that_is_faster(tmp_path):
+    """As vLLM's FP8 GEMMs: 30 us whatever the size, on the host's account."""
+    folder = write(tmp_path, "nested", tables())
+    for op, kind, stem in (
+        ("gemm", "gemm", "gemm_perf"),
+        ("moe", "moe", "moe_perf"),
+        ("attention", "generation", "generation_attention_perf"),
+        ("attention", "context", "context_attention_perf"),
+    ):
+        path = folder / "data" / "toy" / op / "slow" / "1.0" / f"{stem}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        slow = tables()[kind]
+        slow.assign(latency=slow["latency"] + (0.03 if kind == "gemm" else 0.0)).to_parquet(path)
+    with pytest.warns(TimingWarning) as caught:
+        timings = imported(folder, dense="slow")
+    (line,) = [str(warning.message) for warning in caught]
+    assert "dense_post at 2 tokens takes 65.15 us" in line
+    assert "us by slow:1.0, " in line
+    assert "times what the GPU needs at least, and " in line
+    assert line.endswith("us by sglang; --dense sglang")
+    timings.save(tmp_path / "t.csv")
+    with pytest.warns(TimingWarning, match="--dense sglang"):  # the file keeps it
+        assert Timings.load(tmp_path / "t.csv").conditions["implausible"]
+    assert imported(folder).implausible() == []
+
+
 @pytest.mark.skipif(not A100.is_dir(), reason="the measured tables are not here")
 def test_the_shipped_files_are_what_the_tables_give():
     import sys

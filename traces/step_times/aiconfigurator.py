@@ -127,8 +127,8 @@ class _Importer:
         floored, rows = int((rows < least).sum()), rows.clip(lower=least)
         fit = fit_balanced(rows, shape.experts, shape.top_k, tile)
         points = [
-            Point("expert", int(m), None, max(float(f), one), source="imported" if real and f >= one else "modelled")
-            for m, f, real in zip(fit.tokens, fit.seconds, fit.measured, strict=True)
+            Point("expert", int(m), None, max(float(f), one), source="imported" if real else "modelled")
+            for m, f, real in zip(fit.tokens, fit.seconds, fit.measured & (fit.seconds > 1.000001 * one), strict=True)
         ]
         device = str(layers["device"].iloc[0])
         return _Experts(points, name, Counter(expert=floored), fit, rows, kernels, device, tile)

@@ -63,6 +63,10 @@ class Tables:
         self.files: dict[tuple[str, str, str], Path] = {}
         for path in sorted(self.root.rglob("*.parquet")):
             found = self._identify(path)
+            if found in self.files:
+                raise TimingError(
+                    f"{path}: a second {' table of '.join(found[:2])}:{found[2]}, beside {self.files[found]}"
+                )
             if found is not None:
                 self.files[found] = path
         if not self.files:

@@ -21,6 +21,7 @@ from qllm.traces.requests._columns import (
     Columns,
     SkippedRows,
     class_problem,
+    shortened,
     text_lines,
 )
 from qllm.traces.requests._time_units import Number, whole
@@ -117,7 +118,7 @@ def _problem(row: list[str], wanted: Sequence[str], cells: Sequence[int], conver
         try:
             convert([row[i]])
         except (ValueError, OverflowError):
-            return f"{name} is {row[i]!r}, must be {_ALLOWED[convert]}"
+            return f"{name} is {shortened(row[i])!r}, must be {_ALLOWED[convert]}"
     return None
 
 

@@ -18,6 +18,7 @@ from qllm.traces.requests._columns import (
     Columns,
     SkippedRows,
     class_problem,
+    shortened,
     text_lines,
 )
 from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
@@ -175,5 +176,4 @@ def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _short(value: object) -> str:
-    text = str(value) if isinstance(value, Decimal) else json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shortened(str(value) if isinstance(value, Decimal) else json.dumps(value, default=str))

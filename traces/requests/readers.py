@@ -119,7 +119,7 @@ def detect_format(path: str | Path) -> str:
     if first.startswith("{"):
         try:
             found = set(json.loads(first))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}, line {number}: is no JSON object: {error}") from None
         known = JSONL_COLUMNS
         if found == {CLASSES_HEADER}:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from qllm.experiment.results import Results as Results
     from qllm.experiment.results import load_results as load_results
     from qllm.experiment.sweep import simulate as simulate
-    from qllm.plots.curves import add_caption as add_caption
     from qllm.plots.curves import plot_slo as plot_slo
     from qllm.plots.curves import plot_ttft as plot_ttft
     from qllm.plots.point import plot_ablation as plot_ablation
@@ -28,13 +27,14 @@ if TYPE_CHECKING:
     from qllm.plots.point import plot_time_spent as plot_time_spent
     from qllm.plots.step_times import plot_expert_times as plot_expert_times
     from qllm.plots.step_times import plot_popularity as plot_popularity
+    from qllm.plots.style import add_caption as add_caption
 
 _WHERE = {
     "ConfigError": "qllm.config.yaml_lines",
     "Results": "qllm.experiment.results",
     "SweepError": "qllm.errors",
     "__version__": "qllm._version",
-    "add_caption": "qllm.plots.curves",
+    "add_caption": "qllm.plots.style",
     "load_config": "qllm.config.config",
     "load_results": "qllm.experiment.results",
     "plot_ablation": "qllm.plots.point",

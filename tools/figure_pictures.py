@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from qllm.plots.curves import COLOURS, add_caption, finish_axes, lines_of
+from qllm.plots.lines import lines_of
 from qllm.plots.schedule import plot_timeline, timeline_key
+from qllm.plots.style import COLOURS, add_caption, finish_axes, log_axis, part_lines
 from qllm.traces.results import PassSlice
 
 CLASSES = {0: "LS", 1: "BE"}

@@ -33,15 +33,21 @@ _PRINTED = (
     ("turn-\naround s", "turnaround_mean_s", ".1f"),
     ("SLO\nmet", "slo_attainment", ".1%"),
     ("done\nper s", "throughput_rps", ".2f"),
-    ("preempted\ntimes", "preemptions", "d"),
+    ("satu-\nrated", "saturated", ""),
+    ("pre-\nempted", "preemptions", "d"),
+    ("evic-\nted", "evictions", "d"),
+    ("rejec-\nted", "rejected", "d"),
+    ("KV\npeak", "kv_peak", ".0%"),
 )
-_WIDTH = 110  #: columns that the table needs
+_WIDTH = 1000  #: columns, more than any table needs
+_REASONS = 5  #: reasons of rejections that are told
 
 
 def print_table(results: Results, caption: str, folder: Path) -> None:
     """Print the summary, a row per point, class and policy, then `caption` and where the files are."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     others = [key for key in results.config.sweep if key != "rate"]
@@ -58,16 +64,34 @@ def print_table(results: Results, caption: str, folder: Path) -> None:
                 table.add_section()
             previous = key
             table.add_row(
-                f"{row['rate']:g}",
-                *(str(row[other]) for other in others),
-                str(row["class"]),
-                str(row["policy"]),
+                f"{row['rate']:g}" if row["rate"] > 0 else "-",
+                *(escape(str(row[name])) for name in (*others, "class", "policy")),
                 *(_cell(row[column], digits, header) for header, column, digits in _PRINTED),
             )
     console = Console()
-    console.width = max(console.width, _WIDTH + 16 * len(others))  # a narrower one would cut the numbers
+    console.width = _WIDTH  # a narrower one would cut the numbers
     console.print(table)
-    console.print(f"{caption}\nResults: {folder}/", highlight=False, markup=False, soft_wrap=True)
+    told = [*_rejections(results), _KEY, caption, f"Results: {folder}/"]
+    console.print("\n".join(told), highlight=False, markup=False, soft_wrap=True)
+
+
+_KEY = (
+    "Done per s: finished requests of the class / makespan, first arrival to last finish of any class. Saturated: its "
+    "queue still grew when arrivals ended. KV peak: of all classes."
+)
+
+
+def _rejections(results: Results) -> list[str]:
+    """A line per reason for which requests were rejected, numbers in it aside, with an example."""
+    rejected = results.counted[results.counted["status"] == "rejected"]
+    kinds = rejected["reason"].str.replace(r"\d+", "#", regex=True)
+    found = [(len(rows), str(rows["reason"].iloc[0])) for _, rows in rejected.groupby(kinds)]
+    ranked = sorted(found, key=lambda reason: -reason[0])
+    lines = [
+        f"Rejected {count} of {len(results.counted)} requests, such as: {text}" for count, text in ranked[:_REASONS]
+    ]
+    more = len(ranked) - _REASONS
+    return [*lines, f"Rejected for {more} more reasons: see requests.parquet"] if more > 0 else lines
 
 
 def print_failures(results: Results) -> None:
@@ -90,4 +114,6 @@ def print_failures(results: Results) -> None:
 def _cell(value: Any, digits: str, header: str) -> str:
     if value != value:  # nan
         return "-"
+    if not digits:
+        return "yes" if value else ""
     return format(value * 1000 if header.endswith("ms") else value, digits)

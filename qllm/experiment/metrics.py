@@ -137,9 +137,11 @@ def after_warmup(requests: pd.DataFrame, warmup: Warmup | None) -> pd.DataFrame:
     if warmup is None:
         return requests
     if warmup.seconds is not None:
-        return requests[requests["arrival_s"] - requests["arrival_s"].min() >= warmup.seconds]
-    order = requests["arrival_s"].rank(method="first")
-    return requests[order > (warmup.share or 0.0) * len(requests)]
+        counts = requests["arrival_s"] - requests["arrival_s"].min() >= warmup.seconds
+    else:
+        counts = requests["arrival_s"].rank(method="first") > round((warmup.share or 0.0) * len(requests), 6)
+    kept: pd.DataFrame = requests.loc[counts]
+    return kept
 
 
 def bootstrap(seeds: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:

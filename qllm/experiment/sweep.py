@@ -25,6 +25,7 @@ from qllm.experiment.backends import parallel
 from qllm.experiment.cache import CachedRun, finish, keys, read, write
 from qllm.experiment.results import Results, make_folder
 from qllm.experiment.run import Run, runs, sweep_rows
+SEVERAL = " | "  #: between the timing traces that a sweep uses, where its provenance names them
 
 Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
 
@@ -150,7 +151,7 @@ def provenance(config: Config) -> dict[str, str]:
         "qllm": _version("qllm-moe"),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("numpy", "pandas", "pyarrow", "simpy")},
-        "timings": f"{timings.name}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}",
+        "timings": SEVERAL.join(told),
         "timings_sha256": digest,
     }
 

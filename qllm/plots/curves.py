@@ -1,202 +1,309 @@
-"""Figures: TTFT and SLO attainment against request rate, a line per policy, with a band over seeds."""
+"""Figures of a sweep: what each class gets under each policy, against what was swept, with a band over the seeds."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
 
 from qllm.config.config import RATE
-from qllm.experiment.metrics import band, good, per_request
+from qllm.config.yaml_lines import ConfigError
+from qllm.experiment.metrics import BOUNDS, bootstrap, percentile
 from qllm.experiment.results import Results
+from qllm.plots.lines import (
+    lines_of,
+    most_urgent,
+    name_places,
+    other_keys,
+    places_of,
+    spread_out,
+    titles,
+    x_axis,
+)
+from qllm.plots.notes import bounds_of, notes, told
+from qllm.plots.style import add_caption, finish_axes, log_axis, new_axes, new_figure, part_lines
 
-# Okabe and Ito (2008), told apart by colour-blind readers; markers repeat the difference in black and white.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MOST_FACETS = 8  #: combinations of further swept values that one figure shows
+_FAINT = 0.15
+_SATURATED = "_saturated"  #: label of markers, which no legend shows
+
+
+class _Metric(NamedTuple):
+    """A column of the summary in figures: its title, the values of a run that it sums up, and how."""
+
+    title: str
+    column: str
+    statistic: Callable[[np.ndarray], float]
+    scale: str = "log"
+
+
+def _tail(percent: float) -> Callable[[np.ndarray], float]:
+    return lambda values: percentile(values, percent)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _ratio(values: np.ndarray) -> float:
+    done, seconds = values.sum(axis=0)
+    return float(done / seconds) if seconds > 0 else float("nan")
+
+
+_METRICS = {
+    "ttft_mean_s": _Metric("TTFT, mean (s)", "ttft_s", _mean),
+    "ttft_p50_s": _Metric("TTFT, median (s)", "ttft_s", _tail(50)),
+    "ttft_p95_s": _Metric("TTFT, p95 (s)", "ttft_s", _tail(95)),
+    "ttft_p99_s": _Metric("TTFT, p99 (s)", "ttft_s", _tail(99)),
+    "ttft_over_isolated_p99": _Metric("TTFT / isolated TTFT, p99", "ttft_over_isolated", _tail(99)),
+    "turnaround_mean_s": _Metric("turnaround, mean (s)", "turnaround_s", _mean),
+    "throughput_rps": _Metric("throughput (requests/s)", "finished", _ratio, "from 0"),
+    "slo_attainment": _Metric("SLO attainment (good / sent)", "good", _mean, "share"),
+    "slo_ttft_met": _Metric("TTFT bound met (of sent)", "slo_ttft_met", _mean, "share"),
+    "slo_ttft_over_isolated_met": _Metric(
+        "TTFT / isolated bound met (of sent)", "slo_ttft_over_isolated_met", _mean, "share"
+    ),
+    "slo_tpot_met": _Metric("TPOT bound met (of sent)", "slo_tpot_met", _mean, "share"),
+}
+#: the bound of an SLO that is drawn as a line, by what the name of a column begins with
+_BOUND_OF = {"ttft_over_isolated": ("ttft_over_isolated", "x isolated"), "ttft_": ("ttft", " s")}
 
 
 def plot_ttft(results: Results, column: str = "ttft_mean_s", cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw one TTFT column of the summary against the swept rate, a line per policy, on the axes returned.
+    """Draw one TTFT column of the summary against what was swept, a line per policy, on the axes returned.
 
-    The band (mean TTFT only) is the 95 % t-interval over seeds; the dashed line the SLO of the class, in the same unit.
+    The band is the 95 % bootstrap over seeds, the dashed line the bound of the class. Hollow: saturated.
 
     Args:
         results: What a sweep gave.
         column: A TTFT column of the summary, in seconds or over the isolated TTFT.
         cls: The class; default: the most urgent one.
         ax: Where to draw; default: axes of a new figure.
+
+    Raises:
+        ConfigError: There is no such column or class.
     """
-    ax = ax or new_axes()
-    cls = cls or most_urgent(results)
-    x = x_axis(results)
-    for (label, style), lines in lines_of(results.summary[results.summary["class"] == cls], x):
-        ax.plot(lines[x], lines[column], label=label, **style)
-        if column == "ttft_mean_s":
-            low = lines["ttft_mean_lo_s"].clip(lower=lines[column].min() / 100)
-            ax.fill_between(lines[x], low, lines["ttft_mean_hi_s"], color=style["color"], alpha=0.15, linewidth=0)
-    slo = results.config.classes[cls].slo
-    limit = None
-    if slo is not None:
-        limit = slo.ttft_over_isolated if column == "ttft_over_isolated_p99" else slo.ttft
-    if limit is not None:
-        ax.axhline(limit, color="0.3", linestyle="--", linewidth=1, label=f"SLO {limit:g}{_unit(column)}")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_ylabel(f"{cls} {_TITLES[column]}")
-    finish_axes(ax, x)
-    return ax
+    return _plot(results, "plot_ttft", column, [name for name in _METRICS if name.startswith("ttft")], cls, ax)
 
 
-def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw SLO attainment (good / sent) against the swept rate, a line per policy, on the axes returned.
+def plot_slo(results: Results, cls: str | None = None, ax: Axes | None = None, column: str = "slo_attainment") -> Axes:
+    """Draw SLO attainment (good / sent) against what was swept, a line per policy, on the axes returned.
 
-    The band is the 95 % t-interval over the seeds' attainments, cut off at 0 and 1.
+    The band is the 95 % bootstrap over seeds. Hollow: saturated.
 
     Args:
         results: What a sweep gave.
         cls: The class; default: the most urgent one.
         ax: Where to draw; default: axes of a new figure.
+        column: "slo_attainment", or the column of the summary for one bound, such as "slo_tpot_met".
+
+    Raises:
+        ConfigError: There is no such column or class.
     """
-    ax = ax or new_axes()
+    return _plot(results, "plot_slo", column, [name for name in _METRICS if name.startswith("slo")], cls, ax)
+
+
+def _plot(results: Results, name: str, column: str, allowed: list[str], cls: str | None, ax: Axes | None) -> Axes:
     cls = cls or most_urgent(results)
-    x = x_axis(results)
-    slos = {name: job.slo for name, job in results.config.classes.items()}
-    values = per_request(results.requests[results.requests["class"] == cls])
-    values["good"] = good(values, slos)
-    for (label, style), lines in lines_of(values, x):
-        at = lines.groupby(x, sort=True)
-        mean = at["good"].mean()
-        bands = [band(group.groupby("seed")["good"].mean().to_numpy()) for _, group in at]
-        ax.plot(mean.index, mean, label=label, **style)
-        low, high = np.clip(np.array(bands).T, 0, 1)
-        ax.fill_between(mean.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    ax.set_ylim(-0.02, 1.02)
-    ax.set_ylabel(f"{cls} SLO attainment (good / sent)")
-    finish_axes(ax, x)
+    if column not in allowed:
+        raise ConfigError(f"{name}: column is {column!r}; allowed: {', '.join(allowed)}")
+    if cls not in results.config.classes:
+        raise ConfigError(f"class is {cls!r}; allowed: {', '.join(results.config.classes)}")
+    ax = ax or new_axes()
+    part_lines(ax, _draw(results, column, cls, ax))
     return ax
 
 
-def save_figures(results: Results, out: str | Path, caption: str) -> list[Path]:
-    """Write ttft.png, ttft.svg and, where a class has an SLO, slo.png and slo.svg into `out`; return their paths."""
-    cls = most_urgent(results)
-    slo = results.config.classes[cls].slo
-    tail = "ttft_over_isolated_p99" if slo and slo.ttft_over_isolated else "ttft_p99_s"
+def save_figures(results: Results, out: str | Path, caption: str, policies: Sequence[str] = ()) -> list[Path]:
+    """Write the figures of a sweep as PNG and SVG, a row of panels per class.
+
+    They are "ttft" (mean and tail), "throughput" (turnaround and throughput) and, where a class has an SLO, "slo"
+    (attainment by bound).
+
+    Args:
+        results: What a sweep gave.
+        out: The folder, which exists.
+        caption: Where the step times come from, below each figure; what the figure's signs mean is added.
+        policies: In the order of their colours, so that figures of several results agree; default: those of `results`.
+
+    Returns:
+        The paths of the files.
+    """
+    classes = results.config.classes
+    tails = {
+        name: "ttft_over_isolated_p99" if bounds_of(results, name)["ttft_over_isolated"] else "ttft_p99_s"
+        for name in classes
+    }
+    figures: dict[str, dict[str, list[str]]] = {
+        "ttft": {name: ["ttft_mean_s", tails[name]] for name in classes},
+        "throughput": {name: ["turnaround_mean_s", "throughput_rps"] for name in classes},
+    }
+    slo = {}
+    for name in classes:
+        given = [BOUNDS[key] for key, values in bounds_of(results, name).items() if values]
+        if given:
+            slo[name] = given if len(given) == 1 else [*given, "slo_attainment"]
+    if slo:
+        figures["slo"] = slo
     written = []
-    figure = _figure(2)
-    for ax, column in zip(figure.subplots(1, 2), ("ttft_mean_s", tail), strict=True):
-        plot_ttft(results, column, cls, ax)
-    written += _write(figure, Path(out) / "ttft", results, caption)
-    with_slo = [name for name, job in results.config.classes.items() if job.slo is not None]
-    if with_slo:
-        figure = _figure(len(with_slo))
-        for ax, name in zip(figure.subplots(1, len(with_slo), squeeze=False)[0], with_slo, strict=True):
-            plot_slo(results, name, ax)
-        written += _write(figure, Path(out) / "slo", results, caption)
+    for stem, panels in figures.items():
+        figure = _panels(results, panels, caption, policies)
+        with matplotlib.rc_context({"svg.hashsalt": results.config.name, "svg.fonttype": "none"}):
+            for suffix, settings in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+                path = Path(out) / f"{stem}{suffix}"
+                figure.savefig(path, dpi=150, metadata=settings)
+                written.append(path)
+                figure.set_layout_engine("none")  # the second file has the layout of the first
     return written
 
 
-def most_urgent(results: Results) -> str:
-    """The class with the lowest priority number (the first of equals)."""
-    classes = results.config.classes
-    return min(classes, key=lambda name: classes[name].priority)
-
-
-def x_axis(results: Results) -> str:
-    """The swept key on the x axis: the rate, or the first other key with numbers if only that was swept."""
-    swept = results.config.sweep
-    others = [key for key in swept if key != RATE and len(swept[key]) > 1 and _numeric(results.summary[key])]
-    return RATE if results.summary[RATE].nunique() > 1 or not others else others[0]
-
-
-_TITLES = {
-    "ttft_mean_s": "TTFT, mean (s)",
-    "ttft_p50_s": "TTFT, median (s)",
-    "ttft_p95_s": "TTFT, 95th percentile (s)",
-    "ttft_p99_s": "TTFT, 99th percentile (s)",
-    "ttft_over_isolated_p99": "TTFT / isolated TTFT, 99th percentile",
-}
-
-
-def lines_of(rows: pd.DataFrame, x: str) -> Iterator[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
-    """((label, style), rows sorted by `x`) per policy and per combination of the other swept keys."""
-    fixed = [name for name in rows.columns if "." in name and name != x] + ([RATE] if x != RATE else [])
-    groups = ["policy", *(name for name in fixed if rows[name].nunique() > 1)]
-    for position, (key, group) in enumerate(rows.groupby(groups, sort=False, observed=True)):
-        values = key if isinstance(key, tuple) else (key,)
-        label = ", ".join([str(values[0]), *(f"{n}={v}" for n, v in zip(groups[1:], values[1:], strict=True))])
-        style = {
-            "color": COLOURS[position % len(COLOURS)],
-            "marker": _MARKERS[position % len(_MARKERS)],
-            "markersize": 4,
-            "linewidth": 1.5,
-        }
-        yield (label, style), group.sort_values(x)
-
-
-def _numeric(values: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(values)
-
-
-def _unit(column: str) -> str:
-    return "x isolated" if column == "ttft_over_isolated_p99" else " s"
-
-
-def finish_axes(ax: Axes, x: str) -> None:
-    """Name the x axis, draw a light grid, leave the frame out."""
-    ax.set_xlabel("request rate (requests/s)" if x == RATE else x)
-    ax.grid(True, which="major", color="0.9", linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(panels: int) -> Figure:
-    """A figure without pyplot: no global state, no display, the same bytes for the same data."""
-    figure = Figure(figsize=(1.2 + 4.2 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+def _panels(results: Results, panels: dict[str, list[str]], caption: str, policies: Sequence[str]) -> Figure:
+    """A figure with a row of panels per class, and as many rows again for each further combination of swept values."""
+    keys = other_keys(results)
+    unique = results.summary[keys].drop_duplicates().itertuples(index=False, name=None) if keys else [()]
+    facets = [dict(zip(keys, values, strict=True)) for values in unique]
+    left_out, facets = len(facets) - MOST_FACETS, facets[:MOST_FACETS]
+    columns = max(map(len, panels.values()))
+    figure = new_figure(1.2 + 4.2 * columns, 1.2 + 3.1 * len(facets) * len(panels))
+    grid = figure.subplots(len(facets) * len(panels), columns, squeeze=False)
+    drawn: list[tuple[str, str, Axes, list[list[Artist]]]] = []
+    for row, (facet, cls) in enumerate((facet, cls) for facet in facets for cls in panels):
+        for ax, column in zip(grid[row], panels[cls], strict=False):
+            drawn.append((cls, column, ax, _draw(results, column, cls, ax, facet, policies)))
+            ax.set_title(", ".join(told(results, *swept) for swept in facet.items()), fontsize=9, loc="left")
+        for ax in grid[row][len(panels[cls]) :]:
+            ax.set_axis_off()
+    for place in dict.fromkeys((cls, column) for cls, column, *_ in drawn):
+        alike = [ax for cls, column, ax, _ in drawn if (cls, column) == place]
+        lows, highs = zip(*(ax.get_ylim() for ax in alike), strict=True)
+        for ax in alike:
+            ax.set_ylim(min(lows), max(highs))
+            if ax.get_yscale() == "log":
+                log_axis(ax.yaxis)  # numbers for the limits that it has now
+    parted = [part_lines(ax, lines) for _, _, ax, lines in drawn]
+    hollow = any(artist.get_label() == _SATURATED for *_, lines in drawn for line in lines for artist in line)
+    _legend(figure, hollow)
+    said = notes(results, columns={column for _, column, *_ in drawn}, hollow=hollow, parted=any(parted))
+    if left_out > 0:
+        said.append(f"{left_out} of {left_out + MOST_FACETS} combinations of swept values are in the table only.")
+    add_caption(figure, " ".join([f"{caption.rstrip('.')}.", *said]))
     return figure
 
 
-def new_axes() -> Axes:
-    """Axes of a pyplot figure, as notebooks show them."""
-    from matplotlib import pyplot  # only notebooks need pyplot and the window system that it may bring
-
-    axes: Axes = pyplot.subplots(figsize=(5.4, 4.0), layout="constrained")[1]
-    return axes
-
-
-def add_caption(figure: Figure, caption: str | Results) -> None:
-    """Write a caption below the panels of a figure.
-
-    Args:
-        figure: Any figure.
-        caption: The text; or results, of which it says whether they are simulated, and on what.
-    """
-    text = caption if isinstance(caption, str) else _origin(caption.config.provenance["timings"])
-    lines = textwrap.fill(text, int(18 * figure.get_figwidth()))  # about 18 letters an inch in this size
-    figure.supxlabel(lines, fontsize=7, color="0.35")
-
-
-def _origin(timings: str) -> str:
-    """What a figure of results says: `timings` is the provenance of the step times, or names the real engine."""
-    return f"Measured. {timings}" if timings.startswith("engine: real") else f"Simulated. Timings: {timings}"
-
-
-def _write(figure: Figure, stem: Path, results: Results, caption: str) -> list[Path]:
+def _legend(figure: Figure, hollow: bool) -> None:
     shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    add_caption(figure, caption)
-    with matplotlib.rc_context({"svg.hashsalt": results.config.name, "svg.fonttype": "none"}):
-        figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-    return [stem.with_suffix(".png"), stem.with_suffix(".svg")]
+    if hollow:
+        signs: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "0.3", "linestyle": "", "markersize": 4.5}
+        shown["saturated"] = Line2D([], [], **signs)
+    widest = max(map(len, shown), default=1)
+    columns = max(1, min(5, int(11 * figure.get_figwidth() / (widest + 7))))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _draw(
+    results: Results,
+    column: str,
+    cls: str,
+    ax: Axes,
+    facet: Mapping[str, Any] | None = None,
+    policies: Sequence[str] = (),
+) -> list[list[Artist]]:
+    """Draw a column of the summary for one class; returns the artists of each line, which may coincide with others.
+
+    `facet`: only these values of further swept keys; else each combination of them has lines of its own.
+    """
+    x, metric = x_axis(results), _METRICS[column]
+    rows = _at(results.summary[results.summary["class"] == cls], facet or {})
+    keys = [key for key in other_keys(results) if key not in (facet or {})]
+    found = list(lines_of(rows, x, keys, policies or titles(results)))
+    bands = _bands(results, column, cls)
+    lines = []
+    for number, ((label, style), line) in enumerate(found):
+        at = places_of(results, x, line[x], number, len(found))
+        values = line[column].to_numpy(dtype=float)
+        low, high = np.array([bands.get(key, (np.nan, np.nan)) for key in _keys(results, line)]).T
+        if spread_out(results, x):
+            band: Artist = ax.fill_between(at, low, high, color=style["color"], alpha=_FAINT, linewidth=0)
+        else:
+            style = {**style, "linestyle": ""}
+            band = ax.vlines(at, low, high, color=style["color"], alpha=0.5, linewidth=2)
+        artists = [*ax.plot(at, values, label=label, **style), band]
+        full = line["saturated"].to_numpy(dtype=bool)
+        if full.any():
+            hollow = {**style, "linestyle": "", "markerfacecolor": "white", "label": _SATURATED, "zorder": 2.5}
+            artists += ax.plot(at[full], values[full], **hollow)
+        lines.append(artists)
+    if column == "throughput_rps" and spread_out(results, x):
+        _draw_offered(results, cls, facet or {}, x, ax)
+    _draw_bound(results, cls, column, ax)
+    ax.set_ylabel(f"{cls} {metric.title}")
+    finish_axes(ax, x)
+    name_places(results, x, [label for (label, _), _ in found], ax)
+    if metric.scale == "share":
+        ax.set_ylim(-0.05, 1.05)
+    elif metric.scale == "from 0":
+        ax.set_ylim(bottom=0)
+    elif (rows[column] > 0).any():
+        log_axis(ax.yaxis)
+    if not rows[column].notna().any():
+        ax.text(0.5, 0.5, "no request has this value", transform=ax.transAxes, ha="center", color="0.4", fontsize=9)
+    return lines
+
+
+def _draw_bound(results: Results, cls: str, column: str, ax: Axes) -> None:
+    """The bound of the class as a line, where it is of the column's unit and the same at all points."""
+    key, unit = next((bound for start, bound in _BOUND_OF.items() if column.startswith(start)), (None, ""))
+    bounds = bounds_of(results, cls)[key] if key else []
+    if len(bounds) == 1:
+        ax.axhline(bounds[0], color="0.3", linestyle="--", linewidth=1, label=f"SLO {bounds[0]:g}{unit}")
+
+
+def _draw_offered(results: Results, cls: str, facet: Mapping[str, Any], x: str, ax: Axes) -> None:
+    """What the class sends, in requests per second between the first arrival and the last of any class."""
+    rows = _at(results.counted, facet)
+    rows = rows[rows["policy"] == rows["policy"].iloc[0]] if len(rows) else rows
+    sent = rows[rows["class"] == cls].groupby(x).size()
+    runs = rows.groupby([x, *(key for key in other_keys(results) if key not in facet), "seed"])["arrival_s"]
+    seconds = (runs.max() - runs.min()).groupby(level=0).sum()
+    offered = (sent / seconds.where(seconds > 0)).dropna()
+    ax.plot(offered.index, offered, color="0.4", linestyle=":", linewidth=1.2, label="offered", zorder=3)
+
+
+def _bands(results: Results, column: str, cls: str) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """The 95 % bands over the seeds, by policy and point."""
+    metric, by_run = _METRICS[column], [*_point(results), "seed"]
+    mine = results.counted[results.counted["class"] == cls]
+    seeds: dict[tuple[Any, ...], list[np.ndarray]] = {}
+    if metric.column == "finished":
+        runs = results.counted.groupby(by_run, sort=False, observed=True)
+        done = mine.groupby(by_run, sort=False, observed=True)["finish_s"].count()
+        makespan = (runs["finish_s"].max() - runs["arrival_s"].min()).fillna(0.0)
+        for run, seconds in zip(makespan.index.to_list(), makespan, strict=True):
+            seeds.setdefault(run[:-1], []).append(np.array([[done.get(run, 0), seconds]]))
+    else:
+        for key, values in mine.groupby(by_run, sort=False, observed=True)[metric.column]:
+            seeds.setdefault(key[:-1], []).append(values.dropna().to_numpy())
+    return {key: bootstrap(values, metric.statistic) for key, values in seeds.items()}
+
+
+def _point(results: Results) -> list[str]:
+    """The columns that name a policy at a point of the sweep."""
+    return ["policy", RATE, *(key for key in results.config.sweep if key != RATE)]
+
+
+def _keys(results: Results, rows: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(rows[_point(results)].itertuples(index=False, name=None))
+
+
+def _at(table: pd.DataFrame, facet: Mapping[str, Any]) -> pd.DataFrame:
+    for key, value in facet.items():
+        table = table[table[key] == value]
+    return table

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.results import CONFIG, Results, load_results
+from qllm.experiment.sweep import SEVERAL
 from qllm.plots.curves import save_figures
+from qllm.plots.lines import titles
+from qllm.plots.style import origin
 
 #: What the source of a timing trace means for the numbers that follow from it.
 EXPLAINED = {
@@ -26,8 +30,12 @@ EXPLAINED = {
     "modelled": "Simulated on modelled step times; nothing here was measured.",
 }
 #: Columns of the side-by-side table.
-COMPARED = ("ttft_mean_s", "ttft_p99_s", "slo_attainment", "turnaround_mean_s", "throughput_rps")
-_FIGURES = ({"name": "ttft", "title": "TTFT"}, {"name": "slo", "title": "SLO attainment"})
+COMPARED = ("ttft_mean_s", "ttft_p99_s", "slo_attainment", "turnaround_mean_s", "throughput_rps", "saturated")
+_FIGURES = (
+    {"name": "ttft", "title": "TTFT"},
+    {"name": "throughput", "title": "Turnaround and throughput"},
+    {"name": "slo", "title": "SLO attainment"},
+)
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -43,8 +51,10 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report on folders of results to `out`, the same bytes for the same results. Raises ConfigError."""
     loaded = [load_results(folder) for folder in folders]
     labels = _labels([Path(folder) for folder in folders])
+    policies = list(dict.fromkeys(chain.from_iterable(titles(results) for results in loaded)))  # one colour each
     parts = [
-        _part(label, Path(folder), results) for label, folder, results in zip(labels, folders, loaded, strict=True)
+        _part(label, Path(folder), results, policies)
+        for label, folder, results in zip(labels, folders, loaded, strict=True)
     ]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qllm.plots", "."), autoescape=True, undefined=jinja2.StrictUndefined
@@ -88,19 +98,24 @@ def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
     return joined[several][columns].reset_index()
 
 
-def _part(label: str, folder: Path, results: Results) -> dict[str, Any]:
+def _part(label: str, folder: Path, results: Results, policies: Sequence[str]) -> dict[str, Any]:
     """What the template shows of one folder."""
     timings = results.config.provenance.get("timings", "unknown: unknown")
-    source = timings.partition(": ")[2].partition(";")[0]
+    sources = [(one.partition(": ")[2].partition(";")[0], one) for one in timings.split(SEVERAL)]
     with tempfile.TemporaryDirectory() as scratch:
-        save_figures(results, scratch, f"Timings: {timings}")
+        save_figures(results, scratch, origin(timings), policies)
         figures = {kind["name"]: _data(Path(scratch) / f"{kind['name']}.svg") for kind in _FIGURES}
     return {
         "label": label,
         "name": results.config.name,
-        "source": source,
-        "explained": EXPLAINED.get(source, "Where the step times come from is not known."),
-        "timings": timings,
+        "sources": [
+            {
+                "name": source,
+                "explained": EXPLAINED.get(source, "Where the step times come from is not known."),
+                "timings": one,
+            }
+            for source, one in sources
+        ],
         "figures": figures,
         "timeline": _data(folder / "timeline.png"),
         "summary": _table(results.summary.drop(columns=["ttft_mean_lo_s", "ttft_mean_hi_s"])),
@@ -111,12 +126,15 @@ def _part(label: str, folder: Path, results: Results) -> dict[str, Any]:
 
 def _table(data: pd.DataFrame) -> dict[str, Any]:
     """Columns and rows of a table for the template."""
-    text = [not pd.api.types.is_numeric_dtype(data[name]) for name in data.columns]
+    types = data.dtypes
+    text = [pd.api.types.is_bool_dtype(kind) or not pd.api.types.is_numeric_dtype(kind) for kind in types]
     columns = [{"name": str(name), "text": is_text} for name, is_text in zip(data.columns, text, strict=True)]
     return {"columns": columns, "rows": [[_cell(v) for v in row] for row in data.itertuples(index=False)]}
 
 
 def _cell(value: Any) -> Cell:
+    if isinstance(value, bool | np.bool_):
+        return Cell("yes", "yes") if value else Cell("no", "no")
     if isinstance(value, float):
         return Cell("-", "") if value != value else Cell(f"{value:.4g}", repr(value))
     return Cell(str(value), str(value))

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from qllm.config.from_config import cost_model
 from qllm.experiment.run import Run
-from qllm.plots.curves import COLOURS, new_axes
+from qllm.plots.style import COLOURS, add_caption, new_axes, new_figure
 from qllm.traces.results import PassSlice, RunResult
 
 _PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
@@ -125,8 +123,7 @@ def save_timeline(
         return False
     start, end = _window([slices for _, slices in shown])
     classes = {job.priority: name for name, job in reversed(recorded[0][0].config.classes.items())}
-    figure = Figure(figsize=(9, 1.2 + 2.0 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.2 + 2.0 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
         inside = [one for one in slices if one.end >= start and one.start <= end]
@@ -138,7 +135,7 @@ def save_timeline(
     key = timeline_key(classes)
     key = {**key, "handles": key["handles"][:-1], "labels": key["labels"][:-1]}
     figure.legend(**key, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    figure.supxlabel(f"A pass has the colour of the most urgent class in it. {caption}", fontsize=7, color="0.35")
+    add_caption(figure, f"A pass has the colour of the most urgent class in it. {caption}")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return True
 

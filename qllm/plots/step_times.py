@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from qllm.plots.curves import COLOURS, new_axes
+from qllm.plots.style import COLOURS, new_axes
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
 from qllm.traces.step_times.timings import Timings
 

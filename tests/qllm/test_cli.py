@@ -18,7 +18,8 @@ def test_simulate_writes_its_files_and_prints_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "out").iterdir()}
     tables = {"requests.parquet", "summary.csv", "config.yaml", "timeline.json"}
-    assert files == tables | {"points", "timeline.png", "ttft.png", "ttft.svg", "slo.png", "slo.svg"}
+    figures = {f"{name}.{kind}" for name in ("ttft", "throughput", "slo") for kind in ("png", "svg")}
+    assert files == tables | figures | {"points", "timeline.png"}
     assert "qllm" in done.stdout
     assert "affine: modelled" in done.stdout  # a modelled number is never shown as a measured one
     assert "\x1b" not in done.stdout

@@ -19,7 +19,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def lines(ax) -> dict[str, tuple[list, list]]:
-    return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+    """What has a label for a legend."""
+    drawn = {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()}
+    return {label: data for label, data in drawn.items() if not label.startswith("_")}
 
 
 def test_ttft_lines_are_the_summarys_columns(results: Results) -> None:
@@ -49,7 +51,14 @@ def test_another_class_and_other_swept_keys(results: Results, tmp_path: Path) ->
 def test_files_are_the_same_for_the_same_results_and_name_the_timings(results: Results, tmp_path: Path) -> None:
     caption = "Timings: affine: modelled; no device"
     first, second = (save_figures(results, folder, caption) for folder in _folders(tmp_path))
-    assert [path.name for path in first] == ["ttft.png", "ttft.svg", "slo.png", "slo.svg"]
+    assert [path.name for path in first] == [
+        "ttft.png",
+        "ttft.svg",
+        "throughput.png",
+        "throughput.svg",
+        "slo.png",
+        "slo.svg",
+    ]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert caption in (tmp_path / "0" / "ttft.svg").read_text()
@@ -57,7 +66,9 @@ def test_files_are_the_same_for_the_same_results_and_name_the_timings(results: R
 
 def test_no_slo_no_slo_figure(tmp_path: Path) -> None:
     without = simulate(write_config(tmp_path), set=["classes.ls.slo=null", "sweep.rate=[5]", "seeds=1"])
-    assert [path.name for path in save_figures(without, tmp_path, "")] == ["ttft.png", "ttft.svg"]
+    assert [path.name for path in save_figures(without, tmp_path, "")] == [
+        *("ttft.png", "ttft.svg", "throughput.png", "throughput.svg")
+    ]
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def both(folders: list[Path]) -> Path:
 def test_the_file_holds_everything_itself(both: Path) -> None:
     text = both.read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 1 + 2 * 2  # the icon, and two figures of each
+    assert len(sources) == 1 + 2 * 3  # the icon, and three figures of each
     assert all(source.startswith("data:") for source in sources)
     assert "url(" not in text
     assert "@import" not in text

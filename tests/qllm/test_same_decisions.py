@@ -86,6 +86,7 @@ def assert_same(real: RunResult, simulated: RunResult) -> None:
     for column in (*COLUMNS, *COUNTS):
         np.testing.assert_array_equal(getattr(real, column), getattr(simulated, column), err_msg=column)
     assert (real.makespan, real.passes) == (simulated.makespan, simulated.passes)
+    assert real.kv_peak == simulated.kv_peak > 0
     assert real.reasons == simulated.reasons
 
 

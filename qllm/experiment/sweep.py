@@ -145,8 +145,10 @@ def _results(config: Config, done: list[tuple[Run, CachedRun | Failure]]) -> Res
 
 def provenance(config: Config) -> dict[str, str]:
     """What the results depend on besides the configuration: versions, and the timing trace's source and content."""
-    timings = load_timings(config.timings)
-    digest = hashlib.sha256(repr(timings).encode() + repr(timings.points).encode()).hexdigest()[:16]
+    swept = config.sweep.get("timings", [config.timings])
+    used = [load_timings(name) for name in swept]
+    told = [f"{timings.name}: {timings.source}; {timings.device}; {timings.model}; {timings.dtype}" for timings in used]
+    digest = hashlib.sha256(b"".join(repr(t).encode() + repr(t.points).encode() for t in used)).hexdigest()[:16]
     return {
         "qllm": _version("qllm-moe"),
         "python": platform.python_version(),

@@ -210,6 +210,14 @@ def test_a_spike_in_the_decode_table_is_dropped_and_a_corner_is_modelled():
     assert points[8, 127].source == "imported"
 
 
+def test_a_spike_of_the_shortest_context_takes_the_next_ones_time():
+    decode = tables()["generation"]
+    decode.loc[(decode["batch_size"] == 1) & (decode["step"] == 1), "latency"] *= 100
+    points = {(p.tokens, p.context): p for p in decode_points(decode, "imported")}
+    assert points[1, 1].source == "modelled"
+    assert points[1, 1].seconds == pytest.approx(points[1, 127].seconds)
+
+
 def test_prefill_over_a_cached_prefix_is_the_difference_of_two_squares():
     causal = pd.Series({64: 64.0**2, 1024: 1024.0**2}) * 1e-9
     decode = decode_points(tables()["generation"], "imported")
@@ -283,7 +291,7 @@ def test_skewed_rows_are_told_by_the_columns_older_name(tmp_path):
 def test_what_stands_twice_is_named(tmp_path):
     frames = tables()
     frames["moe"]["workload_distribution"] = "power_law_1.2"
-    with pytest.raises(TimingError, match="moe table sglang:1.2: column 'distribution' stands twice"):
+    with pytest.raises(TimingError, match=r"moe table sglang:1.2: column 'distribution' stands twice"):
         imported(write(tmp_path, "flat", frames))
     frames["gemm"].to_parquet(tmp_path / "gemm__sglang__1.2__gemm_perf_again.parquet")
     with pytest.raises(

@@ -30,6 +30,7 @@ TILES = {"sglang_marlin_moe": 64}
 # Keys of `modelled` and `conditions`: what an import made of the rows, and which it took.
 NOTES = ("faster than the memory", "sliding window", "of several kernels")
 SLOW = 4.0  # times the roofline, from which other frameworks' tables are looked at
+KERNEL_S = 5e-6  # what a kernel takes however little it does; the time of one expert is a part of a kernel's
 _ALLOWED = f"allowed: {', '.join(WEIGHT_BYTES)}"
 BETTER = 2.0  # times faster, from which one of them is named
 
@@ -135,8 +136,8 @@ class _Importer:
 
     def slow(self, kind: str, option: str, mine: _Part, build: Callable[[str], _Part]) -> list[str]:
         """A line for the step whose rows are slow where another framework's kernels, by `build`, are not."""
-        least = {p[:3]: least_of(self.least, p) for p in mine.points}
-        slow = {p[:3]: p for p in mine.points if p.source == "imported" and p.seconds > SLOW * least[p[:3]] > 0}
+        least = {p[:3]: max(least_of(self.least, p), 0.0 if p.step == "expert" else KERNEL_S) for p in mine.points}
+        slow = {p[:3]: p for p in mine.points if p.source == "imported" and p.seconds > SLOW * least[p[:3]]}
         found = []
         for framework in self.tables.frameworks(kind) if slow else ():
             try:

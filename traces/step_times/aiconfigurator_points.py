@@ -133,6 +133,8 @@ def decode_points(
             raise TimingError(
                 f"decode attention: every row of batch {batch} is over {SPIKE} times that of a larger one"
             )
+        if batch == grid.index[0]:
+            row[: held[0]] = row[held[0]]  # a spike of the shortest context: no more than that of the next
         inner = slice(held[0], held[-1] + 1)
         row[inner] = np.exp(np.interp(logs[inner], logs[held], np.log(row[held])))
     if not np.isfinite(times[0]).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -14,6 +15,7 @@ from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomia
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
+from qllm.traces.step_times.timings import Timings, TimingWarning
 
 
 def simulate(
@@ -55,6 +57,7 @@ def simulate(
         SchedulerError: The policy broke, or requests are left that nobody serves.
     """
     levels = [priorities[name] for name in trace.classes]
+    _check_context(trace, steps.timings)
     workload = _Workload(trace, levels, Scheduler(policy, limits))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
@@ -72,6 +75,18 @@ def simulate(
             f"{next(iter(left.values()))!r}: nothing runs, and nothing will"
         )
     return workload.end(slices)
+
+
+def _check_context(trace: RequestTrace, timings: Timings) -> None:
+    """Warn of requests that the model could not serve, in a text that is the same for all runs of a sweep."""
+    limit = timings.context_limit
+    if limit is not None and (trace.prompt_tokens + trace.output_tokens > limit).any():
+        warnings.warn(
+            f"{timings.model} takes {limit} tokens of prompt and output together (max_context of its timings); longer "
+            "requests are simulated as if it took them",
+            TimingWarning,
+            stacklevel=3,
+        )
 
 
 def uniform(steps: PassCostModel) -> np.ndarray:

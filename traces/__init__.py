@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qllm.traces.step_times.cost_model import PassCostModel as PassCostModel
     from qllm.traces.step_times.file_format import Point as Point
     from qllm.traces.step_times.file_format import TimingError as TimingError
+    from qllm.traces.step_times.file_format import TimingWarning as TimingWarning
     from qllm.traces.step_times.interpolate import ExtrapolationWarning as ExtrapolationWarning
     from qllm.traces.step_times.model_shapes import SHAPES as SHAPES
     from qllm.traces.step_times.model_shapes import ModelShape as ModelShape
@@ -56,6 +57,7 @@ _WHERE = {
     "SHAPES": "qllm.traces.step_times.model_shapes",
     "Status": "qllm.traces.results",
     "TimingError": "qllm.traces.step_times.file_format",
+    "TimingWarning": "qllm.traces.step_times.file_format",
     "Timings": "qllm.traces.step_times.timings",
     "TraceError": "qllm.traces.requests.trace",
     "TraceWarning": "qllm.traces.requests.trace",

@@ -23,6 +23,7 @@ from qllm.traces.step_times.file_format import (
     render,
 )
 from qllm.traces.step_times.interpolate import Curve, ExtrapolationWarning, Grid
+from qllm.traces.step_times.model_shapes import SHAPES
 from qllm.traces.step_times.roofline import implausible, times_least
 
 __all__ = ["ExtrapolationWarning", "Point", "TimingError", "TimingWarning", "Timings", "bundled_timings"]
@@ -118,6 +119,12 @@ class Timings(TimingHeader):
     def after_prefill(self, batch: Any) -> Any:
         """Seconds a pass of `batch` decodes takes longer right after prompts; 0 where the trace does not say."""
         return 0.0 if self._after_prefill is None else self._after_prefill(batch)
+
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens that a sequence of the model may have, by the header or the known shape of that name; else None."""
+        known = SHAPES.get(self.model)
+        return self.max_context or (known.max_context or None if known else None)
 
     @property
     def steps(self) -> tuple[str, ...]:

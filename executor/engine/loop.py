@@ -11,18 +11,23 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import cast
 
 import torch
 
 from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.engine.clock import Clock
-from qllm.executor.engine.execution import Execution, MergePartners, cost_of, entries_of, execution_of
+from qllm.executor.engine.execution import (
+    Execution,
+    MergePartners,
+    cost_of,
+    entries_of,
+    execution_of,
+    sample_rows,
+    sampled_by,
+)
 from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.requests import EngineRequest, RequestTimes
-from qllm.executor.engine.sampling import sample
 from qllm.executor.errors import EngineClosed, ExecutorError, UnusableLogits
-from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split
 from qllm.scheduler import Pass, PolicyError, Request, Scheduler, SchedulerError
@@ -192,13 +197,8 @@ class Loop:
                 self._record(p, execution, now, first, True)
                 self._suspend(p, execution)
                 return
-        try:
-            tokens = self._sample(execution.running)
-        except Exception as error:
-            self._fail_pass(p, error)
-            return
         self._record(p, execution, now, first, False)
-        self._finish(p, execution, tokens)
+        self._finish(p, execution)
 
     def _begin(self, p: Pass) -> Execution:
         """The pass `p` over its sequences, with blocks for their new tokens; nothing of it ran yet."""
@@ -210,18 +210,9 @@ class Loop:
         if steps is not None and cost is not None:
             split = Split(cost.experts_per_group, cost.query_blocks, steps.merge_rows)
         policy = self.scheduler.policy
-        running = self.runner.begin(entries, split, self.partners if policy.merge else ())
+        running = self.runner.begin(entries, split, self.partners if policy.merge else (), sample_rows)
         sequences = tuple(sequence for sequence, _ in entries)
         return self.clock.execution(p, running, sequences, cost, policy.granularity)
-
-    def _sample(self, running: RunningPass) -> list[tuple[EngineRequest, int | None]]:
-        """The next token of each sequence that the pass computed to its end."""
-        sequences = [cast(EngineRequest, entry.seq) for entry in running.sampled]  # the entries of `_begin`
-        if not sequences:
-            return []
-        generated = [s.generated for s in sequences]
-        tokens = sample(running.logits, [s.sampling for s in sequences], generated, [s.seed for s in sequences])
-        return list(zip(sequences, tokens, strict=True))
 
     def _suspend(self, p: Pass, execution: Execution) -> None:
         if self.scheduler.suspended(p, self.clock.now()):
@@ -229,9 +220,10 @@ class Loop:
         else:
             self._discard(execution)
 
-    def _finish(self, p: Pass, execution: Execution, tokens: list[tuple[EngineRequest, int | None]]) -> None:
+    def _finish(self, p: Pass, execution: Execution) -> None:
         """`p` ended: hand its tokens out and let go of the requests that are done."""
         now = self.clock.now()
+        tokens = [(sequence, sequence.drawn) for sequence in sampled_by(execution.running)]
         while self.scheduled and self.scheduled[0].request.arrival < now:  # before the pass ended, so added before
             self.add(self.scheduled.popleft())
         ended: list[Request] = []

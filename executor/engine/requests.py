@@ -247,6 +247,7 @@ class EngineRequest(Sequence):
     stream: Stream
     sampling: SamplingParams
     seed: int  #: of its random numbers
+    drawn: int | None = None  #: its next token, where the pass that it is in has drawn one
     host: HostKV | None = None  #: its KV while that lies in host memory
     ended: bool = False
     error: Exception | None = None  #: what ended it, if an error did

@@ -24,8 +24,8 @@ class Point(NamedTuple):
     """What the pass would run next, in the numbers of `qllm.traces.step_times.cost_model.PassCostModel.position`."""
 
     layer: int  #: attention calls begun before this one (the decoder layer's number in all supported models)
-    stage: str  #: "attention" or "experts"
-    number: int  #: of the group of query blocks or of experts; groups without work are skipped
+    stage: str  #: "attention", "experts" or, after all layers, "head"
+    number: int  #: of the group of query blocks, experts or sampled rows; groups without work are skipped
 
 
 class RunningPass:
@@ -39,6 +39,7 @@ class RunningPass:
         run_ahead: RunAhead,
         declared_windows: Sequence[int | None] = (),
         partners: Iterable[RunningPass] = (),
+        then: Callable[[RunningPass, torch.Tensor], None] | None = None,
     ):
         self.batch = batch
         self.split = split
@@ -52,8 +53,15 @@ class RunningPass:
         self.queues: ExpertQueues | None = None  #: while it stands before or between the experts of a layer
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
-        self._greenlet = greenlet(lambda: forward(batch))
+        self._forward, self._then = forward, then
+        self._greenlet = greenlet(self._compute)
         self._greenlet.running_pass = self  # the hooks find the pass through its greenlet
+
+    def _compute(self) -> torch.Tensor:
+        logits = self._forward(self.batch)
+        if self._then is not None:
+            self._then(self, logits)
+        return logits
 
     @property
     def sampled(self) -> list[Entry]:
@@ -132,7 +140,7 @@ class RunningPass:
     def reach(self, stage: str, number: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
         self._run_ahead.mark()
-        point = Point(self.layer, stage, number)
+        point = Point(self.layer + (stage == "head"), stage, number)
         self._greenlet.parent.switch(point)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -37,15 +37,16 @@ class Runner:
         entries: Iterable[tuple[Sequence, int]],
         split: Split | None = None,
         partners: Iterable[RunningPass] = (),
+        then: Callable[[RunningPass, torch.Tensor], None] | None = None,
     ) -> RunningPass:
         """A pass over the next n tokens of each sequence; nothing runs before its first `advance()`. Raises PassError.
 
         `split` replaces the splitter's. `partners` are suspended passes, looked at anew at each expert, whose waiting
-        rows may be merged.
+        rows may be merged. `then` is called with the logits, as the pass's last part, which may stop at points too.
         """
         batch = Batch(entries, self.cache, max_positions=self.max_positions)
         split = self.splitter(batch) if split is None else split
-        return RunningPass(batch, split, self._forward, self._run_ahead, self.windows, partners)
+        return RunningPass(batch, split, self._forward, self._run_ahead, self.windows, partners, then)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""

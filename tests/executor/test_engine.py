@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import qllm.executor.engine.loop
+import qllm.executor.engine.execution
 from qllm.executor import Engine, RealClock
 from qllm.executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError
 from qllm.executor.model.passes import tensors
@@ -194,7 +194,7 @@ def test_an_exception_in_a_pass_ends_its_requests_alone(model, expected, monkeyp
     """Here in sampling; inside the model: test_preemption_points."""
 
     broken = threading.Event()
-    sample = qllm.executor.engine.loop.sample
+    sample = qllm.executor.engine.execution.sample
 
     def fragile(*args):
         if broken.is_set():
@@ -202,7 +202,7 @@ def test_an_exception_in_a_pass_ends_its_requests_alone(model, expected, monkeyp
             raise torch.OutOfMemoryError("no memory left")
         return sample(*args)
 
-    monkeypatch.setattr(qllm.executor.engine.loop, "sample", fragile)
+    monkeypatch.setattr(qllm.executor.engine.execution, "sample", fragile)
     prompt = prompts(1, seed=6)[0]
     with Engine(model, limits=Limits(kv_blocks=50)) as engine:
         broken.set()

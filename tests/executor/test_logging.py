@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+import qllm.executor.engine.execution
 import qllm.executor.engine.loop
 from qllm.executor import Engine
 from qllm.executor.errors import RequestError, RequestFailed, SamplingError, UnsupportedModelError
@@ -80,7 +81,7 @@ def test_a_pass_that_breaks(model, told, monkeypatch):
     def broken(*_):
         raise MemoryError(f"with {SECRET} in hand")
 
-    monkeypatch.setattr(qllm.executor.engine.loop, "sample", broken)
+    monkeypatch.setattr(qllm.executor.engine.execution, "sample", broken)
     with Engine(model, limits=Limits(kv_blocks=50)) as engine, pytest.raises(RequestFailed):
         engine.submit(SECRET, stop=()).result()
     assert [entry for entry in told() if entry[0] == "ERROR"] == [

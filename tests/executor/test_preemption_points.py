@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 
+import qllm.executor.engine.execution
 import qllm.executor.engine.loop
+from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.errors import RequestFailed
+from qllm.executor.model.split import whole
 from qllm.executor.testing import tiny_model
-from qllm.scheduler import Limits, State
+from qllm.scheduler import Limits, State, make_policy
 from qllm.traces.step_times.cost_model import TICK
 from tests.engine_worlds import LAYERS, ROOMY, make_model, prompts, serve, step_model
 
@@ -24,14 +29,14 @@ def model(one_thread):
 def logits(monkeypatch):
     """The logits of every sampled token: (request, tokens before it) -> float32[vocab]."""
     seen: dict[tuple[int, int], torch.Tensor] = {}
-    original = qllm.executor.engine.loop.Loop._sample
+    original = qllm.executor.engine.loop.sample_rows
 
-    def spy(self, running):
-        for entry, row in zip(running.sampled, running.logits, strict=True):
+    def spy(running, logits):
+        for entry, row in zip(running.sampled, logits, strict=True):
             seen[entry.seq.request.id, len(entry.seq.tokens)] = row.clone()
-        return original(self, running)
+        original(running, logits)
 
-    monkeypatch.setattr(qllm.executor.engine.loop.Loop, "_sample", spy)
+    monkeypatch.setattr(qllm.executor.engine.loop, "sample_rows", spy)
     return seen
 
 
@@ -173,3 +178,42 @@ def test_an_exception_inside_the_model_ends_the_requests_of_its_pass_alone(model
                 assert isinstance(sequence.error.__cause__, MemoryError)
             else:
                 assert sequence.tokens == wanted
+
+
+SAMPLED = {"max_new_tokens": 4, "temperature": 0.8, "top_p": 0.9, "stop": ()}
+
+
+def test_a_pass_stops_between_groups_of_sampled_rows(model, monkeypatch):
+    """An LS request that arrives while BE rows are drawn does not wait for the rest of them, and draws are the same."""
+    be, ls = prompts(10, seed=4, low=10, high=20), [7, 8, 9]
+    limits = Limits(max_seqs=12, max_batched_tokens=256, kv_blocks=100)
+    calls: list[int] = []
+    original = qllm.executor.engine.execution.sample
+
+    def served(arrive_at: int | None):
+        calls.clear()
+        first: list = []
+
+        def spy(logits, *args):
+            if len(calls) == arrive_at:
+                first.append(engine.submit(ls, max_new_tokens=1, priority=0, stop=()))
+            calls.append(len(logits))
+            return original(logits, *args)
+
+        monkeypatch.setattr(qllm.executor.engine.execution, "sample", spy)
+        policy = make_policy("qllm", fill_tokens=0)
+        with Engine(model, policy=policy, limits=limits, splitter=whole) as engine:
+            ready = threading.Event()
+            engine._loop.send(ready.wait)  # all of them arrive at one instant
+            streams = [engine.submit(p, priority=1, seed=i, **SAMPLED) for i, p in enumerate(be)]
+            ready.set()
+            results = [stream.result() for stream in streams]
+            return [r.tokens for r in results], results, [s.result() for s in first], list(calls)
+
+    expected, _, _, sizes = served(None)
+    assert sizes == [4, 4, 2] * 4
+    tokens, results, (urgent,), sizes = served(1)
+    assert tokens == expected
+    assert sizes[:3] == [4, 4, 1]  # its own row before the third group of the pass that it interrupted
+    assert urgent.times.finish < min(r.times.first_token for r in results)
+    assert {r.times.preemptions for r in results} == {1}

@@ -147,7 +147,8 @@ def after_warmup(requests: pd.DataFrame, warmup: Warmup | None) -> pd.DataFrame:
 def bootstrap(seeds: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
     """95 % band of a statistic of the pooled values: what it is between if the seeds are drawn again, with replacement.
 
-    It lies within what single seeds give, so a positive metric has a positive band. With few seeds it is too narrow.
+    A mean's band lies within the means of single seeds, so a positive metric has a positive band. With few seeds it is
+    too narrow.
 
     Args:
         seeds: The values of each seed, any[n, ...]; they are pooled along the first axis.

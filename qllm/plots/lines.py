@@ -87,7 +87,7 @@ def in_words(x: str, value: Any) -> str:
 def lines_of(
     rows: pd.DataFrame, x: str, keys: Sequence[str] = (), policies: Sequence[str] = ()
 ) -> Iterator[tuple[tuple[str, dict[str, Any]], pd.DataFrame]]:
-    """((label, style), rows sorted by `x`) per policy and per combination of the swept `keys`.
+    """((label, style), rows in the order of `x`) per policy and per combination of the swept `keys`.
 
     A policy has the colour of its place in `policies` (default: as they come), a combination its dashes.
     """
@@ -97,4 +97,5 @@ def lines_of(
         policy, *values = key if isinstance(key, tuple) else (key,)
         label = ", ".join([str(policy), *(f"{name}={value}" for name, value in zip(keys, values, strict=True))])
         number = combinations.setdefault(tuple(values), len(combinations))
-        yield (label, style_of(order.index(str(policy)), number)), group.sort_values(x, kind="stable")
+        ordered = group.sort_values(x, kind="stable") if pd.api.types.is_numeric_dtype(group[x]) else group
+        yield (label, style_of(order.index(str(policy)), number)), ordered

@@ -45,7 +45,7 @@ def notes(results: Results, columns: Set[str], hollow: bool, parted: bool) -> li
             said.append(f"SLO of {name}: {', '.join(bounds)}.")
     seeds = results.requests["seed"].nunique()
     if seeds > 1:
-        few = ": from the lowest seed to the highest" if seeds < 4 else ""
+        few = ": about from the lowest seed to the highest" if seeds < 4 else ""
         said.append(f"Bands: 95\u00a0%, bootstrap over {seeds} seeds{few}.")
     if "throughput_rps" in columns:
         said.append(

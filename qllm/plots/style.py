@@ -73,7 +73,7 @@ def log_axis(axis: Axis) -> None:
         (ax.set_xlim if on_x else ax.set_ylim)(low, high)
     decades = np.log10(high / low)
     subs = next((subs for subs in _SUBS if len(subs) * decades <= _LABELS[on_x]), (1.0,))
-    axis.set_major_locator(LogLocator(subs=subs, numticks=_LABELS[on_x] + 3))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=_LABELS[on_x]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -187,7 +187,10 @@ class Scheduler:
 
     def recheck_at(self, running: Pass, now: float) -> float:
         """Return when `should_yield` may turn true without an event; inf if it never does."""
-        return float(ask(self.policy, "recheck_at", self, running, now))
+        at = ask(self.policy, "recheck_at", self, running, now)
+        if not isinstance(at, int | float) or at != at:
+            raise PolicyError(f"{self.policy!r}: recheck_at gave {at!r}; allowed: seconds, or inf for never")
+        return float(at)
 
     # ---- what happened -----------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ events of that instant (`FINISH`, `DECISION`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -21,7 +20,7 @@ from simpy.events import EventPriority
 from qllm.scheduler import Pass, Policy, Request, Scheduler
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
-from qllm.traces.step_times.cost_model import TICK, TICKS_PER_S
+from qllm.traces.step_times.cost_model import TICK
 
 #: priorities of events at one instant; arrivals have SimPy's own, 1
 FINISH, DECISION = EventPriority(0), EventPriority(2)
@@ -125,8 +124,10 @@ def fast_device(device: Device) -> Process:
         while True:
             now = env._now
             until = end
-            if rechecks:  # points lie at whole ticks, and so do all times here
-                until = math.ceil(min(end, scheduler.recheck_at(p, now)) * TICKS_PER_S) * TICK
+            if rechecks and (again := scheduler.recheck_at(p, now)) < end:
+                # No sooner than where it can stop, so that time passes whatever the policy says.
+                done = run.next_point(max(again - origin, now - origin + TICK, run.at))
+                until = origin + run.ends()[done - 1] if done < len(run.ends()) else end
             try:
                 if not (stops and scheduler.should_yield(p, now)):
                     if stops:

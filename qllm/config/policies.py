@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.scheduler import POLICIES, Policy, PolicyError, SchedulerError, build_policy, make_policy
 from qllm.traces.messages import suggestion
+
+STUCK_S = 5.0  #: seconds after which a call is looked at, and stopped if it is there still after as many
 
 
 def named_policy(name: str, settings: dict[str, Any]) -> Policy:
@@ -30,8 +37,9 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
         raise ConfigError(f"{path}: not a Python file; expected one that defines a subclass of qllm.scheduler.Policy")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with watched(path):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise ConfigError(describe_failure(error, path)) from None
     found = {
         name: value
@@ -45,11 +53,40 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
         raise ConfigError(f"{path}: expected one subclass of qllm.scheduler.Policy, found {names}")
     chosen = class_name or next(iter(found))
     try:
-        return build_policy(found[chosen], chosen, settings)
+        with watched(path):
+            return build_policy(found[chosen], chosen, settings)
     except SchedulerError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(describe_failure(error, path)) from None
+
+
+@contextmanager
+def watched(file: str | Path | None) -> Iterator[None]:
+    """Stop code of a user's policy file in which one call goes on for more than STUCK_S seconds: TimeoutError there.
+
+    Only in a process's main thread, and where there are alarm signals; elsewhere nothing is watched.
+    """
+    if file is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: list[FrameType | None] = [None]
+
+    def look(_signal: int, frame: FrameType | None) -> None:
+        call = None  # the outermost call into the file
+        while frame is not None:
+            call, frame = (frame if frame.f_code.co_filename == str(file) else call), frame.f_back
+        if call is not None and call is before[0]:
+            raise TimeoutError(f"{call.f_code.co_name} has not returned for {STUCK_S:g} s")
+        before[0] = call
+
+    old = signal.signal(signal.SIGALRM, look)
+    around = signal.setitimer(signal.ITIMER_REAL, STUCK_S, STUCK_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *around)
+        signal.signal(signal.SIGALRM, old)
 
 
 def describe_failure(error: BaseException, path: str | Path) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
+from qllm.config import policies
 from qllm.config.policies import file_policy, named_policy
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.sweep import simulate
@@ -88,3 +90,50 @@ def test_a_policy_that_breaks_while_it_runs_is_named_with_its_line(tmp_path: Pat
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'qllm'.*fcfs, priority"):
         named_policy("qlm", {})
+
+
+STUCK = {
+    "select": "    def select(self, s, batch, now):\n        while True:\n            pass\n",
+    "level": "    def level(self, r):\n        import time\n        time.sleep(1000)\n",
+    "__init__": "    def __init__(self):\n        while True:\n            pass\n",
+    "<module>": "    while True:\n        pass\n",
+}
+
+
+@pytest.mark.parametrize("call", STUCK)
+def test_a_policy_that_never_returns_is_stopped_and_named(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "STUCK_S", 0.2)
+    write_policy(tmp_path, "from qllm.scheduler import Policy\n\nclass Mine(Policy):\n" + STUCK[call])
+    path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
+    with pytest.raises(ConfigError, match=rf"mine\.py:[4-6]: TimeoutError: ({call}|Mine) has not returned for 0.2 s"):
+        simulate(path, set=["policies=[{file: mine.py}]"])
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_policy_that_takes_long_in_all_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "STUCK_S", 0.02)
+    write_policy(tmp_path, SHORTEST.replace("return (min", "__import__('time').sleep(0.005)\n        return (min"))
+    path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
+    done = simulate(path, set=["policies=[{file: mine.py}]", "sweep.rate=[50]", "seeds=1"])
+    assert (done.requests["status"] == "finished").all()
+
+
+@pytest.mark.parametrize(
+    "where", ["    raise SystemExit(0)\n", "    def level(self, r):\n        raise SystemExit(0)\n"]
+)
+def test_a_policy_that_exits_takes_nobody_along(where: str, tmp_path: Path) -> None:
+    write_policy(tmp_path, "from qllm.scheduler import Policy\n\nclass Mine(Policy):\n" + where)
+    path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
+    with pytest.raises(ConfigError, match=r"mine\.py:[45]: SystemExit: 0"):
+        simulate(path, set=["policies=[{file: mine.py}]"])
+
+
+@pytest.mark.parametrize("again", ["now", "now - 1", "now + 1e-12", "float('-inf')"])
+def test_a_policy_that_wants_to_be_asked_at_once_lets_time_pass(again: str, tmp_path: Path) -> None:
+    asks = f"    granularity = 'expert'\n\n    def recheck_at(self, s, running, now):\n        return {again}\n"
+    write_policy(tmp_path, "from qllm.scheduler import Policy\n\nclass Mine(Policy):\n" + asks)
+    path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py}"))
+    done = simulate(path, set=["policies=[{file: mine.py}]", "sweep.rate=[50]", "seeds=1"])
+    assert (done.requests["status"] == "finished").all()

@@ -431,6 +431,10 @@ def test_what_a_policy_may_ask():
     assert s.has_slot(0)
     p = s.next(0.0)
     assert s.recheck_at(p, 0.0) == float("inf"), "unless it says so, what it decides does not change with time"
+    for nonsense in (None, "soon", float("nan")):
+        s.policy.recheck_at = lambda s, running, now, nonsense=nonsense: nonsense
+        with pytest.raises(PolicyError, match=r"recheck_at gave .*; allowed: seconds, or inf for never"):
+            s.recheck_at(p, 0.0)
     assert not s.has_slot(0)
     assert not s.can_prefill(2)
 

@@ -53,6 +53,17 @@ class Patient(Policy):
         return self.due(s) if self.due(s) > now else math.inf
 
 
+class Hasty(Patient):
+    """Wants to be asked again at once, or before, or a moment later than any clock tells."""
+
+    def __init__(self, wait_s: float, again_s: float):
+        super().__init__(wait_s)
+        self.again_s = again_s
+
+    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        return now + self.again_s
+
+
 class Shy(Policy):
     """One waiting LS prompt stops what runs, two do not: a second one may come before the point is reached."""
 
@@ -62,8 +73,12 @@ class Shy(Policy):
         return running.prefill_level > 0 and s.waiting.count(0) == 1 and s.can_prefill(0)
 
 
+HASTY = [Hasty(1e-4, again_s) for again_s in (0.0, -1.0, 1e-12, -math.inf)]
+CHANGING = [Shy(), Patient(0.0), Patient(1e-4), Patient(1e-2), *HASTY]
+
+
 @settings(max_examples=100, deadline=None)
-@given(traces(), st.sampled_from([Shy(), Patient(0.0), Patient(1e-4), Patient(1e-2)]), limits(), step_models())
+@given(traces(), st.sampled_from(CHANGING), limits(), step_models())
 def test_policies_that_change_their_mind_decide_alike_on_both_devices(trace, policy, limits, steps):
     fast, slow = (
         run(trace, policy, limits, steps, timeline=True, step_by_step=step_by_step) for step_by_step in (False, True)

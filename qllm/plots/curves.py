@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from qllm.config.config import RATE
 from qllm.config.yaml_lines import ConfigError
@@ -29,11 +28,19 @@ from qllm.plots.lines import (
     x_axis,
 )
 from qllm.plots.notes import bounds_of, notes, told
-from qllm.plots.style import add_caption, finish_axes, log_axis, new_axes, new_figure, part_lines
+from qllm.plots.style import (
+    SATURATED,
+    add_caption,
+    draw_line,
+    finish_axes,
+    hollow_sign,
+    log_axis,
+    new_axes,
+    new_figure,
+    part_lines,
+)
 
 MOST_FACETS = 8  #: combinations of further swept values that one figure shows
-_FAINT = 0.15
-_SATURATED = "_saturated"  #: label of markers, which no legend shows
 
 
 class _Metric(NamedTuple):
@@ -189,7 +196,7 @@ def _panels(results: Results, panels: dict[str, list[str]], caption: str, polici
             if ax.get_yscale() == "log":
                 log_axis(ax.yaxis)  # numbers for the limits that it has now
     parted = [part_lines(ax, lines) for _, _, ax, lines in drawn]
-    hollow = any(artist.get_label() == _SATURATED for *_, lines in drawn for line in lines for artist in line)
+    hollow = any(artist.get_label() == SATURATED for *_, lines in drawn for line in lines for artist in line)
     _legend(figure, hollow)
     said = notes(results, columns={column for _, column, *_ in drawn}, hollow=hollow, parted=any(parted))
     if left_out > 0:
@@ -201,8 +208,7 @@ def _panels(results: Results, panels: dict[str, list[str]], caption: str, polici
 def _legend(figure: Figure, hollow: bool) -> None:
     shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if hollow:
-        signs: dict[str, Any] = {"marker": "o", "mfc": "white", "mec": "0.3", "linestyle": "", "markersize": 4.5}
-        shown["saturated"] = Line2D([], [], **signs)
+        shown["saturated"] = hollow_sign()
     widest = max(map(len, shown), default=1)
     columns = max(1, min(5, int(11 * figure.get_figwidth() / (widest + 7))))
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
@@ -230,17 +236,8 @@ def _draw(
         at = places_of(results, x, line[x], number, len(found))
         values = line[column].to_numpy(dtype=float)
         low, high = np.array([bands.get(key, (np.nan, np.nan)) for key in _keys(results, line)]).T
-        if spread_out(results, x):
-            band: Artist = ax.fill_between(at, low, high, color=style["color"], alpha=_FAINT, linewidth=0)
-        else:
-            style = {**style, "linestyle": ""}
-            band = ax.vlines(at, low, high, color=style["color"], alpha=0.5, linewidth=2)
-        artists = [*ax.plot(at, values, label=label, **style), band]
         full = line["saturated"].to_numpy(dtype=bool)
-        if full.any():
-            hollow = {**style, "linestyle": "", "markerfacecolor": "white", "label": _SATURATED, "zorder": 2.5}
-            artists += ax.plot(at[full], values[full], **hollow)
-        lines.append(artists)
+        lines.append(draw_line(ax, at, values, (low, high), full, label, style, joined=spread_out(results, x)))
     if column == "throughput_rps" and spread_out(results, x):
         _draw_offered(results, cls, facet or {}, x, ax)
     _draw_bound(results, cls, column, ax)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis, XAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (1, 4)))
+SATURATED = "_saturated"  #: label of hollow markers, which no legend shows by itself
 _CLOSE = 1.6  #: points between lines that the eye takes for one, and between those drawn side by side
 _LABELS = {True: 5, False: 9}  #: how many numbers an x axis and a y axis have room for
 _SUBS = ((1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), (1.0, 2.0, 5.0), (1.0, 3.0))  #: numbers in each decade
@@ -76,6 +78,38 @@ def log_axis(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=subs, numticks=_LABELS[on_x]))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def draw_line(
+    ax: Axes,
+    at: np.ndarray,
+    values: np.ndarray,
+    band: tuple[np.ndarray, np.ndarray],
+    saturated: np.ndarray,
+    label: str,
+    style: dict[str, Any],
+    joined: bool = True,
+) -> list[Artist]:
+    """Draw a line with its band, hollow markers where it is `saturated`; what was drawn, the line first.
+
+    `joined`: or points on their own.
+    """
+    around: Artist
+    if joined:
+        around = ax.fill_between(at, *band, color=style["color"], alpha=0.15, linewidth=0)
+    else:
+        style = {**style, "linestyle": ""}
+        around = ax.vlines(at, *band, color=style["color"], alpha=0.5, linewidth=2)
+    artists = [*ax.plot(at, values, label=label, **style), around]
+    if saturated.any():
+        hollow = {**style, "linestyle": "", "markerfacecolor": "white", "label": SATURATED, "zorder": 2.5}
+        artists += ax.plot(at[saturated], values[saturated], **hollow)
+    return artists
+
+
+def hollow_sign() -> Line2D:
+    """What a legend shows for hollow markers."""
+    return Line2D([], [], marker="o", markerfacecolor="white", markeredgecolor="0.3", linestyle="", markersize=4.5)
 
 
 def part_lines(ax: Axes, lines: Sequence[Sequence[Artist]]) -> bool:

@@ -75,8 +75,7 @@ class Scheduler:
         level = ask(self.policy, "level", r)
         if not isinstance(level, int):
             raise PolicyError(f"{self.policy!r}: level gave {level!r}; allowed: a whole number")
-        capacity = self.kv.capacity(level)
-        need = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1)
+        need, capacity = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1), self.kv.capacity(level)
         if need > capacity:
             raise RequestTooLarge(
                 f"request {r.id}: {r.prompt_tokens} prompt and {r.max_tokens} output tokens take {need} KV blocks of "
@@ -84,11 +83,11 @@ class Scheduler:
             )
         r.level = level
         r.order = ask(self.policy, "order", r)
-        self.requests[r.id] = r
         try:
             self.waiting.push(r)
         except TypeError as error:
             raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
+        self.requests[r.id] = r
 
     def abort(self, request_id: int, now: float) -> Pass | None:
         """Take a request out, at once or at the end of the pass that it runs in; unknown and ended ones are left alone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from qllm.scheduler.request import Request, State
@@ -36,7 +36,7 @@ class WaitingQueues:
             yield from (e[-1] for e in self._heaps[level] if _valid(e))
 
     def push(self, r: Request) -> None:
-        """`r` waits from now on."""
+        """`r` waits from now on; where its order does not compare with others', TypeError, and it does not wait."""
         r.state = State.WAITING
         level = r.level
         if level not in self._heaps:
@@ -45,7 +45,13 @@ class WaitingQueues:
             insort(self._levels, level)
         self._entry_ids += 1
         r.entry_id = self._entry_ids  # an entry is valid while its request has this id
-        heappush(self._heaps[level], (r.blocks == 0, r.order, r.entry_id, r))
+        heap = self._heaps[level]
+        try:
+            heappush(heap, (r.blocks == 0, r.order, r.entry_id, r))
+        except TypeError:
+            heap[:] = [entry for entry in heap if entry[-1] is not r]
+            heapify(heap)
+            raise
         self._count[level] += 1
         if r.blocks:
             self.holding[r.id] = r

@@ -458,6 +458,26 @@ def test_what_a_policy_answers_is_checked():
         add(s, 1, 5, 1, 1)
 
 
+def test_a_request_whose_order_does_not_compare_is_not_in_the_system():
+    class Mixed(Policy):
+        def order(self, r: Request) -> tuple:
+            return (-r.id if r.id % 4 else "nan",)
+
+    s = Scheduler(Mixed(), Limits(max_seqs=1))
+    for i in range(1, 16):
+        if i % 4:
+            add(s, i, 5, 1, 1)
+            continue
+        with pytest.raises(PolicyError, match="order gave"):
+            add(s, i, 5, 1, 1)
+        assert i not in s.requests
+    served = []
+    while s.requests:
+        served += [r.id for r in s.finished(s.next(0.0), 1.0)]
+    assert served == [i for i in range(15, 0, -1) if i % 4]
+    assert s.next(2.0) is None
+
+
 def test_an_idle_request_that_left_does_not_come_back_to_decode():
     s = Scheduler(make_policy("priority"), Limits(max_seqs=1))
     for i in range(3):  # each is more urgent than those before, and takes the one place in the batch

@@ -1,10 +1,11 @@
 """Models without a checkpoint: tiny ones of any MoE family, a random Qwen3-MoE to show, one to compare engines on.
 
-Families are enumerated, not listed: a family is a model package whose experts go through the experts interface.
+Families are enumerated, not listed: a family is a model type whose experts go through the experts interface.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from qllm.executor.errors import UnsupportedModelError
-from qllm.executor.model.checks import check_config
+from qllm.executor.model.checks import auto_class, check_config
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 
@@ -32,6 +36,8 @@ from qllm.executor.model.runner import Runner, run_to_end
 TINY: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
+    "out_hidden_size": 64,
+    "text_hidden_size": 64,
     "intermediate_size": 64,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -82,29 +88,36 @@ OPTIONAL = frozenset({"q_lora_rank", "sliding_window", "hidden_size_per_layer_in
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "zaya": {"num_experts_per_tok": 1},
+    "mistral4": {"qk_rope_head_dim": 16, "head_dim": 32},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 32],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 90},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],
+        },
+    },
 }
 DEMO = "random Qwen3-MoE, 8 layers, hidden 256, 16 experts, top 4"
 CHECKPOINT_VOCAB = 8000
-MAX_PARAMETERS = 20_000_000  # a tiny configuration that builds more is not tiny: some size has a name unknown here
+#: A tiny configuration that builds more is not tiny: some size has a name unknown here. What sees and hears in a
+#: composite model may be large.
+MAX_PARAMETERS = 200_000_000
 
 
-def families() -> dict[str, str | None]:
-    """Model package -> model type of its causal language model, None where it has none; sorted by name."""
-    types: dict[str, list[str]] = {}
-    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        try:
-            module = CONFIG_MAPPING[model_type].__module__
-        except KeyError:
-            continue
-        types.setdefault(module.split(".")[-2], []).append(model_type)
+def families() -> list[str]:
+    """Model types whose language model, alone or in a composite one, has experts behind the experts interface."""
     root = Path(next(iter(transformers.models.__path__)))
-    found = sorted(
-        path.parent.name
-        for path in root.glob("*/modeling_*.py")
-        if "@use_experts_implementation" in path.read_text(encoding="utf-8")
-    )
-    # A package may map both its composite and its text-only configuration: the text one is the language model.
-    return {name: max(types.get(name, ()), key=lambda t: (t.endswith("text"), t), default=None) for name in found}
+    sources = (path.read_text(encoding="utf-8") for path in root.glob("*/modeling_*.py"))
+    with_experts = (text for text in sources if "@use_experts_implementation" in text)
+    classes = {name for text in with_experts for name in re.findall(r"^class (\w+)\(", text, re.MULTILINE)}
+    types = {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    return sorted(name for name, made in types.items() if made in classes and name in CONFIG_MAPPING)
 
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
@@ -125,8 +138,8 @@ def _tiny(config_class: type[PreTrainedConfig], overrides: dict[str, Any]) -> Pr
         if "head_dim" in values and default.head_dim == default.qk_rope_head_dim:
             values["head_dim"] = values["qk_rope_head_dim"]
     values.update(SPECIAL.get(default.model_type, {}))
-    for name, sub_class in config_class.sub_configs.items():
-        if isinstance(getattr(default, name, None), PreTrainedConfig) and issubclass(sub_class, PreTrainedConfig):
+    for name in config_class.sub_configs:
+        if isinstance(getattr(default, name, None), PreTrainedConfig):
             values[name] = _tiny(type(getattr(default, name)), {}).to_dict()
     return config_class(**{**values, **overrides})
 
@@ -135,12 +148,13 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedMo
     """A random float32 model of a family, on the CPU. Raises UnsupportedModelError where none can be made."""
     config = tiny_config(model_type, **overrides)
     check_config(config)
+    auto = auto_class(config)
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+        size = auto.from_config(config).num_parameters()
     if size > MAX_PARAMETERS:
         raise UnsupportedModelError(f"{model_type}: its tiny configuration has {size / 1e6:.0f} M parameters")
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
     return model
 
 

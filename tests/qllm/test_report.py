@@ -13,7 +13,9 @@ import pytest
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.results import Results, load_results
 from qllm.experiment.sweep import simulate
+from qllm.plots.curves import save_figures
 from qllm.plots.report import compare, differences, write_report
+from qllm.traces.step_times.testing import affine_timings
 from tests.cli_support import qllm, write_config
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -84,6 +86,28 @@ def test_only_the_same_points_stand_side_by_side(folders: list[Path]) -> None:
         s = results.summary
         row = s[(s["policy"] == "qllm") & (s["rate"] == 50) & (s["class"] == "ls")].iloc[0]
         assert rows[f"ttft_p99_s: {label}"][0] == row["ttft_p99_s"]
+
+
+def test_a_policy_has_one_colour_in_all_results(folders: list[Path], tmp_path: Path, monkeypatch) -> None:
+    asked: list[list[str]] = []
+
+    def keep(results: Results, out: str, caption: str, policies: list[str]) -> list[Path]:
+        asked.append(list(policies))
+        return save_figures(results, out, caption, policies)
+
+    monkeypatch.setattr("qllm.plots.report.save_figures", keep)
+    write_report(folders, tmp_path / "report.html")
+    assert asked == [["fcfs", "qllm", "<b>fcfs</b>"]] * 2
+
+
+def test_saturation_and_each_source_of_a_sweep_over_timings_are_told(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    affine_timings(layers=4, experts=8, top_k=2, hidden=64, source="imported").save(tmp_path / "other.csv")
+    swept = simulate(config, set=["sweep.timings=[timings.csv, other.csv]", "sweep.rate=[5]", "seeds=1"])
+    text = write_report([swept.save(tmp_path / "out")], tmp_path / "report.html").read_text()
+    assert '<span class="source modelled">modelled</span> Simulated on modelled step times' in text
+    assert '<span class="source imported">imported</span> Simulated on kernel times that others' in text
+    assert '<td class="text" data-value="no">no</td>' in text
 
 
 def test_the_timeline_is_in_and_the_same_results_give_the_same_bytes(folders: list[Path], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ ARROWS = {
     "scheduler": set(),
     "traces": {"traces/requests", "traces/step_times"},
     "traces/requests": {"traces"},
-    "traces/step_times": set(),
+    "traces/step_times": {"traces"},
     "sim": {"scheduler", "traces"},
     "executor": {"executor/engine", "executor/model"},
     "executor/cpu": set(),
@@ -58,7 +58,7 @@ ARROWS = {
 SHARED = {
     "executor": {"qllm.executor.errors"},
     "qllm": {"qllm.errors", "qllm._version"},
-    "traces": {"qllm.traces.files", "qllm.traces.messages"},
+    "traces": {"qllm.traces.comment_header", "qllm.traces.files", "qllm.traces.messages"},
 }
 
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))

@@ -15,8 +15,8 @@ from qllm.executor.errors import CalibrationError
 from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner
+from qllm.traces.comment_header import render_header
 from qllm.traces.messages import first_line
-from qllm.traces.step_times.comment_header import render_header
 from qllm.traces.step_times.popularity import COLUMNS
 
 BLOCK = 16

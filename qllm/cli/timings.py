@@ -120,7 +120,7 @@ def import_(
 
 def _shape(model: str) -> Any:
     """A known shape by name, or one given as YAML with the keys of `ModelShape`."""
-    from qllm.traces.step_times.comment_header import HeaderError, read_yaml
+    from qllm.traces.comment_header import HeaderError, read_yaml
     from qllm.traces.step_times.model_shapes import SHAPES, ModelShape
 
     if model in SHAPES:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qllm.traces.step_times.comment_header import HeaderError, read_header, render_header
+from qllm.traces.comment_header import HeaderError, read_header, render_header
 
 FORMAT = "qllm-timings 1"
 GRIDS = ("attention_prefill", "attention_decode")

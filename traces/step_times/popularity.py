@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qllm.traces.step_times.comment_header import HeaderError, read_header
+from qllm.traces.comment_header import HeaderError, read_header
 
 _FOLDER = Path(__file__).parents[1] / "data" / "popularity"
 COLUMNS = ["layer", "expert", "share"]

@@ -102,11 +102,11 @@ def main() -> None:
     for name, reason in verdicts.items():
         if reason:
             print(f"| {name} | {reason} |")
-    print("\n| checkpoint | model type | weights | in bfloat16 | result |\n|---|---|---|---|---|")
+    print("\n| checkpoint | model type | weights | result |\n|---|---|---|---|")
     for row in RELEASED:
-        held = row.method or "bfloat16"
-        result = outcome(row, verdicts[row.model_type])
-        print(f"| {row.name} | {row.model_type} | {held} | {2 * row.billions:.0f} GB | {result} |")
+        size = f"{2 * row.billions:.0f} GB"
+        held = f"{row.method}, {size} in bfloat16" if row.method else f"bfloat16, {size}"
+        print(f"| {row.name} | {row.model_type} | {held} | {outcome(row, verdicts[row.model_type])} |")
 
 
 if __name__ == "__main__":

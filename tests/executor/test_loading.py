@@ -241,6 +241,22 @@ def test_an_option_of_the_command_line_is_named(whole):
         load_model(whole, dtype="int3")
 
 
+# Composite models
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "mistral4", "aria", "gemma4"])
+def test_a_composite_checkpoint_gives_the_tokens_of_generate(tmp_path, model_type):
+    model = tiny_model(model_type)
+    expected = [generate(model, prompt) for prompt in prompts()]
+    model.save_pretrained(tmp_path)
+    assert served(load_model(tmp_path), finest) == expected
+
+
+def test_a_composite_model_gets_random_weights(tmp_path):
+    tiny_config("qwen3_vl_moe").save_pretrained(tmp_path)
+    assert load(str(tmp_path), random_weights=True).layers == 4
+
+
 # Quantised weights
 
 

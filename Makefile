@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 AS_INSTALLED = rm -rf build/typed && mkdir -p build/typed/qllm && \
 	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
 
-.PHONY: demo demo-engine test test-all test-lowest test-newest lint types figures docs clean
+.PHONY: demo demo-engine test test-all soak test-lowest test-newest lint types figures docs clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
@@ -24,6 +24,10 @@ test: .venv/.installed-dev
 
 test-all: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+# Twenty minutes of random load on the engine: every family, policy and setting, faults, closed at random moments.
+soak: .venv/.installed-dev
+	$(BIN)/python benchmarks/soak.py --minutes 20
 
 # The tests of `make test` with the lowest versions that pyproject.toml allows, and with today's newest, each in an
 # environment of its own; what these versions warn of is no error. Only torch keeps the version of constraints.txt in the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -18,3 +19,10 @@ def not_regular(path: str | Path) -> str:
     """What is there in place of a regular file: nothing, a folder, or a device or pipe, which is not read."""
     found = Path(path)
     return "is a folder" if found.is_dir() else "not a regular file" if found.exists() else "no such file"
+
+
+def portable_path(path: str, start: str | Path) -> str:
+    """An absolute path as others may read it: relative to the folder `start`, or to "~", which names no home."""
+    home = Path(os.path.expanduser("~"))
+    inside = Path(path).is_relative_to(home) and not Path(os.path.abspath(start)).is_relative_to(home)
+    return str("~" / Path(path).relative_to(home)) if inside else os.path.relpath(path, start)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qllm.cli import calibrate as cli_calibrate
+from qllm.cli import config as cli_config
 from qllm.cli import report as cli_report
 from qllm.cli import run as cli_run
 from qllm.cli import simulate as cli_simulate
@@ -48,6 +49,7 @@ app.command("run")(cli_run.run)
 app.command("report")(cli_report.report)
 app.command("calibrate")(cli_calibrate.calibrate)
 app.command("validate")(cli_validate.validate)
+app.add_typer(cli_config.app, name="config")
 app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_timings.app, name="timings")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,28 +23,23 @@ def calibrate(
 ) -> None:
     """Measure step times through the engine's own passes. Minutes; an interrupted calibration goes on where it was."""
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from qllm.executor.calibration.calibrate import Extent, calibrate
     from qllm.executor.calibration.routing import record_popularity
     from qllm.executor.errors import CalibrationError
     from qllm.executor.model.loading import load
+    from qllm.experiment.progress import progress
+    from qllm.traces.files import not_regular
 
     if prompts is not None and not prompts.is_file():
-        raise CalibrationError(f"--prompts {prompts}: no such file")
+        raise CalibrationError(f"--prompts {prompts}: {not_regular(prompts)}")
     if threads is not None:
         torch.set_num_threads(threads)
     extent = Extent(max_tokens, max_context, max_batch)
     loaded = load(model, device=device, dtype=dtype, random_weights=True)
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
     try:
-        with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("", total=None)
-            timings = calibrate(
-                loaded, out, extent, lambda done, planned: bar.update(task, completed=done, total=planned)
-            )
+        with progress("measuring") as update:
+            timings = calibrate(loaded, out, extent, update)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is measured is kept in {out}.measured: the same command goes on", err=True)
         raise typer.Exit(130) from None

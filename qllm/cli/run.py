@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qllm.cli.options import ANY_SIZE, FORCE, SET
 from qllm.cli.table import Format, print_table, records
 
 
@@ -28,9 +29,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: out/<name of the config>-engine")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
-    ] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE)] = False,
+    any_size: Annotated[bool, typer.Option("--any-size", help=ANY_SIZE)] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     timeline: Annotated[
         bool, typer.Option("--timeline", help="Write timeline.json (for ui.perfetto.dev) and timeline.png too")
     ] = False,
@@ -41,13 +42,19 @@ def run(
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     from qllm.config.config import load_config
     from qllm.config.yaml_lines import ConfigError
-    from qllm.experiment.results import make_folder
+    from qllm.experiment.folders import claim
+    from qllm.experiment.progress import progress
+    from qllm.experiment.run import runs
+    from qllm.experiment.size import check_engine_size
     from qllm.plots.curves import save_figures
     from qllm.plots.perfetto import write_timeline
     from qllm.plots.schedule import save_timeline
 
     loaded = load_config(config, set_ or [])
-    folder = make_folder(out or Path("out") / f"{loaded.name}-engine")
+    todo = runs(loaded)
+    if not any_size:
+        check_engine_size(todo)
+    folder = claim(out or Path("out") / f"{loaded.name}-engine", loaded, "engine", force)
     missing = [name for name in ("torch", "transformers", "greenlet") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not installed; the engine needs: pip install 'qllm-moe[executor]'")
@@ -55,7 +62,9 @@ def run(
 
     target = engine_run.load_target(model, device, dtype, trust_remote_code)
     typer.echo(engine_run.describe(target), err=True)
-    results, shown = engine_run.run(loaded, target, _tell if sys.stderr.isatty() else lambda _: None)
+    begun = itertools.count()
+    with progress("running", len(todo)) as update:
+        results, shown = engine_run.run(loaded, target, lambda _: update(next(begun), len(todo)))
     results.save(folder)
     caption = engine_run.caption(target)
     save_figures(results, folder, caption)
@@ -66,7 +75,3 @@ def run(
         typer.echo(json.dumps(records(results), indent=2))
     else:
         print_table(results, caption, folder)
-
-
-def _tell(what: str) -> None:
-    typer.echo(what, err=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from qllm.cli.options import ANY_SIZE, FORCE, SET
 from qllm.cli.table import Format, print_failures, print_table, records
 
 
@@ -34,9 +34,9 @@ def simulate(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Run all of the sweep again, also what an earlier run has finished")
     ] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
-    ] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE)] = False,
+    any_size: Annotated[bool, typer.Option("--any-size", help=ANY_SIZE)] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
     timeline: Annotated[
         bool,
         typer.Option(
@@ -48,7 +48,9 @@ def simulate(
     """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
     from qllm.config.config import load_config
     from qllm.experiment.cache import forget
-    from qllm.experiment.results import make_folder
+    from qllm.experiment.folders import POINTS, claim
+    from qllm.experiment.run import runs
+    from qllm.experiment.size import check_size
     from qllm.experiment.sweep import differences, provenance
     from qllm.experiment.sweep import simulate as run_sweep
     from qllm.plots.curves import save_figures
@@ -58,13 +60,14 @@ def simulate(
     loaded = load_config(config, set_ or [])
     for changed in differences(loaded.provenance, provenance(loaded)):
         warnings.warn(f"{config}: {changed}; the results may differ", stacklevel=1)
-    folder = make_folder(out or Path("out") / loaded.name)  # before the work, not after it
-    keep = folder / "points"
+    folder = claim(out or Path("out") / loaded.name, loaded, "simulation", force)  # before the work, not after it
+    keep = folder / POINTS
     if fresh:
+        if not any_size:
+            check_size(todo := runs(loaded), todo, jobs)
         forget(keep)
     try:
-        shown = format is Format.table and sys.stderr.isatty()
-        results = run_sweep(loaded, jobs=jobs, backend=backend.value, keep=keep, progress=shown)
+        results = run_sweep(loaded, jobs=jobs, backend=backend.value, keep=keep, progress=True, any_size=any_size)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is finished is kept in {keep}/: the same command goes on from there", err=True)
         raise typer.Exit(130) from None

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qllm.cli.options import FORCE, SET
+
 
 def validate(
     config: Annotated[Path, typer.Argument(help="YAML file; its seeds are repeats", show_default=False)],
@@ -16,9 +18,8 @@ def validate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch chooses")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. sweep.rate=[1,2,4]")
-    ] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE)] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
 ) -> None:
     """Replay a workload on the real engine, simulate it, and print and plot the differences."""
     import torch
@@ -27,7 +28,8 @@ def validate(
     from qllm.executor.calibration.environment import device_name
     from qllm.executor.model.info import model_facts
     from qllm.executor.model.loading import load
-    from qllm.experiment.results import make_folder
+    from qllm.experiment.folders import claim
+    from qllm.experiment.results import write_config
     from qllm.experiment.run import runs
     from qllm.traces.step_times.timings import Timings
     from qllm.validation.results import report, save
@@ -37,7 +39,7 @@ def validate(
         torch.set_num_threads(threads)
     trace = Timings.load(timings)
     loaded = load_config(config, [f"timings={timings.resolve()}", *(set_ or [])])
-    folder = make_folder(out or Path("out") / f"{loaded.name}-validation")
+    folder = claim(out or Path("out") / f"{loaded.name}-validation", loaded, "validation", force)
     subject = load(model, device=device, dtype=dtype, random_weights=True)
     facts = model_facts(subject.model)
     checked = {key: facts[key] for key in ("layers", "hidden", "experts", "top_k", "dtype")}
@@ -47,5 +49,7 @@ def validate(
         typer.echo(f"{number}/{len(todo)}: {run}", err=True)
         compared.append(compare(run, subject))
     save(compared, folder)
+    named = f"validation: {trace.name}; {device_name(subject.model.device)}; {subject.name}"
+    write_config(loaded.model_copy(update={"provenance": {"timings": named}}), folder)
     typer.echo(report(folder))
     typer.echo(f"{folder}/: requests.csv, errors.csv, passes.csv, validation.png")

@@ -50,15 +50,16 @@ class Config(StrictModel):
     timings: str  #: a bundled timing trace or the path of one
     popularity: str = "uniform"  #: how tokens spread over experts: uniform, a bundled table or the path of one
     expert_mode: Literal["fused", "separate"] | None = None  #: default: what the timing trace was taken with
-    max_step: Positive = 0.002  #: seconds that a query block or a group of experts should not exceed
-    classes: dict[str, JobClass]
-    arrival: Arrival = Poisson()
-    rate: Positive | None = None  #: all classes together
-    requests: Count | None = None  #: sent in one run
+    #: seconds that a query block or a group of experts should not exceed
+    max_step: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 0.002
+    classes: dict[str, JobClass]  #: of requests, by name, such as ls and be
+    arrival: Arrival = Poisson()  #: how requests arrive: a process, or a recorded trace
+    rate: Positive | None = None  #: requests per second, all classes together
+    requests: Count | None = None  #: how many are sent in one run
     duration: Positive | None = None  #: seconds of arrivals, where `requests` is not given
     warmup: Warmup | None = None  #: what of each run the metrics leave out
     limits: LimitsConfig = LimitsConfig()
-    policies: list[PolicyConfig]
+    policies: list[PolicyConfig]  #: those that are compared
     #: how many (0, 1, 2, ...) or which
     seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = 1
     #: key of this configuration -> values; every combination is run

@@ -116,8 +116,8 @@ class JobClass(ClassRecipe, _Priority):
 class Replay(StrictModel):
     """Arrivals and lengths of a recorded trace; a given `rate` stretches time so that the mean rate is that."""
 
-    process: Literal["trace"]
-    file: InputFile
+    process: Literal["trace"]  #: how requests arrive
+    file: InputFile  #: a request trace
     #: default: found from the content
     format: Literal["azure", "burstgpt", "mooncake", "bailian", "csv", "jsonl"] | None = None
     unit: Literal["s", "ms", "us", "ns"] | None = None  #: of the file's arrivals; default: what the format says
@@ -136,9 +136,9 @@ class LimitsConfig(StrictModel):
     max_seqs: Count = 32  #: sequences in a pass
     max_batched_tokens: Count = 8192  #: tokens in a pass; a longer prompt takes several passes
     block_size: Count = 16  #: tokens in a KV block
-    kv_blocks: Count | None = None  #: default: what the GPU's memory has room for, see from_config.scheduler_limits
+    kv_blocks: Count | None = None  #: default: what the GPU's memory has room for, after weights and activations
     memory_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9  #: of the GPU's memory that may be used at all
-    activation_bytes: NotNegative = 2e9  #: kept free for activations
+    activation_bytes: Annotated[float, Field(ge=0, le=1e15)] = 2e9  #: kept free for activations
     urgent_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: of the KV blocks, for priorities up to 0 alone
     max_suspended_tokens: Count | None = None  #: tokens in suspended passes, whose activations are kept
     evict: Literal["recompute", "offload"] = "recompute"  #: what becomes of the KV that has to give way
@@ -155,10 +155,10 @@ class LimitsConfig(StrictModel):
 class PolicyConfig(BaseModel):
     """One policy: a name of the registry or a Python file, a label for tables, and the policy's own settings."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    name: str | None = None
-    file: InputFile | None = None
+    name: str | None = None  #: of a policy that ships
+    file: InputFile | None = None  #: a Python file that defines one
     class_: str | None = Field(None, alias="class")  #: which class of the file, where it defines several policies
     label: Title | None = None  #: in tables and figures
 

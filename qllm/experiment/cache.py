@@ -99,7 +99,8 @@ def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
             return {key: resolved(item) for key, item in value.items()}
         if isinstance(value, list):
             return [resolved(item) for item in value]
-        return contents(value) if isinstance(value, str) and os.path.isabs(value) else value
+        is_file = isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value)
+        return contents(value) if is_file else value
 
     elsewhere = {"name", "policies", "seeds", "sweep", "provenance", "warmup"}
     resolved_config = run.config.model_dump(

@@ -85,8 +85,7 @@ class Results:
             (folder / FAILURES).unlink(missing_ok=True)  # of an earlier run
         else:
             self.failures.to_csv(folder / FAILURES, index=False, lineterminator="\n")
-        text = yaml.safe_dump(_portable(self.config, folder), sort_keys=False, allow_unicode=True, width=120)
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_config(self.config, folder)
 
 
 def make_folder(out: str | Path) -> Path:
@@ -145,12 +144,13 @@ def write_config(config: Config, folder: Path) -> None:
 
     def portable(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: relative(item) for key, item in value.items()}
+            return {key: portable(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [relative(item) for item in value]
-        if isinstance(value, str) and os.path.isabs(value):
-            return os.path.relpath(value, folder)
+            return [portable(item) for item in value]
+        if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
+            return portable_path(value, folder)
         return value
 
-    plain: dict[str, Any] = relative(config.model_dump(exclude_none=True, by_alias=True))
-    return plain
+    plain = portable(config.model_dump(exclude_none=True, by_alias=True))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    (folder / CONFIG).write_text(text, encoding="utf-8")

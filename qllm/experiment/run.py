@@ -11,13 +11,15 @@ import pandas as pd
 
 from qllm.config.config import RATE, Config
 from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
-from qllm.config.policies import describe_failure
+from qllm.config.policies import describe_failure, watched
 from qllm.config.schema import cells
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
+
+LAST_ARRIVAL_S = 1e8  #: of a simulation: three years
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,24 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunRe
     config = run.config
     policy = config.policies[run.policy]
     limits = scheduler_limits(config, load_timings(config.timings))
-    try:
-        return run_simulation(
-            trace,
-            priorities=config.priorities,
-            policy=policy.build(),
-            limits=limits,
-            steps=cost_model(config),
-            popularity=popularity(config),
-            seed=run.seed,
-            timeline=timeline,
+    if len(trace) and trace.arrival[-1] > LAST_ARRIVAL_S:
+        raise ConfigError(
+            f"rate: the last request arrives after {trace.arrival[-1]:.3g} s; allowed: {LAST_ARRIVAL_S:g} s, beyond "
+            "which microseconds are lost in the clock's rounding"
         )
-    except Exception as error:
+    try:
+        with watched(policy.file):
+            return run_simulation(
+                trace,
+                priorities=config.priorities,
+                policy=policy.build(),
+                limits=limits,
+                steps=cost_model(config),
+                popularity=popularity(config),
+                seed=run.seed,
+                timeline=timeline,
+            )
+    except (Exception, SystemExit) as error:
         if policy.file is None:
             raise
         raise ConfigError(f"{run}: {describe_failure(error, policy.file)}") from None
@@ -79,7 +87,11 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunRe
 def run_table(run: Run) -> pd.DataFrame:
     """Simulate `run`: a row per request, without the names that only this sweep has for it (see `sweep_rows`)."""
     trace = request_trace(run.config, run.seed)
-    return request_table(run, trace, simulate_run(run, trace), isolated(run.config, trace.prompt_tokens))
+    result = simulate_run(run, trace)
+    served = result.status != Status.REJECTED  # the others' prompts may be of any length
+    alone = np.full(len(trace), np.nan)
+    alone[served] = isolated(run.config, trace.prompt_tokens[served])
+    return request_table(run, trace, result, alone)
 
 
 def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttft: np.ndarray) -> pd.DataFrame:

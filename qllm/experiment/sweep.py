@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import joblib
 import pandas as pd
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qllm.config.config import Config, load_config
 from qllm.config.from_config import load_timings
 from qllm.errors import EXPECTED
 from qllm.experiment.backends import parallel
 from qllm.experiment.cache import CachedRun, finish, keys, read, write
+from qllm.experiment.progress import progress as show_progress
 from qllm.experiment.results import Results, make_folder
 from qllm.experiment.run import Run, runs, sweep_rows
-SEVERAL = " | "  #: between the timing traces that a sweep uses, where its provenance names them
+from qllm.experiment.size import check_size
 
+SEVERAL = " | "  #: between the timing traces that a sweep uses, where its provenance names them
 Task = tuple[int, Run, Path | None]  #: number in the sweep, the simulation, and where what it gives is kept
 
 
@@ -42,11 +41,12 @@ class Failure:
 def simulate(
     config: str | Path | Config,
     *,
-    set: list[str] | tuple[str, ...] = (),
+    set: str | list[str] | tuple[str, ...] = (),
     jobs: int = 1,
     backend: str = "local",
     keep: str | Path | None = None,
     progress: bool = False,
+    any_size: bool = False,
 ) -> Results:
     """Simulate a configuration: every point of its sweep, policy and seed.
 
@@ -59,13 +59,14 @@ def simulate(
         jobs: Processes that work in parallel; the results do not depend on it.
         backend: Where they run: "local", "ray" or "dask" (see qllm.experiment.backends).
         keep: Folder for finished simulations; those that are there already are not run again.
-        progress: Whether to show a progress bar on stderr.
+        progress: Whether to show on stderr how far it is: a bar, or a line every 10 s where that is no terminal.
+        any_size: Also what is estimated to take more than an hour, or more memory than there is.
 
     Returns:
         Tables of requests, of the summary and of what failed, with the resolved configuration.
 
     Raises:
-        ConfigError: The configuration is wrong; one line says where and what is allowed.
+        ConfigError: The configuration is wrong, or asks for too much; one line says where and what is allowed.
         TraceError: The same for a request trace.
         TimingError: The same for a timing trace.
         SchedulerError: The same for the limits or a policy's settings.
@@ -79,10 +80,14 @@ def simulate(
         kept = read(file) if file else None
         if kept:
             done[number] = kept
-    with _bar(len(todo), len(done), progress) as advance:
-        for number, result in _simulated([task for task in todo if task[0] not in done], backend, jobs):
+    left = [task for task in todo if task[0] not in done]
+    if not any_size:
+        check_size([run for _, run, _ in left], [run for _, run, _ in todo], jobs)
+    with show_progress("simulating", len(todo), progress) as update:
+        update(len(done), len(todo))
+        for number, result in _simulated(left, backend, jobs):
             done[number] = result
-            advance()
+            update(len(done), len(todo))
     return _results(config, [(run, done[number]) for number, run, _ in todo])
 
 
@@ -103,7 +108,15 @@ def attempt(number: int, run: Run, file: Path | None) -> tuple[int, CachedRun | 
         typed = isinstance(error, EXPECTED)
         message = str(error).removeprefix(f"{run}: ") if typed else f"{type(error).__name__}: {error}"
         text = "" if typed else traceback.format_exc()
-        return number, Failure(" ".join(message.split()), error if typed else None, text)
+        return number, Failure(_without_home(" ".join(message.split())), error if typed else None, text)
+
+
+def _without_home(message: str) -> str:
+    """`message` with paths as others may read them: from here, or from "~"."""
+    for folder, short in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
+        if len(folder) > 1:
+            message = message.replace(f"{folder}{os.sep}", short)
+    return message
 
 
 def _simulated(todo: list[Task], backend: str, jobs: int) -> Iterator[tuple[int, CachedRun | Failure]]:
@@ -135,9 +148,7 @@ def _results(config: Config, done: list[tuple[Run, CachedRun | Failure]]) -> Res
         text = f"{len(failed)} of {len(done)} simulations failed; first {failed[0][0]}: {failed[0][1].message}"
         warnings.warn(text, stacklevel=3)
     failures = [
-        {"policy": run.title, **run.cells, "seed": run.seed}
-        | {"error": result.message}
-        for run, result in failed
+        {"policy": run.title, **run.cells, "seed": run.seed} | {"error": result.message} for run, result in failed
     ]
     requests = pd.concat(tables, ignore_index=True)
     return Results.of(requests, config.model_copy(update={"provenance": provenance(config)}), pd.DataFrame(failures))
@@ -168,12 +179,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-@contextmanager
-def _bar(total: int, completed: int, shown: bool) -> Iterator[Any]:
-    """A progress bar on stderr that goes away at the end; yields what to call after each simulation."""
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
-        task = bar.add_task("", total=total, completed=completed)
-        yield lambda: bar.advance(task)

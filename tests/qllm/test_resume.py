@@ -165,7 +165,10 @@ def test_a_failed_simulation_is_reported_and_does_not_stop_the_others(tmp_path: 
     assert "mine.py:6: ValueError: too fast" in failed["error"][0]
     assert len(results.requests) == (RUNS - 2) * 40
     (tmp_path / "mine.py").write_text(FAILS_AT_50.replace("too fast", "still"))
-    repaired = qllm("simulate", config, "--out", tmp_path / "out", "--set", "policies.0={name: fcfs, label: mine}")
+    repaired = qllm(
+        *("simulate", config, "--out", tmp_path / "out", "--force"),
+        *("--set", "policies.0={name: fcfs, label: mine}"),
+    )
     assert repaired.returncode == 0, repaired.stderr
     assert load_results(tmp_path / "out").failures.empty
 

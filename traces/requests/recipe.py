@@ -40,11 +40,11 @@ class Lognormal(StrictModel):
     bound, not drawn again, so the mean moves.
     """
 
-    mean: Positive | None = None
-    median: Positive | None = None
+    mean: Positive | None = None  #: tokens; give this or median
+    median: Positive | None = None  #: tokens
     sigma: Annotated[float, Field(gt=0, le=10)]  #: standard deviation of the logarithm
-    min: Count | None = None
-    max: Count | None = None
+    min: Count | None = None  #: tokens; shorter ones become that
+    max: Count | None = None  #: tokens; longer ones become that
 
     @model_validator(mode="after")
     def _one_centre(self) -> Lognormal:
@@ -58,8 +58,9 @@ class Lognormal(StrictModel):
 class Length(StrictModel):
     """How many tokens: one of these keys. A number alone is `fixed`, a name alone `quantiles`."""
 
-    fixed: Count | None = None  #: every request the same
-    uniform: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None  #: [low, high], both included
+    fixed: Count | None = None  #: tokens, every request the same
+    #: tokens, [low, high], both included
+    uniform: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
     lognormal: Lognormal | None = None
     quantiles: str | None = None  #: drawn from a quantile table: a bundled name or a CSV file
     trace: InputFile | None = None  #: drawn with replacement from a request trace
@@ -92,20 +93,20 @@ class Length(StrictModel):
 class Pairs(StrictModel):
     """Prompt and output lengths drawn together, a row of a request trace at a time."""
 
-    trace: InputFile
+    trace: InputFile  #: a request trace, from which rows are drawn with replacement
 
 
 class Poisson(StrictModel):
     """Exponential gaps."""
 
-    process: Literal["poisson"] = "poisson"
+    process: Literal["poisson"] = "poisson"  #: how requests arrive
 
 
 class Gamma(StrictModel):
     """Gamma-distributed gaps; cv is their coefficient of variation (1 is Poisson, more is burstier)."""
 
     process: Literal["gamma"]
-    cv: Positive
+    cv: Positive  #: of gamma: coefficient of variation of the gaps; 1 is poisson, more is burstier
 
     @field_validator("cv")
     @classmethod
@@ -119,9 +120,10 @@ class OnOff(StrictModel):
     """Bursts: `on_s` seconds at `burst` times the mean rate, then `off_s` seconds at what keeps the mean at `rate`."""
 
     process: Literal["onoff"]
-    on_s: Positive
-    off_s: Positive
-    burst: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None  #: default: nothing arrives in off_s
+    on_s: Positive  #: of onoff: seconds of a burst
+    off_s: Positive  #: of onoff: seconds between two bursts
+    #: of onoff: times the mean rate; default: nothing arrives in off_s
+    burst: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _mean_can_be_kept(self) -> OnOff:

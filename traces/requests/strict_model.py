@@ -59,6 +59,8 @@ def existing_file(value: str, info: ValidationInfo) -> str:
         if "azure" in path.name.lower():
             hint = "; download it from https://github.com/Azure/AzurePublicDataset (data/)"
         raise ValueError(f"{not_regular(path)}: {os.path.relpath(path)}{where}{hint}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"cannot be read, for lack of permission: {os.path.relpath(path)}")
     return str(path)
 
 

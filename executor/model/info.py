@@ -54,10 +54,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: object = None) -> frozenset[int]
     given = next((eos for c in configs if (eos := getattr(c, "eos_token_id", None)) is not None), None)
     found = [*_ids(given), *_ids(getattr(tokenizer, "eos_token_id", None))]
     vocabulary = embedding(model).num_embeddings
-    allowed = frozenset(token for token in found if type(token) is int and 0 <= token < vocabulary)
-    if ignored := [token for token in found if token not in allowed]:
+    known = [token for token in found if type(token) is int and 0 <= token < vocabulary]
+    if ignored := [token for token in found if token not in known]:
         log.warning("stop tokens ignored: %s; allowed: token ids from 0 to %d", ignored, vocabulary - 1)
-    return allowed
+    return frozenset(known)
 
 
 def _ids(given: Any) -> list[Any]:

@@ -53,7 +53,7 @@ def print_table(results: Results, caption: str, folder: Path) -> None:
     others = [key for key in results.config.sweep if key != "rate"]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("rate", *others, "class", "policy", *(header for header, _, _ in _PRINTED)):
-        table.add_column(name, justify="left" if name in ("class", "policy") else "right", no_wrap=True)
+        table.add_column(escape(name), justify="left" if name in ("class", "policy") else "right", no_wrap=True)
     order = {name: position for position, name in enumerate(results.config.classes)}
     ordered = results.summary.sort_values(["rate", *others], kind="stable")
     previous: Any = None
@@ -105,7 +105,7 @@ def print_failures(results: Results) -> None:
         return
     table = Table(box=SIMPLE_HEAD, title="Failed, and not in the results", title_justify="left")
     for name in results.failures.columns:
-        table.add_column(str(name), overflow="fold")
+        table.add_column(escape(str(name)), overflow="fold")
     for row in results.failures.itertuples(index=False):
         table.add_row(*(escape(str(value)) for value in row))
     Console().print(table)

@@ -18,10 +18,10 @@ from qllm.traces.requests.strict_model import Count, InputFile, Positive, Strict
 
 def check_title(text: str) -> str:
     """What tables, figures and their legends can show."""
-    if not text.strip() or not text.isprintable() or text.startswith("_") or len(text) > 80:
+    if not re.fullmatch(r"[^_$][^$]{0,79}", text) or not text.strip() or not text.isprintable():
         raise ValueError(
-            f"{shown(text)} cannot be shown in tables and figures; allowed: up to 80 printable characters, the first "
-            "none of _"
+            f"{shown(text)} cannot be shown in tables and figures; allowed: up to 80 printable characters without $, "
+            "the first none of _"
         )
     return text
 

@@ -126,7 +126,7 @@ def run_seconds(run: Run) -> float:
 def _seconds(run: Run, sent: _Requests, cells: float) -> float:
     config = run.config
     limits = scheduler_limits(config, load_timings(config.timings))
-    capacity = limits.kv_blocks * limits.block_size
+    capacity = float(limits.kv_blocks or np.inf) * limits.block_size
     fits = sent.prompt_tokens + sent.output_tokens - 1 <= capacity
     prompt, output = sent.prompt_tokens[fits].astype(float), sent.output_tokens[fits].astype(float)
     if not len(prompt):
@@ -144,7 +144,7 @@ def _seconds(run: Run, sent: _Requests, cells: float) -> float:
     alone = float(np.ceil(lengths / limits.max_batched_tokens).sum())
     if sent.count > len(fits):  # more of them have other lengths, up to the longest
         alone *= min(sent.count, float(np.ptp(prompt)) + 1) / min(len(fits), float(np.ptp(prompt)) + 1)
-    return (
+    return float(
         sent.count * _REQUEST_S
         + decodes * _DECODE_S
         + prefills * (_PREFILL_S + cells * _CELL_S)

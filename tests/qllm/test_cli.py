@@ -26,6 +26,22 @@ def test_simulate_writes_its_files_and_prints_a_table(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_names_are_shown_as_they_are_written(tmp_path: Path) -> None:
+    odd = ["[red]x[/blue]", "/tmp <b>& %s {}"]
+    text = CONFIG.replace("- fcfs", f"- {{name: fcfs, label: '{odd[0]}'}}").replace("  be:", "  '[/b]':")
+    text = text.replace("name: qllm", f"name: qllm, label: '{odd[1]}'")
+    config = write_config(tmp_path, text.replace("rate: [5, 50]", "rate: [5]\n  classes.[/b].priority: [1, 2]"))
+    done = qllm("simulate", config, "--out", tmp_path / "out", "--jobs", 1, "--timeline", "--set", "seeds=1")
+    assert done.returncode == 0, done.stderr
+    for name in (*odd, "[/b]", "classes.[/b].priority"):
+        assert name in done.stdout
+    report = qllm("report", tmp_path / "out")
+    assert report.returncode == 0, report.stderr
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in html
+    assert "<b>& " not in html
+
+
 def test_json_is_the_summary(tmp_path: Path) -> None:
     arguments = ["simulate", write_config(tmp_path), "--out", tmp_path / "out", "--format", "json"]
     done = qllm(*arguments, "--set", "sweep.rate=[5]", "--set", "seeds=1")

@@ -109,6 +109,8 @@ BROKEN = {
     "name that hides": ("name: small", "name: .small", 1, ["name", "plain file name"]),
     "name of no letters": ("name: small", "name: ''", 1, ["name", "plain file name"]),
     "label that no figure shows": ("- fcfs", "- {name: fcfs, label: _x}", 19, ["policies.0.label", "printable"]),
+    "label of formulas": ("- fcfs", "- {name: fcfs, label: $x$}", 19, ["policies.0.label", "without $"]),
+    "class of formulas": ("  be:", "  $be$:", 3, ["classes", "'$be$'", "without $"]),
     "label of two lines": ("- fcfs", '- {name: fcfs, label: "a\\nb"}', 19, ["policies.0.label", "printable"]),
     "policy that is a number": ("- fcfs", "- 3", 19, ["policies.0", "the name of a policy", "got 3"]),
     "date": ("share: 0.25", "share: 2024-01-01", 6, ["classes.ls.share", "must be a number, got a date"]),

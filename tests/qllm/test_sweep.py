@@ -104,6 +104,39 @@ def test_any_key_can_be_swept(tmp_path: Path) -> None:
     assert set(swept.requests["policies.1.fill_tokens"]) == {0, 64}
 
 
+MIXED = {
+    "null and numbers": ("policies.1.fill_tokens", "[null, 0, 512]", ["none", "0", "512"]),
+    "null and a number": ("limits.kv_blocks", "[null, 5000]", ["none", "5000"]),
+    "true and false": ("policies.1.merge", "[true, false]", ["true", "false"]),
+    "kinds of length": (
+        "classes.ls.prompt",
+        "[9, {uniform: [1, 5]}, azure_conv]",
+        ["9", "{uniform: [1, 5]}", "azure_conv"],
+    ),
+    "policies": ("policies.0", "[fcfs, {name: chunked, budget: 64}]", ["fcfs", "{budget: 64, name: chunked}"]),
+    "whole and not": ("max_step", "[1, 0.5]", [1.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_values_of_any_kind_can_be_swept_written_and_read(kind: str, tmp_path: Path) -> None:
+    key, values, shown = MIXED[kind]
+    small = ["sweep.rate=[5]", "seeds=1", "requests=10", f"sweep.{key}={values}"]
+    swept = simulate(write_config(tmp_path), set=small)
+    assert swept.requests[key].drop_duplicates().tolist() == shown
+    assert swept.summary[key].drop_duplicates().tolist() == shown
+    back = load_results(swept.save(tmp_path / "out"))
+    assert back.summary[key].tolist() == swept.summary[key].tolist()
+    assert pd.read_csv(tmp_path / "out" / SUMMARY)[key].notna().all()
+    again = simulate(tmp_path / "out" / RESOLVED)
+    assert again.requests[key].tolist() == swept.requests[key].tolist()
+
+
+def test_an_override_may_be_one_text(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    assert load_config(path, "requests=3") == load_config(path, ["requests=3"])
+
+
 def test_rejected_requests_are_kept_with_their_reason(tmp_path: Path) -> None:
     limited = simulate(write_config(tmp_path), set=["limits.kv_blocks=40", "sweep.rate=[5]", "seeds=1"])
     rejected = limited.requests[limited.requests["status"] == "rejected"]

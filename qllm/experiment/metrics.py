@@ -186,9 +186,11 @@ def summarise(
         warmup: Which requests at the beginning of a run do not count.
 
     Returns:
-        The columns policy, rate, class, `SUMMARY_COLUMNS`, and the other swept keys.
+        The columns policy, rate, class, `SUMMARY_COLUMNS`, the other swept keys, and of a sweep over timing traces
+        `timings_source`.
     """
     others = [name for name in coordinates if name != "rate"]
+    others += ["timings_source"] if "timings_source" in requests else []
     point = ["policy", "rate", *others]
     rows: list[dict[str, Any]] = []
     for key, at_point in requests.groupby(point, sort=False, observed=True, dropna=False):

@@ -20,6 +20,7 @@ from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
 LAST_ARRIVAL_S = 1e8  #: of a simulation: three years
+SOURCE = "timings_source"  #: column of a sweep over timing traces: measured, imported or modelled, for each row
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
             "policy": text(np.full(n, run.policy), [policy.title for policy in config.policies]),
             RATE: columns.pop(RATE),
             **{key: np.full(n, value) for key, value in run.cells.items() if key != RATE},
+            **({SOURCE: text(np.zeros(n), [load_timings(config.timings).source])} if "timings" in run.point else {}),
             **columns,
         }
     )
-

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
+from qllm.executor.engine.requests import load_tokenizer, prompt_ids
 from qllm.executor.errors import CalibrationError
 from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner
 from qllm.traces.comment_header import render_header
-from qllm.traces.messages import first_line
 from qllm.traces.step_times.popularity import COLUMNS
 
 BLOCK = 16
@@ -25,18 +24,17 @@ BLOCK = 16
 def record_popularity(loaded: LoadedModel, name_or_path: str, prompts: Path, out: Path, max_tokens: int) -> int:
     """Write to `out` what share of each layer's tokens each expert gets of `prompts` (one a line); the tokens run.
 
-    CalibrationError: there is no tokenizer, no prompt, or no trained weights.
+    CalibrationError: there is no tokenizer, no prompt, or no trained weights. LoadError: the tokenizer is damaged.
     """
     if loaded.weights != "checkpoint":
         raise CalibrationError(f"--prompts: the routing of weights that are {loaded.weights} says nothing")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"--prompts needs the model's tokenizer: {first_line(error)}") from None
+    tokenizer = load_tokenizer(name_or_path)
+    if tokenizer is None:
+        raise CalibrationError(f"--prompts needs a tokenizer, and {name_or_path} has none")
     lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise CalibrationError(f"--prompts {prompts}: holds no prompt; one a line is needed")
-    sequences = (tokenizer.encode(line)[:max_tokens] for line in lines)
+    sequences = (prompt_ids(tokenizer, line)[:max_tokens] for line in lines)
     counts, tokens = count_routing(loaded, sequences, max_tokens)
     header = {
         "source": f"measured by qllm calibrate: {len(lines)} prompts, {tokens} tokens of {prompts.name}",

@@ -8,8 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from qllm.executor import Engine, LoadError
+from qllm.executor.calibration.routing import record_popularity
 from qllm.executor.engine.requests import load_tokenizer, prompt_ids
+from qllm.executor.errors import CalibrationError
 from qllm.executor.model.info import stop_ids
+from qllm.executor.model.loading import LoadedModel, prepare_model
 from qllm.executor.testing import tiny_config, tiny_model
 from qllm.scheduler import Limits
 
@@ -182,3 +185,14 @@ def test_a_checkpoint_with_tokenizer_takes_text(tmp_path):
         result = stream.result()
     assert stream.prompt == [0, 5, 6]
     assert result.text == tokenizer().decode(result.tokens, skip_special_tokens=True)
+
+
+def test_the_routing_of_prompts_needs_a_tokenizer(tmp_path):
+    loaded = LoadedModel.of("tiny", prepare_model(tiny_model("qwen3_moe", num_hidden_layers=2)))
+    loaded.model.config.save_pretrained(tmp_path)
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7\n")
+    given = (loaded, str(tmp_path), tmp_path / "prompts.txt", tmp_path / "popularity.csv", 16)
+    with pytest.raises(CalibrationError, match=r"--prompts needs a tokenizer, and .* has none"):
+        record_popularity(*given)
+    tokenizer("<s> $A").save_pretrained(tmp_path)
+    assert record_popularity(*given) == 5

@@ -77,7 +77,7 @@ class YamlFile:
         """Apply one `key.path=value` of the command line; the value is YAML. ConfigError where it cannot be read."""
         name, separator, text = assignment.partition("=")
         if not separator or not name.strip():
-            raise ConfigError(f"--set {assignment}: expected key=value, e.g. --set sweep.rate=[1,2,4]")
+            raise ConfigError(f"--set {assignment}: expected key=value, e.g. --set 'sweep.rate=[1,2,4]'")
         value, _ = _parse(text, f"--set {assignment}")
         key = parse_dotted(name.strip())
         # The sweep's own keys are dotted paths, so that `sweep.limits.max_seqs` is one key of the mapping `sweep`.

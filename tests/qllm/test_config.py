@@ -239,6 +239,12 @@ def test_keys_inside_a_short_form_can_be_set_and_swept(
         assert found == value
 
 
+def test_a_setting_of_a_policy_given_by_name_can_be_swept(tmp_path: Path) -> None:
+    path = write_config(tmp_path, CONFIG.replace("- fcfs", "- chunked"))
+    config = load_config(path, ["sweep.policies.0.budget=[64, 128]"])
+    assert [config.at(point).policies[0].build().budget for point in config.points()] == [64, 128, 64, 128]
+
+
 def test_swept_values_that_do_not_go_together_are_named(tmp_path: Path) -> None:
     config = load_config(
         write_config(tmp_path), ["sweep.limits.max_seqs=[4, 2000]", "sweep.limits.max_batched_tokens=[1000, 2048]"]

@@ -31,6 +31,7 @@ KEPT = [
     "policy",
     "rate",
     "class",
+    "saturated",
     "ttft_mean_s",
     "ttft_mean_lo_s",
     "ttft_mean_hi_s",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from figure_results import caption, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from qllm.plots.lines import lines_of
 from qllm.plots.schedule import plot_timeline, timeline_key
-from qllm.plots.style import COLOURS, add_caption, finish_axes, log_axis, part_lines
+from qllm.plots.style import COLOURS, add_caption, draw_line, finish_axes, hollow_sign, log_axis, part_lines
 from qllm.traces.results import PassSlice
 
 CLASSES = {0: "LS", 1: "BE"}
@@ -23,14 +23,12 @@ TITLES = {"ttft": "TTFT", "tpot": "TPOT", "turnaround": "turnaround"}
 
 def ttft(name: str) -> Figure:
     """LS TTFT against request rate: mean with its band over the seeds, and p99."""
-    return _against_rate(name, "ttft_p99_s", "LS TTFT, 99th percentile (s)", 3.0, "SLO 3 s")
+    return _against_rate(name, "ttft_p99_s", "LS TTFT, p99 (s)", 3.0, "SLO 3 s")
 
 
 def long_prefill_ttft(name: str) -> Figure:
     """The same for long BE prompts; the tail over what a request takes alone."""
-    return _against_rate(
-        name, "ttft_over_isolated_p99", "LS TTFT / isolated TTFT, 99th percentile", 5.0, "SLO 5x isolated"
-    )
+    return _against_rate(name, "ttft_over_isolated_p99", "LS TTFT / isolated TTFT, p99", 5.0, "SLO 5x isolated")
 
 
 def _against_rate(name: str, tail: str, title: str, slo: float, told: str) -> Figure:
@@ -40,24 +38,26 @@ def _against_rate(name: str, tail: str, title: str, slo: float, told: str) -> Fi
     summary = load(name)["summary"]
     ls = summary[summary["class"] == "ls"]
     for ax, column, shown in ((left, "ttft_mean_s", "LS TTFT, mean (s)"), (right, tail, title)):
+        lines = []
         for (label, style), line in lines_of(ls, "rate"):
-            ax.plot(line["rate"], line[column], label=label, **style)
-            if ax is left:
-                low = line["ttft_mean_lo_s"].clip(lower=line[column].min() / 100)
-                ax.fill_between(
-                    line["rate"], low, line["ttft_mean_hi_s"], color=style["color"], alpha=0.15, linewidth=0
-                )
+            numbers = line[["rate", column, "ttft_mean_lo_s", "ttft_mean_hi_s"]].to_numpy(dtype=float)
+            at, values, low, high = numbers.T
+            band = (low, high) if ax is left else (np.full(len(line), np.nan),) * 2
+            lines.append(draw_line(ax, at, values, band, line["saturated"].to_numpy(bool), label, style))
         if ax is right or tail == "ttft_p99_s":
             ax.axhline(slo, color="0.3", linestyle="--", linewidth=1, label=told)
-        ax.set_yscale("log")
         ax.set_ylabel(shown)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
         finish_axes(ax, "rate")
+        log_axis(ax.yaxis)
+        part_lines(ax, lines)
     entries = {label: line for ax in (left, right) for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    add_caption(figure, _plain(name))
+    if ls["saturated"].any():
+        entries["saturated"] = hollow_sign()
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=5, frameon=False, fontsize=9)
+    signs = "Bands: 95\u00a0%, bootstrap over the seeds. Lines that coincide are drawn side by side."
+    if ls["saturated"].any():
+        signs += " Saturated: the queue still grew when arrivals ended, so the value depends on the run's length."
+    add_caption(figure, f"{_plain(name)} {signs}")
     return figure
 
 

@@ -76,10 +76,15 @@ def _expected(error: Exception) -> bool:
     return isinstance(error, EXPECTED)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Warning | Exception | str) -> str:
     return " ".join(str(error).split())
 
 
+_warned: set[str] = set()
+
+
 def _one_line_warning(message: Warning | str, *_: object, **__: object) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"[yellow]warning:[/yellow] {escape(' '.join(str(message).split()))}")
+    text = _one_line(message)
+    if text not in _warned:  # reading a file warns in each process that reads it
+        _warned.add(text)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]warning:[/yellow] {escape(text)}")

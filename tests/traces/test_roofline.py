@@ -11,7 +11,7 @@ from qllm.traces import SHAPES, Timings, bundled_timings
 from qllm.traces.step_times.file_format import Point, TimingWarning
 from qllm.traces.step_times.roofline import GPUS, Gpu, gpu_named, least_of, least_seconds, times_least
 from qllm.traces.step_times.testing import affine_timings
-from tests.cli_support import qllm
+from tests.cli_support import qllm, write_config
 
 QWEN = "a100-qwen3-30b-a3b-bf16"
 
@@ -130,6 +130,17 @@ def test_the_roofline_is_that_of_the_data_sheet():
 def test_a_gpu_is_found_by_its_name(device, key):
     assert gpu_named(device) == (GPUS[key] if key else None)
     assert Gpu(1.0, 2.0).bandwidth == 1
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_sweep_says_once_what_is_not_plausible(tmp_path, jobs):
+    config = write_config(tmp_path)
+    replace(Timings.load(tmp_path / "timings.csv"), memory_bytes=1 << 29).save(tmp_path / "timings.csv")
+    done = qllm(
+        "simulate", str(config), "--set", "limits.kv_blocks=9999", "--out", str(tmp_path / "out"), "--jobs", jobs
+    )
+    assert done.returncode == 0
+    assert done.stderr.count("weights of 1.1 GB do not fit in 0.5 GB of memory") == 1
 
 
 def test_describe_shows_the_roofline_and_what_is_not_plausible(tmp_path):

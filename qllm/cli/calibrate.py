@@ -20,13 +20,17 @@ def calibrate(
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts, one a line: records which experts they use, next to --out")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a timing trace that --out names")] = False,
 ) -> None:
     """Measure step times through the engine's own passes. Minutes; an interrupted calibration goes on where it was."""
+    from qllm.executor.errors import CalibrationError
+
+    if out.exists() and not force and not out.with_name(f"{out.name}.measured").exists():
+        raise CalibrationError(f"--out {out}: is there already; allowed: another --out, or --force to replace it")
     import torch
 
     from qllm.executor.calibration.calibrate import Extent, calibrate
     from qllm.executor.calibration.routing import record_popularity
-    from qllm.executor.errors import CalibrationError
     from qllm.executor.model.loading import load
     from qllm.experiment.progress import progress
     from qllm.traces.files import not_regular

@@ -141,16 +141,16 @@ def _by_bounds(requests: pd.DataFrame, config: Config) -> list[tuple[Config, pd.
 
 def write_config(config: Config, folder: Path) -> None:
     """Write config.yaml, its absolute paths relative to `folder`, so that both can move together."""
-
-    def portable(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: portable(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [portable(item) for item in value]
-        if isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value):
-            return portable_path(value, folder)
-        return value
-
-    plain = portable(config.model_dump(exclude_none=True, by_alias=True))
+    plain = portable(config.model_dump(exclude_none=True, by_alias=True), folder)
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
     (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def portable(value: Any, start: Path) -> Any:
+    """Plain data with the absolute paths of files in it as `portable_path` writes them."""
+    if isinstance(value, dict):
+        return {key: portable(item, start) for key, item in value.items()}
+    if isinstance(value, list):
+        return [portable(item, start) for item in value]
+    is_file = isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value)
+    return portable_path(value, start) if is_file else value

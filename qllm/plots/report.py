@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.results import CONFIG, Results, load_results
+from qllm.experiment.results import CONFIG, Results, load_results, portable
 from qllm.experiment.sweep import SEVERAL
 from qllm.plots.curves import save_figures
 from qllm.plots.lines import titles
@@ -77,7 +77,8 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
 
 def differences(loaded: Sequence[Results]) -> list[tuple[str, list[str]]]:
     """The keys of the configurations that are not the same in all: (dotted key, its value in each, '-' for none)."""
-    flat = [_flat(results.config.model_dump(exclude_none=True, by_alias=True)) for results in loaded]
+    plain = [results.config.model_dump(exclude_none=True, by_alias=True) for results in loaded]
+    flat = [_flat(portable(one, Path.cwd())) for one in plain]
     keys = list(dict.fromkeys(chain.from_iterable(flat)))
     rows = [(key, [values.get(key, "-") for values in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]

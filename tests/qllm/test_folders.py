@@ -14,6 +14,7 @@ from qllm.experiment.results import CONFIG as WRITTEN
 from qllm.experiment.results import load_results
 from qllm.experiment.results import write_config as write_resolved
 from qllm.experiment.sweep import simulate
+from qllm.plots.report import write_report
 from qllm.traces.files import portable_path
 from tests.cli_support import CONFIG, qllm, write_config
 
@@ -129,3 +130,26 @@ def test_settings_that_are_null_are_kept(tmp_path: Path) -> None:
     path = write_config(tmp_path, CONFIG.replace("- fcfs", "- {file: mine.py, most: null}"))
     results = simulate(path, set=ONE)
     assert simulate(results.save(tmp_path / "out") / WRITTEN).requests.equals(results.requests)
+
+
+def test_a_report_names_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "ann"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    path = write_config(home)
+    (home / "other.csv").write_text((home / "timings.csv").read_text())
+    for name, timings in (("a", "timings.csv"), ("b", "other.csv")):
+        simulate(path, set=[*ONE, f"timings={timings}"]).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    html = write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "report.html").read_text()
+    assert "ann/timings.csv" in html or "~/timings.csv" in html
+    assert str(tmp_path) not in html
+
+
+def test_a_calibration_replaces_no_file_unasked(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "mine.csv").write_text("mine")
+    done = qllm("calibrate", "--model", "nowhere", "--out", tmp_path / "mine.csv")
+    assert done.returncode == 2
+    assert "mine.csv: is there already; allowed: another --out, or --force" in done.stderr
+    assert (tmp_path / "mine.csv").read_text() == "mine"

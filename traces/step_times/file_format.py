@@ -118,7 +118,7 @@ def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _check_together(header: dict[str, Any], where: str) -> None:
     """TimingError for keys that exclude each other."""
-    for key, most in (("top_k", "experts"), ("engine_loop_s", "host_s"), ("engine_between_s", "engine_loop_s")):
+    for key, most in (("top_k", "experts"), ("engine_loop_s", "host_s")):
         if key in header and most in header and header[key] > header[most]:
             raise TimingError(
                 f"{where}: header key {key!r} must be at most {most} ({header[most]:g}), got {header[key]:g}"

@@ -100,7 +100,7 @@ def draw_line(
     else:
         style = {**style, "linestyle": ""}
         around = ax.vlines(at, *band, color=style["color"], alpha=0.5, linewidth=2)
-    artists = [*ax.plot(at, values, label=label, **style), around]
+    artists: list[Artist] = [*ax.plot(at, values, label=label, **style), around]
     if saturated.any():
         hollow = {**style, "linestyle": "", "markerfacecolor": "white", "label": SATURATED, "zorder": 2.5}
         artists += ax.plot(at[saturated], values[saturated], **hollow)

@@ -168,6 +168,7 @@ def _timings(
         weights_bytes=loaded.weights_bytes,
         memory_bytes=memory_bytes(loaded.model.device)[1],
         host_bandwidth=numbers["bandwidth"],
+        max_context=max_positions(loaded.model.config),
         repeats=min(found.repeats for found in measured.values()),
         versions=versions(),
         conditions={

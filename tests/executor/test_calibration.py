@@ -75,6 +75,7 @@ def test_the_written_trace_covers_the_extent_and_loads(subject, trace):
     assert loaded.range("attention_decode") == ((1, 0), (3, 32))
     assert loaded.range("expert")[1] >= 16
     assert loaded.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, width, float32
+    assert loaded.max_context == subject.model.config.max_position_embeddings
     assert loaded.repeats >= 2
     assert all(point.spread_s is not None for point in loaded.points if point.step == "dense_pre")
     assert loaded.host_bandwidth > 0

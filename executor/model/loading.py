@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -59,17 +59,19 @@ def load_model(
             do not go through transformers' interfaces, or its weights are quantised and cannot be expanded.
         LoadError: the checkpoint is not there, is damaged or not whole, or does not fit the device.
     """
-    name = str(name_or_path)
-    place = checked_device(device)
     chosen = checked_dtype(dtype) if isinstance(dtype, str) else dtype
-    with _refusing(name):
+    with _logging_refusal():
+        return _load(str(name_or_path), checked_device(device), chosen, trust_remote_code)
+
+
+def _load(name: str, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    with _naming(name):
         config = _read_config(name, trust_remote_code)
         method = expand_weights(config)
-        found = torch_dtype(chosen, config) or torch.bfloat16
+        found = torch_dtype(dtype, config) or torch.bfloat16
         _check_size(_skeleton(config, found, trust_remote_code), place, method)
         check_files(name, config, method)
-        model = _read_weights(name, config, place, chosen, trust_remote_code)
-        return _prepare(model)
+        return _prepare(_read_weights(name, config, place, dtype, trust_remote_code))
 
 
 def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -81,7 +83,7 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: as `load_model` does.
     """
-    with _refusing():
+    with _logging_refusal():
         return _prepare(model)
 
 
@@ -96,14 +98,21 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _refusing(name: str = "") -> Iterator[None]:
-    """Log why a model is refused, and name the checkpoint."""
+def _logging_refusal() -> Iterator[None]:
     try:
         yield
     except (UnsupportedModelError, LoadError) as error:
-        told = type(error)(f"{name}: {error}") if name else error
-        log.warning("model refused: %s", told)
-        raise told from error.__cause__
+        log.warning("model refused: %s", error)
+        raise
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the checkpoint that is refused."""
+    try:
+        yield
+    except (UnsupportedModelError, LoadError) as error:
+        raise type(error)(f"{name}: {error}") from error.__cause__
 
 
 def _read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -123,9 +132,8 @@ def _read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def _why(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it needs code that comes with the checkpoint (trust_remote_code lets it run)"
-    return words(error)
+    needs_code = "it needs code that comes with the checkpoint (trust_remote_code lets it run)"
+    return needs_code if "trust_remote_code" in str(error) else words(error)
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -161,7 +169,6 @@ def _read_weights(
     name: str, config: PreTrainedConfig, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights, all of them; on an accelerator they are read straight onto it."""
-    told: dict[str, Any]
     report = _Report()
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(report)
@@ -190,12 +197,9 @@ def _read_weights(
 
 
 class _Report(logging.Filter):
-    """Keeps transformers' tables of what does not fit from being printed: one line says it.
+    """Keeps transformers' tables of what does not fit from being printed: one line says it."""
 
-    `cause` is what broke while weights were put together.
-    """
-
-    cause = ""
+    cause = ""  #: what broke while weights were put together
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -244,7 +248,7 @@ def load(
     trust_remote_code: bool = False,
     random_weights: bool = False,
 ) -> LoadedModel:
-    """Load what `--model`, `--device` and `--dtype` name. Raises LoadError, or UnsupportedModelError as `load_model`.
+    """Load what `--model`, `--device` and `--dtype` name. Raises as `load_model` does, for a command that prints it.
 
     With `random_weights` a folder that holds only a config.json gets random weights. Of a model that does not fit in
     memory FEW_LAYERS layers with random weights are built.
@@ -255,7 +259,7 @@ def load(
     name = folder.name if folder.exists() else name_or_path
     try:
         if random_weights:
-            with _refusing(name_or_path):
+            with _naming(name_or_path):
                 config = _read_config(name_or_path, trust_remote_code)
                 found = torch_dtype(dtype, config) or torch.float32
                 size = _bytes(_skeleton(config, found, trust_remote_code))
@@ -267,7 +271,7 @@ def load(
             if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
                 model = random_model(config, found, place)
                 return LoadedModel(name, model, layers, size, "random (the folder holds none)")
-        model = load_model(name_or_path, device=place, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _load(name_or_path, place, dtype, trust_remote_code)
     except LoadError as error:
         raise LoadError(f"--model {error}") from None
     return LoadedModel.of(name, model)

@@ -253,6 +253,6 @@ def _one_line(
     """The ConfigError for pydantic's first finding. `swept`: where the value came from and where it was put."""
     key, text = explain(error, data)
     if swept:
-        text = text if key == swept[1] else f"{dotted(key)}: {text}"
+        text = text if key in ((), swept[1]) else f"{dotted(key)}: {text}"
         key = swept[0]
     return source.error(key, text)

@@ -150,6 +150,7 @@ def test_mistake_is_one_line_with_place_and_what_is_allowed(mistake: str, tmp_pa
     [
         ("sweep.rate=[1,-2]", ["sweep.rate.1", "greater than 0"]),
         ("limits.max_seq=3", ["did you mean 'max_seqs'"]),
+        ("sweep.requests=[null, 3]", ["sweep.requests.0: give requests (how many are sent) or duration"]),
         ("limits.max_seqs.deep=3", ["limits.max_seqs is a number"]),
         ("policies.9.label=x", ["list of 2", "0 to 1"]),
         ("policies.1.fill_tokens=many", ["fill_tokens", "'many'"]),

@@ -61,6 +61,15 @@ class Results:
             parts.append(judged(rows, _slos(at)))
         return pd.concat(parts)
 
+    @cached_property
+    def slos(self) -> dict[str, list[Slo]]:
+        """The SLO of each class: none, one, or those that were swept."""
+        found: dict[str, list[Slo]] = {name: [] for name in self.config.classes}
+        for at, _ in _by_bounds(self.requests, self.config):
+            for name, slo in _slos(at).items():
+                found[name] += [slo] if slo is not None and slo not in found[name] else []
+        return found
+
     def save(self, out: str | Path) -> Path:
         """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv; return `out`.
 

@@ -247,7 +247,7 @@ def _draw(
     if metric.scale == "share":
         ax.set_ylim(-0.05, 1.05)
     elif metric.scale == "from 0":
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.06 * ax.dataLim.y1 if ax.dataLim.y1 > 0 else 1)
     elif (rows[column] > 0).any():
         log_axis(ax.yaxis)
     if not rows[column].notna().any():

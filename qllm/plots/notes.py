@@ -14,12 +14,8 @@ _SAID = {"ttft": "TTFT at most {} s", "ttft_over_isolated": "TTFT at most {} x i
 
 def bounds_of(results: Results, cls: str) -> dict[str, list[float]]:
     """The bounds of a class by key of `Slo`: none, one, or those that were swept."""
-    slo = results.config.classes[cls].slo
-    found = {}
-    for key in BOUNDS:
-        one = getattr(slo, key, None)
-        found[key] = sorted(results.config.sweep.get(f"classes.{cls}.slo.{key}", [] if one is None else [one]))
-    return found
+    found = {key: {getattr(slo, key) for slo in results.slos[cls]} - {None} for key in BOUNDS}
+    return {key: sorted(values) for key, values in found.items()}
 
 
 def told(results: Results, key: str, value: object) -> str:

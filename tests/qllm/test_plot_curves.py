@@ -279,6 +279,16 @@ def test_single_points_have_a_place_for_each_policy(tmp_path, monkeypatch) -> No
     )
 
 
+def test_all_points_lie_within_the_axes(tmp_path, monkeypatch) -> None:
+    alike = simulate(write_config(tmp_path), set=["sweep.rate=[50]", "seeds=1"])  # throughputs that hardly differ
+    for figure in panels(alike, tmp_path, monkeypatch).values():
+        for ax in figure.axes:
+            low, high = ax.get_ylim()
+            for _, values in lines(ax).values():
+                margin = 0.01 * (high - low)
+                assert all(low + margin < value < high - margin for value in values)
+
+
 def test_a_policy_keeps_its_colour_among_several_results(results: Results, tmp_path, monkeypatch) -> None:
     other = simulate(write_config(tmp_path), set=["policies=[{name: qllm, fill_tokens: 0}, hybrid]", "seeds=1"])
     order = ["fcfs", "qllm", "hybrid"]
@@ -308,6 +318,10 @@ def test_a_swept_bound_is_drawn_nowhere_and_told_with_its_values(tmp_path, monke
     figures = panels(swept, tmp_path, monkeypatch)
     assert "SLO of ls: TTFT at most 0.02 or 0.05 s." in caption(figures["slo"])
     assert not any(label.startswith("SLO") for label in lines(figures["ttft"].axes[0]))
+    swept = simulate(write_config(tmp_path), set=["sweep.classes.ls.slo=[{ttft: 0.05}, {tpot: 0.01}]", "seeds=1"])
+    figure = panels(swept, tmp_path, monkeypatch)["slo"]
+    assert "SLO of ls: TTFT at most 0.05 s, TPOT at most 0.01 s." in caption(figure)
+    assert [len(ax.texts) for ax in figure.axes] == [0, 1, 0, 1, 0, 0]  # a bound that does not hold has no values
 
 
 @pytest.mark.parametrize("low", [1e-6, 0.0371, 1.0, 812.0])

@@ -196,7 +196,10 @@ def _place(cumulative: torch.Tensor, target: float) -> int:
 
 def rising(values: torch.Tensor) -> torch.Tensor:
     """`values` sorted; numpy's sort is some ten times as fast as PyTorch's on a CPU."""
-    return torch.from_numpy(np.sort(values.numpy())) if values.device.type == "cpu" else values.sort().values
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy()))
+    ordered: torch.Tensor = values.sort().values
+    return ordered
 
 
 def largest_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,16 +52,17 @@ class Limits:
             if field.name == "evict" or (value is None and field.default is None):
                 continue
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise SchedulerError(f"limits.{field.name} is {value!r}, must be a whole number, at least {least}")
+                raise SchedulerError(f"limits.{field.name} is {value!r:.80}, must be a whole number, at least {least}")
         if self.max_batched_tokens < self.max_seqs:
             raise SchedulerError(
-                f"limits.max_batched_tokens is {self.max_batched_tokens}, must be at least max_seqs ({self.max_seqs}): "
+                f"limits.max_batched_tokens is {self.max_batched_tokens}, must be at least max_seqs "
+                f"({self.max_seqs!r:.80}): "
                 "each decoding sequence takes one token"
             )
         if not 0 <= self.urgent_blocks < self.blocks:
-            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks}, must be in [0, {self.blocks})")
+            raise SchedulerError(f"limits.urgent_blocks is {self.urgent_blocks!r:.80}, must be in [0, {self.blocks})")
         if self.evict not in ("recompute", "offload"):
-            raise SchedulerError(f"limits.evict is {self.evict!r}, must be recompute or offload")
+            raise SchedulerError(f"limits.evict is {self.evict!r:.80}, must be recompute or offload")
 
     @property
     def blocks(self) -> int:

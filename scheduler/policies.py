@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policy import Granularity, Policy
+from qllm.scheduler.policy import Granularity, Policy, checked_policy
 from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Chunked(Policy):
     """
 
     def __init__(self, budget: int = 512):
-        self.budget = _at_least(1, "chunked", "budget", budget)
+        self.budget = _whole(1, "chunked", "budget", budget)
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         level = s.waiting.level()
@@ -80,8 +80,8 @@ class Qllm(Policy):
         merge: bool = False,
     ):
         if resume not in ("prefill", "idle"):
-            raise UnknownPolicy(f"qllm: resume is {resume!r}, must be prefill or idle")
-        self.fill_tokens = None if fill_tokens is None else _at_least(0, "qllm", "fill_tokens", fill_tokens)
+            raise UnknownPolicy(f"qllm: resume is {resume!r:.80}, must be prefill or idle")
+        self.fill_tokens = None if fill_tokens is None else _whole(0, "qllm", "fill_tokens", fill_tokens)
         self.max_suspended_s = (
             NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
         )
@@ -151,7 +151,7 @@ class Hybrid(Qllm):
 
     def __init__(self, budget: int = 2048, max_suspended_s: float | None = None, merge: bool = False):
         super().__init__(max_suspended_s=max_suspended_s, merge=_boolean("hybrid", "merge", merge))
-        self.budget = _at_least(1, "hybrid", "budget", budget)
+        self.budget = _whole(1, "hybrid", "budget", budget)
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         if not (s.waiting.level() <= self.urgent and batch.prefill(up_to=self.urgent)):
@@ -194,8 +194,8 @@ def build_policy(cls: type[Policy], name: str, settings: dict[str, Any]) -> Poli
         settings: Arguments by keyword.
 
     Raises:
-        UnknownPolicy: `cls` has no such setting, or refuses a value; or its `granularity` or `merge` is none that
-            there is. The message says what is allowed.
+        UnknownPolicy: `cls` has no such setting, or refuses a value; or an attribute is none that is allowed. The
+            message says what is.
     """
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     allowed = [key for key, p in inspect.signature(cls).parameters.items() if p.kind in named]
@@ -205,21 +205,22 @@ def build_policy(cls: type[Policy], name: str, settings: dict[str, Any]) -> Poli
                 f"policy {name} has no setting {key!r}, "
                 + (f"only {', '.join(allowed)}" if allowed else "nor any other")
             )
-    policy = cls(**settings)
-    if policy.granularity not in get_args(Granularity):
-        known = ", ".join(get_args(Granularity))
-        raise UnknownPolicy(f"{name}: granularity is {policy.granularity!r}; allowed: {known}")
-    _boolean(name, "merge", policy.merge)
-    return policy
+    return checked_policy(cls(**settings), name)
 
 
 def _boolean(policy: str, key: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise UnknownPolicy(f"{policy}: {key} is {value!r}, must be true or false")
+        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be true or false")
     return value
 
 
 def _at_least(least: float, policy: str, key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise UnknownPolicy(f"{policy}: {key} is {value!r}, must be a number of at least {least}")
+        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be a number of at least {least}")
+    return value
+
+
+def _whole(least: int, policy: str, key: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be a whole number of at least {least}")
     return value

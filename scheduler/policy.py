@@ -7,11 +7,11 @@ do: call `batch.prefill(...)` and `batch.decode()`. It keeps no clock.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.request import PolicyError, Request
+from qllm.scheduler.request import PolicyError, Request, UnknownPolicy
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
@@ -68,10 +68,27 @@ class Policy:
         return f"policy {type(self).__name__}"
 
 
+def checked_policy(policy: Policy, name: str = "") -> Policy:
+    """`policy`, which messages call `name`, if its attributes are what is allowed. Raises UnknownPolicy."""
+    name = name or repr(policy)
+    urgent, bound, known = policy.urgent, policy.max_suspended_s, get_args(Granularity)
+    if policy.granularity not in known:
+        raise UnknownPolicy(f"{name}: granularity is {policy.granularity!r:.80}; allowed: {', '.join(known)}")
+    if not isinstance(policy.merge, bool):
+        raise UnknownPolicy(f"{name}: merge is {policy.merge!r:.80}, must be true or false")
+    if not isinstance(urgent, int | float) or isinstance(urgent, bool) or urgent != urgent:
+        raise UnknownPolicy(f"{name}: urgent is {urgent!r:.80}, must be a number")
+    if not isinstance(bound, int | float) or isinstance(bound, bool) or not bound >= 0:
+        raise UnknownPolicy(f"{name}: max_suspended_s is {bound!r:.80}, must be a number of at least 0")
+    return policy
+
+
 def ask(policy: Policy, question: str, *args: Any) -> Any:
     """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks."""
     try:
         return getattr(policy, question)(*args)
+    except PolicyError:  # of a question within the question
+        raise
     except Exception as error:
         raise policy_error(policy, question, error) from error
 

@@ -30,7 +30,7 @@ from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policy import Policy, ask, policy_error
+from qllm.scheduler.policy import Policy, ask, checked_policy, policy_error
 from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
@@ -48,7 +48,7 @@ class Scheduler:
     """
 
     def __init__(self, policy: Policy, limits: Limits):
-        self.policy = policy
+        self.policy = checked_policy(policy)
         self.limits = limits
         self.waiting = WaitingQueues()
         self.ready = DecodePool(limits.max_seqs, limits.block_size)

@@ -13,7 +13,7 @@ from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.results import PassSlice, RunResult
+from qllm.traces.results import PassSlice, RunResult, Status
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
 from qllm.traces.step_times.timings import Timings, TimingWarning
 
@@ -74,6 +74,9 @@ def simulate(
             f"the simulation stands still at {env.now:.6g} s with {len(left)} requests in the system, such as "
             f"{next(iter(left.values()))!r}: nothing runs, and nothing will"
         )
+    lost = int((workload.result.status == Status.UNFINISHED).sum())
+    if until is None and lost:
+        raise SchedulerError(f"{lost} requests have not ended and are not in the system: the policy took them out")
     return workload.end(slices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,28 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return built
 
 
+def numbers_as_written(loader: Any) -> None:
+    """Have a YAML loader read 1e-3 as a number (YAML 1.2), as people write it, and 010 or 1:30 as text."""
+    numbers = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in numbers]
+        for first, resolvers in loader.yaml_implicit_resolvers.items()
+    }
+    loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+            r"|\.(?:inf|Inf|nan|NaN))$"
+        ),
+        list("-+0123456789."),
+    )
+    loader.add_implicit_resolver(
+        "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+    )
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.mapping)
+numbers_as_written(_Loader)
 
 
 def read_yaml(text: str) -> Any:

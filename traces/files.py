@@ -17,8 +17,7 @@ def file_stamp(path: str | Path) -> tuple[int, int] | None:
 
 def not_regular(path: str | Path) -> str:
     """What is there in place of a regular file: nothing, a folder, or a device or pipe, which is not read."""
-    found = Path(path)
-    return "is a folder" if found.is_dir() else "not a regular file" if found.exists() else "no such file"
+    return "is a folder" if os.path.isdir(path) else "not a regular file" if os.path.exists(path) else "no such file"
 
 
 def portable_path(path: str, start: str | Path) -> str:

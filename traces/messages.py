@@ -30,6 +30,17 @@ def kind(value: Any) -> str:
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 
+def shown(value: Any) -> str:
+    """`value` for a message: text and numbers as they are, if short, else what kind it is."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:79] + "…")
+    return str(value).lower() if isinstance(value, bool) else kind(value)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what `error` says, or its type's name where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
-from qllm.executor.engine.checks import check_request, token_ids
+from qllm.executor.engine.checks import check_request, check_settings, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
@@ -88,6 +88,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model cannot be served.
+        ExecutorError: `max_step` or `seed` is none.
         SchedulerError: the policy or the limits are not possible.
         KVMemoryError: the KV blocks, or a single one, do not fit the memory.
     """
@@ -105,6 +106,7 @@ class Engine:
         max_step: float = 0.01,
         seed: int | None = None,
     ):
+        check_settings(policy, limits, kv_memory, max_step, seed)
         model = model if model.config._attn_implementation == "qllm" else prepare_model(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -123,7 +125,7 @@ class Engine:
         self._stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = embedding(model).num_embeddings
         self._ids = itertools.count()
-        self._seed = secrets.randbits(63) if seed is None else seed
+        self._seed = secrets.randbits(63) if seed is None else int(seed)
         self._loop = Loop(self._runner, self.scheduler, self.clock)
         if model.device.type == "cpu" and any(thread.name == THREAD for thread in threading.enumerate()):
             warnings.warn(
@@ -228,7 +230,7 @@ class Engine:
             prompt = prompt_ids(self.tokenizer, prompt)
         tokens = token_ids("prompt", prompt, self.vocabulary)
         check_request(tokens, max_new_tokens, priority, sampling, self._runner.max_positions)
-        request = Request(next(self._ids), len(tokens), max_new_tokens, priority, arrival)
+        request = Request(next(self._ids), len(tokens), int(max_new_tokens), int(priority), arrival)
         seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
         stream = Stream(request.id, tokens.copy(), lambda: self._cancel(sequence), self.tokenizer)
         sequence = EngineRequest(tokens, request=request, stream=stream, sampling=sampling, seed=seed)

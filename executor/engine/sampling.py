@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypeGuard
@@ -23,6 +24,7 @@ from qllm.executor.errors import SamplingError
 
 FEW = 1024  #: tokens up to which a `top_k` looks at a row's largest logits alone
 TIES = 16  # tokens beyond the k-th, to see whether some tie with it
+COLDEST = 1e-6  # temperature: below, logits over it may be beyond float32
 BLOCK = 128  # tokens that are looked at together, by their maximum or their sum
 
 
@@ -50,7 +52,13 @@ class SamplingParams:
     stop: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, lambda t: 0 <= t < math.inf, "a number, 0 (greedy) or more")
+        _number(
+            "temperature",
+            self.temperature,
+            lambda t: t == 0 or COLDEST <= t < math.inf,
+            f"0 (greedy), or a number from {COLDEST:g}",
+        )
+        object.__setattr__(self, "temperature", float(self.temperature))  # torch divides by no Fraction
         _number("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
         _whole("top_k", self.top_k, lambda k: k >= 0, "a whole number, 0 (off) or more")
         _whole("min_tokens", self.min_tokens, lambda n: n >= 0, "a whole number, 0 or more")
@@ -59,8 +67,12 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, fits: Callable[[float], bool], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
-        raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+    if not fits(number):
+        raise SamplingError(f"{name} is {value!r:.80}; allowed: {allowed}")
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -70,7 +82,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def _whole(name: str, value: object, fits: Callable[[int], bool], allowed: str) -> None:
     if not is_whole(value) or not fits(int(value)):
-        raise SamplingError(f"{name} is {value!r}; allowed: {allowed}")
+        raise SamplingError(f"{name} is {value!r:.80}; allowed: {allowed}")
 
 
 def uniform(seed: int, step: int) -> float:

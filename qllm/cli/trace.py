@@ -128,7 +128,8 @@ def _convert(
     elif rate is not None:
         trace = trace.at_rate(rate)
     if classes is not None:
-        if not isinstance(classes, dict) or any(set(job or {}) - {"share"} for job in classes.values()):
+        jobs = classes.values() if isinstance(classes, dict) else [classes]
+        if not all(job is None or (isinstance(job, dict) and set(job) <= {"share"}) for job in jobs):
             raise ConfigError("--classes: with --from expected '{NAME: {share: 0.2}, OTHER: {}}', shares only")
         shares = {name: (job or {}).get("share") for name, job in classes.items()}
         trace = assign_classes(trace, shares, seed=seed)

@@ -61,7 +61,9 @@ class Config(StrictModel):
     limits: LimitsConfig = LimitsConfig()
     policies: list[PolicyConfig]  #: those that are compared
     #: how many (0, 1, 2, ...) or which
-    seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = 1
+    seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(
+        1, validate_default=True
+    )
     #: key of this configuration -> values; every combination is run
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     #: written with results: versions, and where the timings come from
@@ -73,7 +75,7 @@ class Config(StrictModel):
         if looks_like_path(value):
             return existing_file(value, info)
         if value not in bundled_timings():
-            raise ValueError(f"unknown timing trace {value!r}; {suggestion(value, bundled_timings())}, or a path")
+            raise ValueError(f"unknown timing trace {value!r:.80}; {suggestion(value, bundled_timings())}, or a path")
         return value
 
     @field_validator("popularity")
@@ -83,7 +85,7 @@ class Config(StrictModel):
         if looks_like_path(value):
             return existing_file(value, info)
         if value not in names:
-            raise ValueError(f"unknown popularity table {value!r}; {suggestion(value, names)}, or a path")
+            raise ValueError(f"unknown popularity table {value!r:.80}; {suggestion(value, names)}, or a path")
         return value
 
     @field_validator("classes")

@@ -22,7 +22,7 @@ STUCK_S = 5.0  #: seconds after which a call is looked at, and stopped if it is 
 def named_policy(name: str, settings: dict[str, Any]) -> Policy:
     """A policy that ships, e.g. 'qllm' with {'fill_tokens': 0}. ConfigError for an unknown name or setting."""
     if name not in POLICIES:
-        raise ConfigError(f"unknown policy {name!r}; {suggestion(name, list(POLICIES))}, or file: a Python file")
+        raise ConfigError(f"unknown policy {name!r:.80}; {suggestion(name, list(POLICIES))}, or file: a Python file")
     try:
         return make_policy(name, **settings)
     except SchedulerError as error:
@@ -47,7 +47,7 @@ def file_policy(file: str | Path, class_name: str | None, settings: dict[str, An
         if isinstance(value, type) and issubclass(value, Policy) and value.__module__ == module.__name__
     }
     if class_name is not None and class_name not in found:
-        raise ConfigError(f"{path}: no policy class {class_name!r}; {suggestion(class_name, list(found))}")
+        raise ConfigError(f"{path}: no policy class {class_name!r:.80}; {suggestion(class_name, list(found))}")
     if class_name is None and len(found) != 1:
         names = f"{len(found)} of them ({', '.join(found)}); name one with class:" if found else "none"
         raise ConfigError(f"{path}: expected one subclass of qllm.scheduler.Policy, found {names}")

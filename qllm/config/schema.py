@@ -12,8 +12,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from qllm.config.policies import file_policy, named_policy
 from qllm.scheduler import Policy
+from qllm.traces.messages import shown
 from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Poisson, process_by_name
-from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel, shown
+from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel
 
 
 def check_title(text: str) -> str:

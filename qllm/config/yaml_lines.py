@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qllm.traces.comment_header import numbers_as_written
 from qllm.traces.files import not_regular
 from qllm.traces.messages import KeyPath, dotted, first_line, kind
 
@@ -22,7 +23,7 @@ _MAX_VALUES = 100_000  #: of a configuration, aliases written out
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.2), as people write it, and 010 or 1:30 as the text that it is."""
+    """SafeLoader that reads numbers as people write them, and says where a value is broken."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -31,21 +32,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, first_line(error), node.start_mark) from None
 
 
-_NUMBERS = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|nan|NaN))$"
-    ),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
-)
+numbers_as_written(_Loader)
 
 
 @dataclass
@@ -104,7 +91,8 @@ def load_yaml(path: str | Path) -> YamlFile:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a YAML configuration such as configs/paper.yaml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {first_line(error)}") from None
+        told = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {told}") from None
     data, lines = _parse(text, str(path), with_lines=True)
     rows = text.splitlines()
     if not rows or (data is None and not lines):

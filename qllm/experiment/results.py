@@ -125,7 +125,11 @@ def load_results(folder: str | Path) -> Results:
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{folder / REQUESTS}: not a parquet file: {first_line(error)}") from None
     failures = pd.read_csv(folder / FAILURES) if (folder / FAILURES).is_file() else None
-    return Results.of(requests, load_config(folder / CONFIG), failures)
+    config = load_config(folder / CONFIG)
+    needed = {"policy", RATE, "class", "seed", "status", "finish_s", *config.sweep}
+    if requests.empty or not needed <= set(requests.columns):
+        raise ConfigError(f"{folder / REQUESTS}: holds no requests of a simulation; expected what qllm simulate wrote")
+    return Results.of(requests, config, failures)
 
 
 def _slos(config: Config) -> dict[str, Slo | None]:

@@ -119,6 +119,9 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _conversation(entry: dict[str, Any], tokenizer: Tokenizer | None) -> Request:
     """The first prompt and its answer, measured by the tokenizer or with the lengths that the entry gives."""
+    for columns in JSONL_COLUMNS.values():
+        if columns[0] in entry:
+            raise _BadRow(f"has the key {columns[0]}, which no conversation has; allowed: such objects one a line")
     if tokenizer is None:
         if "prompt_tokens" not in entry:
             raise _BadRow("has no prompt_tokens and output_tokens: add them, or give a tokenizer")

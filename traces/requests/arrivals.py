@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qllm.traces.requests.trace import check_positive
+from qllm.traces.requests.trace import TraceError, check_positive
 
 if TYPE_CHECKING:
     from qllm.traces.requests.recipe import GeneratedArrival
@@ -50,4 +50,8 @@ def draw_arrivals(rng: np.random.Generator, requests: int, arrival: GeneratedArr
     """Arrivals by that process. TraceError where `rate` is not above 0."""
     check_positive("rate", rate)
     settings = arrival.model_dump(exclude={"process"})
-    return PROCESSES[arrival.process](rng, requests, rate=rate, **settings)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        found = PROCESSES[arrival.process](rng, requests, rate=rate, **settings)
+    if not np.isfinite(found).all():
+        raise TraceError(f"rate: at {rate!r} requests per second the arrivals lie beyond what float64 holds")
+    return found

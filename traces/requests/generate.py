@@ -19,6 +19,8 @@ from qllm.traces.requests.arrivals import draw_arrivals
 from qllm.traces.requests.lengths import draw_lengths, draw_pairs
 from qllm.traces.requests.trace import RequestTrace, TraceError
 
+MOST_REQUESTS = 10**9  # of a generated trace: 40 GB
+
 if TYPE_CHECKING:  # pydantic is loaded with the first recipe
     from qllm.traces.requests.recipe import GeneratedArrival, Recipe
 
@@ -51,7 +53,7 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
     from qllm.traces.requests.recipe import check_recipe
 
     recipe = check_recipe(recipe)
-    _check_whole("requests", requests, 1)
+    _check_whole("requests", requests, 1, MOST_REQUESTS)
     _check_whole("seed", seed, 0)
     names = tuple(recipe.classes)
     cls = _draw_classes({name: recipe.classes[name].share for name in names}, requests, seed)
@@ -134,6 +136,8 @@ def _stream(seed: int, *purpose: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _check_whole(name: str, value: Any, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < lowest:
-        raise TraceError(f"{name}: {value!r} must be an integer >= {lowest}")
+def _check_whole(name: str, value: Any, lowest: int, highest: int | None = None) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < lowest or (highest is not None and value > highest):
+        most = "" if highest is None else f" and <= {highest}"
+        raise TraceError(f"{name}: {value!r:.80} must be an integer >= {lowest}{most}")

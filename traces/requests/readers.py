@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qllm.traces.files import not_regular
 from qllm.traces.requests._columns import (
     CLASSES_HEADER,
     CSV_COLUMNS,
@@ -75,8 +77,10 @@ def read_requests(
         TraceError: The file cannot be read, or a row is no request; the message names file and line.
     """
     path = Path(path)
+    if path.name and os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise TraceError(f"{path}: {not_regular(path)}; expected a request trace")
     detected = format is None
-    format = format or detect_format(path)
+    format = detect_format(path) if format is None else format
     if format not in FORMATS:
         raise TraceError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
     usual = TIME_UNITS[format]

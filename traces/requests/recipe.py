@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from qllm.traces.messages import suggestion
+from qllm.traces.messages import shown, suggestion
 from qllm.traces.requests.quantile_table import bundled_lengths
 from qllm.traces.requests.strict_model import (
     Count,
@@ -26,7 +26,6 @@ from qllm.traces.requests.strict_model import (
     checked,
     existing_file,
     looks_like_path,
-    shown,
 )
 from qllm.traces.requests.trace import SINGLE_CLASS, TraceError, check_classes
 
@@ -73,11 +72,15 @@ class Length(StrictModel):
 
     @field_validator("quantiles")
     @classmethod
-    def _table(cls, value: str, info: ValidationInfo) -> str:
+    def _table(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None:
+            return None
         if looks_like_path(value):
             return existing_file(value, info)
         if value not in bundled_lengths():
-            raise ValueError(f"unknown quantile table {value!r}; {suggestion(value, bundled_lengths())}, or a path")
+            raise ValueError(
+                f"unknown quantile table {shown(value)}; {suggestion(value, bundled_lengths())}, or a path"
+            )
         return value
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from qllm.traces.files import not_regular
-from qllm.traces.messages import KeyPath, dotted, kind, suggestion
+from qllm.traces.messages import KeyPath, dotted, shown, suggestion
 from qllm.traces.requests.trace import TraceError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -53,12 +53,12 @@ def existing_file(value: str, info: ValidationInfo) -> str:
     """An absolute path; relative ones start at the configuration's folder, or else where the program runs."""
     base = (info.context or {}).get("base")
     path = Path(os.path.abspath((base or Path.cwd()) / Path(value).expanduser()))
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib raises where a name is too long
         where = " (paths start at the configuration's folder)" if base else ""
         hint = ""
         if "azure" in path.name.lower():
             hint = "; download it from https://github.com/Azure/AzurePublicDataset (data/)"
-        raise ValueError(f"{not_regular(path)}: {os.path.relpath(path)}{where}{hint}")
+        raise ValueError(f"{not_regular(path)}: {os.path.relpath(path):.80}{where}{hint}")
     if not os.access(path, os.R_OK):
         raise ValueError(f"cannot be read, for lack of permission: {os.path.relpath(path)}")
     return str(path)
@@ -137,17 +137,6 @@ def _bounds(detail: ErrorDetails) -> dict[str, Any]:
     """What pydantic says of the bounds, whole numbers without a point."""
     given = detail.get("ctx", {})
     return {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in given.items()}
-
-
-def shown(value: Any) -> str:
-    """`value` for a message: text and numbers as they are, if short, else what kind it is."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) < 1 << 64 else "a number of more than 64 bits"
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else value[:79] + "…")
-    return str(value).lower() if isinstance(value, bool) else kind(value)
 
 
 def _key_path(loc: tuple[int | str, ...], data: Any) -> KeyPath:

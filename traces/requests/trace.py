@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -196,9 +197,9 @@ def check_positive(name: str, value: Any) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float, np.integer, np.floating))
-        or not 0 < value < float("inf")
+        or not 0 < value <= sys.float_info.max
     ):
-        raise TraceError(f"{name}: {value!r} must be a number > 0")
+        raise TraceError(f"{name}: {value!r:.80} must be a number > 0")
 
 
 def _column(name: str, values: Any, dtype: type) -> np.ndarray:

@@ -104,7 +104,8 @@ def check_header(header: dict[str, Any], where: str) -> dict[str, Any]:
     """The header with numbers as their own types. TimingError for a missing, unknown or impossible key."""
     unknown = sorted(set(header) - set(_KINDS), key=str)
     if unknown:
-        raise TimingError(f"{where}: unknown header key {unknown[0]!r}; allowed: {', '.join(_KINDS)}")
+        told = f"unknown header key {unknown[0]!r:.40}; allowed: {', '.join(_REQUIRED)}"
+        raise TimingError(f"{where}: {told}, and those of docs/timing_traces.md")
     checked: dict[str, Any] = {}
     for key in _KINDS:
         if key not in header or header[key] is None:
@@ -131,34 +132,36 @@ def _check_together(header: dict[str, Any], where: str) -> None:
         if step not in STEPS or len(numbers) != 2 or not all(numbers):
             raise TimingError(
                 f"{where}: header key 'least_s' must give two numbers of at least 0 for each of {', '.join(STEPS)}, "
-                f"got {step}: {least!r}"
+                f"got {step!s:.40}: {least!r:.80}"
             )
 
 
 def _checked_value(key: str, value: Any, where: str) -> Any:
     kind = _KINDS[key]
     if key in _CHOICES and value not in _CHOICES[key]:
-        raise TimingError(f"{where}: header key {key!r} is {value!r}; allowed: {', '.join(_CHOICES[key])}")
+        raise TimingError(f"{where}: header key {key!r} is {value!r:.80}; allowed: {', '.join(_CHOICES[key])}")
     if kind.startswith("dict"):
         if not isinstance(value, dict):
-            raise TimingError(f"{where}: header key {key!r} must be a mapping, got {value!r}")
+            raise TimingError(f"{where}: header key {key!r} must be a mapping, got {value!r:.80}")
         return {str(name): entry.item() if hasattr(entry, "item") else entry for name, entry in value.items()}
     if kind == "str":
         if isinstance(value, dict | list):
-            raise TimingError(f"{where}: header key {key!r} must be a text, got {value!r}")
+            raise TimingError(f"{where}: header key {key!r} must be a text, got {value!r:.80}")
         return str(value)
     whole = kind.startswith("int")
     try:
         number = float(value)
-        if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
+        if isinstance(value, bool | str) or not math.isfinite(number) or (whole and number != int(number)):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         allowed = "a whole number" if whole else "a number"
-        raise TimingError(f"{where}: header key {key!r} must be {allowed}, got {value!r}") from None
+        raise TimingError(f"{where}: header key {key!r} must be {allowed}, got {value!r:.80}") from None
     if number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
         bound = "at least 0" if key in _MAY_BE_ZERO else "above 0"
-        raise TimingError(f"{where}: header key {key!r} must be {bound}, got {value!r}")
-    return int(number) if whole else number
+        raise TimingError(f"{where}: header key {key!r} must be {bound}, got {value!r:.80}")
+    if whole and number >= 1 << 63:
+        raise TimingError(f"{where}: header key {key!r} must be below 2**63, got {value!r:.80}")
+    return int(value) if whole and isinstance(value, int) else int(number) if whole else number
 
 
 def check_points(points: list[Point], rows: list[str]) -> None:
@@ -181,7 +184,7 @@ def check_points(points: list[Point], rows: list[str]) -> None:
 
 def _check_point(point: Point, row: str) -> None:
     if point.step not in ALL_STEPS:
-        raise TimingError(f"{row}: unknown step {point.step!r}; allowed: {', '.join(ALL_STEPS)}")
+        raise TimingError(f"{row}: unknown step {point.step!r:.80}; allowed: {', '.join(ALL_STEPS)}")
     if not 1 <= point.tokens <= MOST_TOKENS:
         bound = "at least 1" if point.tokens < 1 else f"at most {MOST_TOKENS}"
         raise TimingError(f"{row}: tokens must be {bound}, got {point.tokens}")
@@ -198,7 +201,7 @@ def _check_point(point: Point, row: str) -> None:
     if point.repeats is not None and point.repeats < 1:
         raise TimingError(f"{row}: repeats must be empty or at least 1, got {point.repeats}")
     if point.source not in SOURCES:
-        raise TimingError(f"{row}: unknown source {point.source!r}; allowed: {', '.join(SOURCES)}")
+        raise TimingError(f"{row}: unknown source {point.source!r:.80}; allowed: {', '.join(SOURCES)}")
 
 
 def _check_rectangle(step: str, points: list[Point], seen: dict[tuple[str, int, int | None], str], where: str) -> None:
@@ -224,7 +227,7 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
     if head >= len(lines):
         raise TimingError(f"{where}: truncated: no table after the header")
     if tuple(lines[head].split(",")) != COLUMNS:
-        raise TimingError(f"{where}, row {head + 1}: the columns must be {','.join(COLUMNS)}, got {lines[head]!r}")
+        raise TimingError(f"{where}, row {head + 1}: the columns must be {','.join(COLUMNS)}, got {lines[head]!r:.80}")
     points, rows = [], []
     try:
         table = list(csv.reader(lines[head + 1 :]))
@@ -234,7 +237,7 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
         row = f"{where}, row {number}"
         if len(cells) != len(COLUMNS):
             raise TimingError(
-                f"{row}: {len(cells)} fields where {len(COLUMNS)} are needed (truncated?): {','.join(cells)!r}"
+                f"{row}: {len(cells)} fields where {len(COLUMNS)} are needed (truncated?): {','.join(cells)!r:.80}"
             )
         points.append(_parse_point(cells, row))
         rows.append(row)
@@ -242,6 +245,8 @@ def parse(text: str, where: str) -> tuple[dict[str, Any], list[Point]]:
         raise TimingError(
             f"{where}: truncated or edited: the header announces {count} points, the table has {len(points)}"
         )
+    if not points:
+        raise TimingError(f"{where}: truncated: no row below the columns")
     check_points(points, rows)
     return header, points
 
@@ -254,10 +259,12 @@ def _checked_header(header: dict[str, Any], where: str) -> tuple[dict[str, Any],
         )
     found = header.pop("format", None)
     if found != FORMAT:
-        raise TimingError(f"{where}: header key 'format' is {found!r}; allowed: {FORMAT!r}")
+        raise TimingError(f"{where}: header key 'format' is {found!r:.80}; allowed: {FORMAT!r}")
     count = header.pop("points", None)
-    if not isinstance(count, int):
-        raise TimingError(f"{where}: header key 'points' (the number of rows) is missing or no whole number: {count!r}")
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TimingError(
+            f"{where}: header key 'points' (the number of rows) is missing or no whole number: {count!r:.80}"
+        )
     return check_header(header, where), count
 
 
@@ -280,7 +287,7 @@ def _number(text: str, column: str, row: str, kind: type) -> Any:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise TimingError(
-            f"{row}: {column} must be {what}, got {text!r}" + (" (missing)" if not text else "")
+            f"{row}: {column} must be {what}, got {text!r:.80}" + (" (missing)" if not text else "")
         ) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from typing import Annotated
@@ -73,7 +74,8 @@ def _expected(error: Exception) -> bool:
     """Whether `error` is one of the typed errors for input from outside."""
     from qllm.errors import EXPECTED  # not before something went wrong: --help must stay quick
 
-    return isinstance(error, EXPECTED)
+    long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG  # wherever the file is looked for
+    return isinstance(error, EXPECTED) or long
 
 
 def _one_line(error: Warning | Exception | str) -> str:

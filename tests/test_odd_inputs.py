@@ -40,8 +40,8 @@ def test_there_are_many_cases_each_of_its_own(cases):
 
 def test_a_sample_is_answered_rightly(cases):
     loops = ("while True", "sleep", "loop")  # these take seconds
-    quick = [case for case in chosen(cases, 0.03, seed=7) if not any(word in case.name for word in loops)]
-    assert len(quick) > 200
+    quick = [case for case in chosen(cases, 0.02, seed=7) if not any(word in case.name for word in loops)]
+    assert len(quick) > 100
     assert faults(quick, hang_s=60.0) == []
 
 

@@ -13,7 +13,6 @@ import sys
 import time
 from typing import Any
 
-import torch
 from processes import ANSWER
 
 from qllm.executor.engine.engine import Engine
@@ -62,6 +61,8 @@ def alone(engine: Engine, r: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    import torch  # after the engine, which sets how OpenMP's threads wait
+
     model, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     loaded = load_model(model, dtype="float32")

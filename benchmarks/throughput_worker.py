@@ -23,9 +23,9 @@ ANSWER = "ANSWER "
 def ours(model: str, threads: int, max_step: float, points: bool = True) -> Run:
     """As served, or, without `points`, the same engine whose passes run through without a preemption point. One engine
     a process: each has a team of OpenMP threads, and with more threads than cores all of them wait by sleeping."""
+    from qllm.executor.engine.engine import Engine  # isort: skip  # before torch: it sets how OpenMP's threads wait
     import torch
 
-    from qllm.executor.engine.engine import Engine
     from qllm.executor.model.loading import load_model
     from qllm.executor.model.passes import RunningPass
     from qllm.executor.model.split import whole

@@ -19,6 +19,7 @@ Imports run downwards only: calibration, engine, model, cpu. Each folder's text 
 if __name__ != "qllm.executor":
     raise ImportError("this package is called qllm.executor: from qllm.executor import ...")
 
+import os
 from typing import TYPE_CHECKING
 
 from qllm._lazy import lazy
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
     from qllm.executor.model.loading import prepare_model as prepare_model
     from qllm.executor.model.split import LinearSplitter as LinearSplitter
     from qllm.executor.model.split import Split as Split
+
+# GNU's OpenMP runtime reads it when PyTorch is imported. By default a waiting thread spins for some milliseconds, on
+# the very core that the thread it waits for may need; after 2,000 turns, about a tenth of one, it sleeps instead.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Loaded when first used: torch and transformers take seconds to import.
 _WHERE = {

@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 namespace {
@@ -28,12 +30,21 @@ struct Job {
     const float* const* weights;
     const int64_t* first;         // weight i: rows first[i] to last[i]
     const int64_t* last;
+    std::thread::id caller;
     std::atomic<int64_t> next;    // the next (weight, chunk of rows, strip) that nobody has taken
+    // What the calling thread did itself:
+    int64_t ended, rows;          // when it found nothing left; rows of all its tasks
+    int64_t spent, longest;       // nanoseconds on all its tasks, and on one
 
     int64_t strips() const { return (n + STRIP - 1) / STRIP; }
     int64_t chunks(int64_t i) const { return (last[i] - first[i] + CHUNK - 1) / CHUNK; }
     int64_t tasks(int64_t i) const { return chunks(i) * strips(); }
+    int64_t chunk_rows(int64_t i) const { return (last[i] - first[i] + chunks(i) - 1) / chunks(i); }
 };
+
+int64_t now() {  // nanoseconds
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
 
 struct Piece {  // of a strip
     const float* weights;
@@ -114,19 +125,40 @@ void strip_of(const float* x, const float* strip, float* out, int64_t rows, int6
 
 void work(void* shared) {  // each thread takes strips until none is left
     Job& job = *static_cast<Job*>(shared);
+    const bool mine = std::this_thread::get_id() == job.caller;
     int64_t i = 0, before = 0;  // a weight, and the tasks of those before it
-    for (;;) {
+    for (int64_t begun = mine ? now() : 0;;) {
         const int64_t task = job.next.fetch_add(1, std::memory_order_relaxed);
         for (; i < job.n_weights && task >= before + job.tasks(i); ++i) before += job.tasks(i);
-        if (i == job.n_weights) return;
+        if (i == job.n_weights) {
+            if (mine) job.ended = begun;
+            return;
+        }
         const int64_t chunk = (task - before) / job.strips(), s = (task - before) % job.strips();
-        const int64_t rows = job.last[i] - job.first[i], size = (rows + job.chunks(i) - 1) / job.chunks(i);
-        const int64_t row = job.first[i] + chunk * size;
+        const int64_t size = job.chunk_rows(i), row = job.first[i] + chunk * size;
+        const int64_t rows = std::min(size, job.last[i] - row);
         strip_of(
-            job.x + row * job.k, job.weights[i] + s * job.stride, job.out + row * job.n + s * STRIP,
-            std::min(size, job.last[i] - row), std::min(STRIP, job.n - s * STRIP), job
+            job.x + row * job.k, job.weights[i] + s * job.stride, job.out + row * job.n + s * STRIP, rows,
+            std::min(STRIP, job.n - s * STRIP), job
         );
+        if (mine) {
+            const int64_t end = now();
+            job.rows += rows, job.spent += end - begun, job.longest = std::max(job.longest, end - begun), begun = end;
+        }
     }
+}
+
+// A helper whose core computes for somebody else keeps its caller waiting for as long as that one's turn lasts. The
+// caller then works alone for ALONE times as long, which bounds the share of its time that such waits take.
+constexpr int64_t ALONE = 16, SHORT_WAIT = 300'000;  // nanoseconds: below, it is the system's own noise
+thread_local int64_t alone_until = 0;
+
+// The longest that a helper of equal speed needs for the task that it has, by what the caller's own tasks took.
+int64_t longest_task(const Job& job) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < job.n_weights; ++i)
+        if (job.last[i] > job.first[i]) most = std::max(most, job.chunk_rows(i));
+    return std::max(job.longest, job.rows ? job.spent / job.rows * most : INT64_MAX / 4);
 }
 
 }  // namespace
@@ -137,6 +169,9 @@ extern "C" void qllm_products(
     void (*parallel)(void (*)(void*), void*, unsigned, unsigned), const float* x, float* out, int64_t k, int64_t n,
     int64_t stride, int64_t n_weights, const float* const* weights, const int64_t* first, const int64_t* last
 ) {
-    Job job{x, out, k, n, stride, n_weights, weights, first, last, {0}};
+    Job job{x, out, k, n, stride, n_weights, weights, first, last, std::this_thread::get_id(), {0}, 0, 0, 0, 0};
+    if (now() < alone_until) return work(&job);
     parallel(work, &job, 0, 0);
+    const int64_t end = now(), waited = end - job.ended;
+    if (waited > std::max(SHORT_WAIT, 2 * longest_task(job))) alone_until = end + ALONE * waited;
 }

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import qllm.executor  # noqa: F401  # before anybody imports PyTorch: it sets how OpenMP's threads wait
 from qllm.cli import calibrate as cli_calibrate
 from qllm.cli import config as cli_config
 from qllm.cli import report as cli_report

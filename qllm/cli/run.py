@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +37,6 @@ def run(
     format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
 ) -> None:
     """Run a configuration on the real engine: the same requests and policies, measured on this machine."""
-    # A waiting OpenMP thread that spins takes the core from whoever shares it; read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     from qllm.config.config import load_config
     from qllm.config.yaml_lines import ConfigError
     from qllm.experiment.folders import claim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -216,6 +217,24 @@ def test_an_exception_in_a_pass_ends_its_requests_alone(model, expected, monkeyp
 def test_importing_the_executor_does_not_import_torch():
     code = "import sys; from qllm import executor; assert 'torch' not in sys.modules; assert 'Engine' in dir(executor)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP runtime is asked")
+@pytest.mark.parametrize(
+    ("code", "given", "expected"),
+    [
+        ("from qllm.executor import Engine; Engine", {}, "2000"),
+        ("import qllm.cli, torch", {}, "2000"),
+        ("import qllm.executor, torch", {"GOMP_SPINCOUNT": "7"}, "7"),
+    ],
+)
+def test_waiting_threads_sleep_soon_whichever_way_in(code, given, expected):
+    """Else a busy neighbour on one core slows the engine down several times."""
+    clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    env = {**clean, "OMP_DISPLAY_ENV": "VERBOSE", **given}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    if "GOMP_SPINCOUNT" in done.stderr:  # else PyTorch computes with another runtime
+        assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
 
 
 def test_the_calling_thread_gives_up_its_openmp_team():

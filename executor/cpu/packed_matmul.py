@@ -75,8 +75,8 @@ def packed_matmul_of(
     packed: Sequence[torch.Tensor], n: int, k: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> PackedMatmul | None:
     """The kernel over packed weights `[n, k]`; None without it, or where they are packed in another way."""
-    # It may change with oneDNN's version, the processor and the shape: the products are compared with `product`. Without
-    # AVX-512 the kernel's vectors do not fit the registers: 64 rows an expert took 13 times as long as with oneDNN.
+    # The format may change with oneDNN's version, the processor and the shape: products are compared with `product`.
+    # Without AVX-512 the kernel's vectors do not fit the registers: 64 rows an expert took 13 times oneDNN's time.
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not avx512 or kernel() is None or not hasattr(torch.ops.mkldnn, "data_ptr"):
         return None

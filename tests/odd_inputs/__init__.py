@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Odd inputs to everything that takes any: thousands of cases, each of which says what its answer must be.
 
     python -m tests.odd_inputs [AREA ...] [--share 0.1] [--seed 0] [--only TEXT]
@@ -14,8 +13,8 @@ The kinds, and where each is guarded:
                      doubled or in itself: qllm/config/yaml_lines.py; too much work: qllm/experiment/size.py
     command_line     files of another kind: traces/files.py; folders of others: qllm/experiment/folders.py; results that
                      were touched: qllm/experiment/results.py; all else: qllm/cli, where `main` makes one line of it
-    request_traces   cells, rows, encodings: traces/requests/_read_csv.py, _read_json.py; units: _time_units.py; recipes:
-                     recipe.py, generate.py
+    request_traces   cells, rows, encodings: traces/requests/_read_csv.py, _read_json.py; units: _time_units.py;
+                     recipes: recipe.py, generate.py
     timing_traces    headers: traces/comment_header.py, `check_header` of traces/step_times/file_format.py; points:
                      `check_points` there; what no GPU can do: roofline.py
     policies         files: qllm/config/policies.py, which also stops loops; answers and attributes: `ask` and

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Odd policies: files that do not import, and every question answered with nonsense, in the simulator and the engine.
 
 The right answer: one line with the policy's file and the question, or all requests served in full.
@@ -20,7 +19,7 @@ from tests.odd_inputs.configurations import TIMINGS_TEXT, written
 
 AREA = "policies"
 STUCK_S = 1.0  # after which a call counts as stuck here; 5 s for users
-HEAD = "import math, os, sys, time\nfrom qllm.scheduler import Policy\n\n\nclass Odd(Policy):\n    granularity = 'expert'\n"
+HEAD = "import math, os, sys, time\nfrom qllm.scheduler import Policy\nclass Odd(Policy):\n    granularity = 'expert'\n"
 QUESTIONS = {
     "level": "r",
     "order": "r",
@@ -30,10 +29,14 @@ QUESTIONS = {
     "recheck_at": "s, running, now",
 }
 ANSWERS = [
-    *("None", "True", "0", "1", "-1", "0.5", "10**30", "-10**400", "math.nan", "math.inf", "-math.inf", "''", "'x'", "b'x'"),
-    *("[]", "(1,)", "(math.nan,)", "(None,)", "('x', 1)", "{}", "object()", "Odd", "1j", "lambda: 0", "iter([1])", "NotImplemented"),
-    *("1 / 0", "self.missing", "[][0]", "int('x')", "sys.exit(3)", "self.level(r)", "super().nothing()", "(_ for _ in ()).throw(KeyError('k'))"),
-    *("(_ for _ in ()).throw(RuntimeError('two\\nlines'))", "(_ for _ in ()).throw(StopIteration())", "(_ for _ in ()).throw(MemoryError())"),
+    *("None", "True", "0", "1", "-1", "0.5", "10**30", "-10**400", "math.nan", "math.inf", "-math.inf", "''"),
+    *("'x'", "b'x'"),
+    *("[]", "(1,)", "(math.nan,)", "(None,)", "('x', 1)", "{}", "object()", "Odd", "1j", "lambda: 0", "iter([1])"),
+    "NotImplemented",
+    *("1 / 0", "self.missing", "[][0]", "int('x')", "sys.exit(3)", "self.level(r)", "super().nothing()"),
+    "(_ for _ in ()).throw(KeyError('k'))",
+    "(_ for _ in ()).throw(RuntimeError('two\\nlines'))",
+    *("(_ for _ in ()).throw(StopIteration())", "(_ for _ in ()).throw(MemoryError())"),
 ]  # fmt: skip
 BODIES = {
     "level": [

@@ -123,15 +123,15 @@ class Loop:
             return
         try:
             self.scheduler.add(request, request.arrival)
-        except PolicyError as error:
+        except Exception as error:
+            if isinstance(error, SchedulerError) and not isinstance(error, PolicyError):
+                log.warning("request %d refused: %s", request.id, error)
+                self._end(sequence, "error", error)
+                return
             self.error = error
             self._end(sequence, "error", self._closed_error(f"request {request.id}"))
             raise
-        except SchedulerError as error:
-            log.warning("request %d refused: %s", request.id, error)
-            self._end(sequence, "error", error)
-        else:
-            self.sequences[request.id] = sequence
+        self.sequences[request.id] = sequence
 
     def abort(self, sequence: EngineRequest) -> None:
         """Remove a request, wherever it stands; its client hears of it at once."""
@@ -146,7 +146,8 @@ class Loop:
     def _end(self, sequence: EngineRequest, reason: str, error: ExecutorError | ValueError | None = None) -> None:
         """Tell the client how its request ended, and what became of its time."""
         now, r = self.clock.now(), sequence.request
-        sequence.end(reason, RequestTimes.of(r, now, time_spent(r, self.scheduler.pass_of(r), now)), error)
+        p = self.scheduler.pass_of(r) if self.error is None else None  # once it broke, nothing is sure
+        sequence.end(reason, RequestTimes.of(r, now, time_spent(r, p, now)), error)
 
     def _remove(self, sequence: EngineRequest) -> None:
         dropped = self.scheduler.abort(sequence.request.id, self.clock.now())
@@ -285,9 +286,12 @@ class Loop:
 
     def _close(self) -> None:
         """End everything that is left, and what was sent until now."""
-        for p in (*self.scheduler.suspended_passes, self.scheduler.running):
-            if p is not None and p.cursor is not None:
-                execution_of(p).running.close()  # here: a greenlet ends in the thread that made it
+        try:
+            for p in (*self.scheduler.suspended_passes, self.scheduler.running):
+                if p is not None and p.cursor is not None:
+                    execution_of(p).running.close()  # here: a greenlet ends in the thread that made it
+        except Exception as error:  # a policy may have put anything in their place
+            log.error("engine could not close its passes: %s", type(error).__name__)
         with self._inbox_lock:
             self._closed = True
         while not self.inbox.empty():

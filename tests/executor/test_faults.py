@@ -145,6 +145,45 @@ def test_a_policy_that_breaks_ends_every_stream_and_is_named(model, question):
     engine.close()
 
 
+@pytest.mark.parametrize(
+    "part", ["waiting", "suspended_passes", "requests", "running", "ready", "memory", "kv", "limits"]
+)
+@pytest.mark.parametrize("junk", [None, [], 5])
+def test_a_policy_that_replaces_a_part_of_the_scheduler_leaves_nobody_waiting(model, part, junk):
+    class Vandal(Policy):
+        armed = False
+
+        def preempts(self, s, running, now):
+            if self.armed:
+                setattr(s, part, junk)
+            return False
+
+    policy = Vandal()
+    engine = Engine(model, policy=policy, limits=LIMITS)
+    streams = [engine.submit([5, 6, 7], max_new_tokens=8) for _ in range(3)]
+    next(streams[0])
+    policy.armed = True
+    ended = []
+    for _ in range(2):
+        with suppress(EngineClosed):  # it may have broken already
+            streams.append(engine.submit([8, 9], max_new_tokens=3))
+    for stream in streams:
+        thread = threading.Thread(target=lambda s=stream: ended.append(outcome(s)), daemon=True)
+        thread.start()
+        assert joined(thread)
+    closer = threading.Thread(target=engine.close, daemon=True)
+    closer.start()
+    assert joined(closer)
+    assert len(ended) == len(streams)
+
+
+def outcome(stream):
+    try:
+        return stream.result().finish_reason
+    except (EngineClosed, RequestFailed) as error:
+        return error
+
+
 def test_an_order_that_does_not_compare_is_the_policys_fault(model):
     class Mixed(Policy):
         def order(self, r):

@@ -241,4 +241,5 @@ def largest_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def in_blocks(rows: torch.Tensor) -> torch.Tensor:
     """A view of `[..., vocab]` as whole blocks, `[..., blocks, BLOCK]`; what is left of `vocab` is not in it."""
     blocks = rows.shape[-1] // BLOCK
-    return rows[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    view: torch.Tensor = rows[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    return view

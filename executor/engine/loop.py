@@ -165,8 +165,8 @@ class Loop:
         """Close a pass in which nobody is left."""
         execution.running.close()
         for sequence in execution.sequences:
-            self._release(sequence)
             self._end(sequence, "cancelled")
+            self._release(sequence)
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -244,8 +244,8 @@ class Loop:
                 sequence.stream.put(token, sequence.request in done)
         for r in (*done, *aborted):
             sequence = self.sequences[r.id]
-            self._release(sequence)
             self._end(sequence, "stop" if r in ended else "length")
+            self._release(sequence)
         if self.recorder is not None:
             self.recorder.routing[p.id] = execution.running.routing
 
@@ -255,8 +255,8 @@ class Loop:
         log.error("pass %d failed, with requests %s: %s", p.id, [r.id for r in requests], type(error).__name__)
         for r in requests:
             sequence = self.sequences[r.id]
-            self._release(sequence)
             self._end(sequence, "error", sequence.failure(error))
+            self._release(sequence)
         if isinstance(error, torch.OutOfMemoryError) and self.runner.device.type != "cpu":
             torch.accelerator.empty_cache()
 

@@ -151,6 +151,7 @@ def test_a_policy_that_breaks_ends_every_stream_and_is_named(model, question):
 @pytest.mark.parametrize("junk", [None, [], 5])
 def test_a_policy_that_replaces_a_part_of_the_scheduler_leaves_nobody_waiting(model, part, junk):
     class Vandal(Policy):
+        granularity = "expert"
         armed = False
 
         def preempts(self, s, running, now):

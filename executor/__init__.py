@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qllm.executor.engine.sampling import SamplingParams as SamplingParams
     from qllm.executor.errors import EngineClosed as EngineClosed
     from qllm.executor.errors import ExecutorError as ExecutorError
+    from qllm.executor.errors import KVMemoryError as KVMemoryError
     from qllm.executor.errors import LoadError as LoadError
     from qllm.executor.errors import RequestError as RequestError
     from qllm.executor.errors import RequestFailed as RequestFailed
@@ -57,6 +58,7 @@ _WHERE = {
     "Engine": "qllm.executor.engine.engine",
     "EngineClosed": "qllm.executor.errors",
     "ExecutorError": "qllm.executor.errors",
+    "KVMemoryError": "qllm.executor.errors",
     "LinearSplitter": "qllm.executor.model.split",
     "LoadError": "qllm.executor.errors",
     "RealClock": "qllm.executor.engine.clock",

@@ -48,7 +48,7 @@ PROMPTS, NEW_TOKENS, VOCABULARY = 6, 20, 96
 CLIENTS = 6
 ROUND_S = (1.0, 4.0)  # seconds that a round lasts
 PATIENCE_S = 60.0  # after which an engine that does not close, or a request without an end, counts as hanging
-GROWTH_MB = 100  # allowed from when every family was loaded, or half of the time was over
+GROWTH_MB = 100  # from when every family was loaded and half of the time is over: until then libraries fill their caches
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},
@@ -285,7 +285,7 @@ def soak(seconds: float, seed: int = 0, only: list[str] | None = None, rounds: i
                 continue
         begun += 1
         one_round(family, subjects[family], tally, rng)
-        if not early and (begun > len(order) or time.monotonic() > until - seconds / 2):
+        if not early and begun > len(order) and time.monotonic() > until - seconds / 2:
             early = memory_mb()
     late = memory_mb()
     if early and late - early > GROWTH_MB:

@@ -48,7 +48,8 @@ PROMPTS, NEW_TOKENS, VOCABULARY = 6, 20, 96
 CLIENTS = 6
 ROUND_S = (1.0, 4.0)  # seconds that a round lasts
 PATIENCE_S = 60.0  # after which an engine that does not close, or a request without an end, counts as hanging
-GROWTH_MB = 100  # from when every family was loaded and half of the time is over: until then libraries fill their caches
+#: From when every family was loaded and half of the time is over: until then libraries fill their caches.
+GROWTH_MB = 100
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},

@@ -8,7 +8,7 @@
 # the rows get the wrong scale: the weights are off by tens of percent, without a warning. Where the division leaves a
 # rest (576 rows and 5 scales, the kv_a_proj_with_mqa of DeepSeek-V3), loading ends with an error instead.
 # Versions: transformers 5.23.0, torch 2.13.0, accelerate 1.15.0, on a CPU.
-# Source: transformers/integrations/finegrained_fp8.py, Fp8Dequantize._dequantize_one.
+# Documented: nowhere; the code is Fp8Dequantize._dequantize_one in transformers/integrations/finegrained_fp8.py.
 # Run: 2026-11-28.
 set -euo pipefail
 

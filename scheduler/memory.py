@@ -98,6 +98,11 @@ class KVBudget:
         """Free blocks that a request of `level` may be admitted to."""
         return self.free if level <= self.urgent else self.free - self.reserve
 
+    @property
+    def peak(self) -> float:
+        """The largest share of the blocks that was ever in use."""
+        return 1 - self.least_free / self.total
+
     def take(self, n: int) -> None:
         """Take `n` blocks; raises SchedulerError where that many are not free (invariant I4)."""
         if n > self.free:

@@ -181,7 +181,7 @@ class _Workload:
         for r in self.scheduler.requests.values():
             result.launched(r.id, r)
         result.passes = self.scheduler.passes
-        result.kv_peak = 1 - self.scheduler.kv.least_free / self.scheduler.kv.total
+        result.kv_peak = self.scheduler.kv.peak
         result.slices = slices
         return result
 

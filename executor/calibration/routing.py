@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qllm.executor.engine.requests import load_tokenizer, prompt_ids
+from qllm.executor.engine.text import load_tokenizer, prompt_ids
 from qllm.executor.errors import CalibrationError
 from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.packed_batch import Sequence

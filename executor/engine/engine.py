@@ -24,8 +24,9 @@ from qllm.executor.engine.checks import check_request, check_settings, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.requests import EngineRequest, Stream, Tokenizer, load_tokenizer, prompt_ids
+from qllm.executor.engine.requests import EngineRequest, Stream
 from qllm.executor.engine.sampling import SamplingParams
+from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model

@@ -79,8 +79,7 @@ def _begin(loop: Loop, sequences: list[EngineRequest]) -> RunRecorder:
 def _end(loop: Loop) -> tuple[int, float]:
     """How many passes there were, and the largest share of the KV blocks in use."""
     recorder, loop.recorder = loop.recorder, None
-    kv = loop.scheduler.kv
-    return loop.scheduler.passes - (recorder.passes if recorder else 0), 1 - kv.least_free / kv.total
+    return loop.scheduler.passes - (recorder.passes if recorder else 0), loop.scheduler.kv.peak
 
 
 def _result(made: list[EngineRequest | RequestError], arrival: np.ndarray, recorder: RunRecorder) -> RunResult:

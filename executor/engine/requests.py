@@ -5,61 +5,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from math import isnan
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
-
-from transformers import AutoTokenizer
-from transformers.utils.hub import cached_file
+from typing import NamedTuple
 
 from qllm.executor.engine.sampling import SamplingParams
-from qllm.executor.errors import ExecutorError, LoadError, RequestFailed
-from qllm.executor.model.checks import words
+from qllm.executor.engine.text import Detokenizer, Tokenizer
+from qllm.executor.errors import ExecutorError, RequestFailed
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
 from qllm.scheduler import Request, State
-
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
-MOST_HELD = 8  #: tokens held back for an unfinished character, which has at most 4 bytes; beyond, they are stray bytes
-
-
-class Tokenizer(Protocol):
-    """What the engine needs of a Hugging Face tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
-
-
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer adds, but once.
-
-    Text of a chat template begins with them already. vLLM's chat does not add them to such text either, and llama.cpp
-    warns.
-    """
-    ids = tokenizer.encode(text)
-    added = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(tokenizer.encode(""), ids, strict=False))]
-    return ids[len(added) :] if ids[: 2 * len(added)] == added * 2 else ids
-
-
-def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint; None where it has none, so that prompts are token ids. Raises LoadError."""
-    name = str(name_or_path)
-    try:
-        if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
-            return None
-    except OSError:  # no checkpoint either, which loading its model says
-        return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        empty = tokenizer.encode("a") == tokenizer.encode("")  # of a file that is missing transformers makes such a one
-    except Exception as error:  # whatever transformers makes of a file that anybody may have written
-        raise LoadError(
-            f"{name}: its tokenizer cannot be loaded: {words(error)}; without one, load_model and Engine take token ids"
-        ) from error
-    return None if empty else tokenizer
 
 
 class Token(NamedTuple):
@@ -150,7 +105,7 @@ class Stream:
         self.id = id
         self.prompt = prompt
         self.tokens: list[int] = []
-        self._text = None if tokenizer is None else _Text(tokenizer)
+        self._text = None if tokenizer is None else Detokenizer(tokenizer)
         self._cancel = cancel
         self._queue: SimpleQueue[tuple[int, bool] | _End] = SimpleQueue()
         self._end: _End | None = None
@@ -187,7 +142,7 @@ class Stream:
         end = self._end
         if end is None:
             raise RuntimeError("the stream ended without an end")
-        text = None if self._text is None else self._text.whole(self.tokens)
+        text = None if self._text is None else self._text.decode(self.tokens)
         return Completion(self.tokens, text, end.reason, end.times)
 
     @property
@@ -209,34 +164,6 @@ class Stream:
     def end(self, reason: str, times: RequestTimes, error: ExecutorError | ValueError | None = None) -> None:
         """The end; whatever is put after it is ignored."""
         self._queue.put(_End(reason, times, error))
-
-
-class _Text:
-    """Text from tokens one by one; a few are decoded together, as a token's text depends on its neighbours."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._prefix = 0  # decoded again each time
-        self._told = 0  # number of tokens whose text was given out
-
-    def add(self, token: int, last: bool) -> str:
-        """The text that `token` adds; an unfinished character waits, but not beyond the `last` one."""
-        self._ids.append(token)
-        before = self._decode(self._ids[self._prefix : self._told])
-        now = self._decode(self._ids[self._prefix :])
-        held = len(self._ids) - self._told
-        if not last and (len(now) <= len(before) or (now.endswith("\ufffd") and held < MOST_HELD)):
-            return ""
-        self._prefix, self._told = self._told, len(self._ids)
-        return now[len(before) :]
-
-    def whole(self, ids: list[int]) -> str:
-        """The text of all tokens."""
-        return self._decode(ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -66,8 +66,9 @@ def simulate(
         if not any_size:
             check_size(todo := runs(loaded), todo, jobs)
         forget(keep)
+    looked = any_size or fresh
     try:
-        results = run_sweep(loaded, jobs=jobs, backend=backend.value, keep=keep, progress=True, any_size=any_size)
+        results = run_sweep(loaded, jobs=jobs, backend=backend.value, keep=keep, progress=True, any_size=looked)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is finished is kept in {keep}/: the same command goes on from there", err=True)
         raise typer.Exit(130) from None

@@ -176,6 +176,11 @@ class Config(StrictModel):
         """Every combination of the swept values, the first key slowest: [{'rate': 0.5}, {'rate': 1.0}, ...]."""
         return [dict(zip(self.sweep, values, strict=True)) for values in itertools.product(*self.sweep.values())]
 
+    def point_cells(self) -> list[dict[str, int | float | str]]:
+        """`points`, their values as tables have them."""
+        columns = [cells(values) for values in self.sweep.values()]
+        return [dict(zip(self.sweep, row, strict=True)) for row in itertools.product(*columns)]
+
     def at(self, point: dict[str, Any]) -> Config:
         """This configuration with one point of the sweep put in. ConfigError where its values do not go together."""
         data = self.model_dump(exclude_unset=True, by_alias=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from qllm.config.config import RATE, Config, load_config
-from qllm.config.schema import Slo, cells
+from qllm.config.schema import Slo
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import after_warmup, judged, summarise
 from qllm.traces.files import portable_path
@@ -48,13 +47,18 @@ class Results:
         parts = [summarise(rows, _slos(at), list(config.sweep), at.warmup) for at, rows in _by_bounds(requests, config)]
         return cls(requests, pd.concat(parts), config, pd.DataFrame() if failures is None else failures)
 
+    @property
+    def point_columns(self) -> list[str]:
+        """The columns that name a policy at a point of the sweep."""
+        return ["policy", RATE, *(key for key in self.config.sweep if key != RATE)]
+
     @cached_property
     def counted(self) -> pd.DataFrame:
         """The requests after the warm-up with what is said of each: see `judged` of qllm.experiment.metrics."""
         parts = []
         for at, rows in _by_bounds(self.requests, self.config):
             if at.warmup is not None:
-                keys = ["policy", RATE, *(key for key in self.config.sweep if key != RATE), "seed"]
+                keys = [*self.point_columns, "seed"]
                 rows = pd.concat(
                     [after_warmup(run, at.warmup) for _, run in rows.groupby(keys, sort=False, observed=True)]
                 )
@@ -141,10 +145,8 @@ def _by_bounds(requests: pd.DataFrame, config: Config) -> list[tuple[Config, pd.
     keys = [key for key in config.sweep if key.partition(".")[0] in ("classes", "warmup")]
     if not keys:
         return [(config, requests)]
-    columns = itertools.product(*(cells(values) for values in config.sweep.values()))
     points: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for point, column in zip(config.points(), columns, strict=True):
-        named = dict(zip(config.sweep, column, strict=True))
+    for point, named in zip(config.points(), config.point_cells(), strict=True):
         points.setdefault(tuple(named[key] for key in keys), point)
     found = [
         (config.at(point), requests[(requests[keys] == list(values)).all(axis=1)]) for values, point in points.items()

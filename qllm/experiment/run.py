@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ import pandas as pd
 from qllm.config.config import RATE, Config
 from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
 from qllm.config.policies import describe_failure, watched
-from qllm.config.schema import cells
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
@@ -46,11 +44,10 @@ class Run:
 def runs(config: Config) -> list[Run]:
     """Every simulation of the sweep in the order of the tables: points, then policies, then seeds."""
     found = []
-    columns = itertools.product(*(cells(values) for values in config.sweep.values()))
-    for point, column in zip(config.points(), columns, strict=True):
+    for point, cells in zip(config.points(), config.point_cells(), strict=True):
         at_point = config.at(point)
         found += [
-            Run(at_point, point, policy, seed, dict(zip(point, column, strict=True)))
+            Run(at_point, point, policy, seed, cells)
             for policy in range(len(at_point.policies))
             for seed in at_point.seed_list
         ]

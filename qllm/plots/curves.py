@@ -13,9 +13,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qllm.config.config import RATE
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.metrics import BOUNDS, bootstrap, percentile
+from qllm.experiment.metrics import BOUNDS, bootstrap, percentile, span
 from qllm.experiment.results import Results
 from qllm.plots.lines import (
     lines_of,
@@ -276,28 +275,21 @@ def _draw_offered(results: Results, cls: str, facet: Mapping[str, Any], x: str, 
 
 def _bands(results: Results, column: str, cls: str) -> dict[tuple[Any, ...], tuple[float, float]]:
     """The 95 % bands over the seeds, by policy and point."""
-    metric, by_run = _METRICS[column], [*_point(results), "seed"]
+    metric, by_run = _METRICS[column], [*results.point_columns, "seed"]
     mine = results.counted[results.counted["class"] == cls]
     seeds: dict[tuple[Any, ...], list[np.ndarray]] = {}
     if metric.column == "finished":
-        runs = results.counted.groupby(by_run, sort=False, observed=True)
         done = mine.groupby(by_run, sort=False, observed=True)["finish_s"].count()
-        makespan = (runs["finish_s"].max() - runs["arrival_s"].min()).fillna(0.0)
-        for run, seconds in zip(makespan.index.to_list(), makespan, strict=True):
-            seeds.setdefault(run[:-1], []).append(np.array([[done.get(run, 0), seconds]]))
+        for key, run in results.counted.groupby(by_run, sort=False, observed=True):
+            seeds.setdefault(key[:-1], []).append(np.array([[done.get(key, 0), span(run)]]))
     else:
         for key, values in mine.groupby(by_run, sort=False, observed=True)[metric.column]:
             seeds.setdefault(key[:-1], []).append(values.dropna().to_numpy())
     return {key: bootstrap(values, metric.statistic) for key, values in seeds.items()}
 
 
-def _point(results: Results) -> list[str]:
-    """The columns that name a policy at a point of the sweep."""
-    return ["policy", RATE, *(key for key in results.config.sweep if key != RATE)]
-
-
 def _keys(results: Results, rows: pd.DataFrame) -> list[tuple[Any, ...]]:
-    return list(rows[_point(results)].itertuples(index=False, name=None))
+    return list(rows[results.point_columns].itertuples(index=False, name=None))
 
 
 def _at(table: pd.DataFrame, facet: Mapping[str, Any]) -> pd.DataFrame:

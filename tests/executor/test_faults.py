@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.requests import _Text
+from qllm.executor.engine.text import Detokenizer
 from qllm.executor.errors import EngineClosed, RequestError, RequestFailed, SamplingError
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits, Policy
@@ -247,21 +247,21 @@ class Bytes:
 def test_the_end_of_the_text_is_told_even_inside_a_character(text):
     ids = list(text.encode())
     for cut in range(1, len(ids) + 1):
-        decoder = _Text(Bytes())
+        decoder = Detokenizer(Bytes())
         pieces = [decoder.add(token, i == cut - 1) for i, token in enumerate(ids[:cut])]
-        assert "".join(pieces) == bytes(ids[:cut]).decode(errors="replace") == decoder.whole(ids[:cut])
+        assert "".join(pieces) == bytes(ids[:cut]).decode(errors="replace") == decoder.decode(ids[:cut])
 
 
 def test_stray_bytes_do_not_cost_ever_more():
-    decoder, longest = _Text(Bytes()), 0
-    real = decoder._decode
+    decoder, longest = Detokenizer(Bytes()), 0
+    real = decoder.decode
 
     def counted(ids):
         nonlocal longest
         longest = max(longest, len(ids))
         return real(ids)
 
-    decoder._decode = counted
+    decoder.decode = counted
     for i in range(500):
         decoder.add(0x80, i == 499)
     assert longest < 30

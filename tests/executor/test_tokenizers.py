@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from qllm.executor import Engine, LoadError
 from qllm.executor.calibration.routing import record_popularity
-from qllm.executor.engine.requests import load_tokenizer, prompt_ids
+from qllm.executor.engine.text import load_tokenizer, prompt_ids
 from qllm.executor.errors import CalibrationError
 from qllm.executor.model.info import stop_ids
 from qllm.executor.model.loading import LoadedModel, prepare_model

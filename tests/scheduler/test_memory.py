@@ -45,7 +45,7 @@ def test_no_block_is_taken_or_given_that_is_not_there():
     assert (kv.room(0), kv.room(1), kv.capacity(0), kv.capacity(1)) == (1, 0, 4, 3)
     kv.give(2)
     kv.take(1)
-    assert (kv.free, kv.least_free) == (2, 1)
+    assert (kv.free, kv.least_free, kv.peak) == (2, 1, 0.75)
 
 
 def evicted_before_a_launch() -> tuple[Scheduler, Request]:

@@ -1,0 +1,78 @@
+"""From text to tokens and back: a checkpoint's tokenizer, prompts, and the text of tokens as they come."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from qllm.executor.errors import LoadError
+from qllm.executor.model.checks import words
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+MOST_HELD = 8  #: tokens held back for an unfinished character, which has at most 4 bytes; beyond, they are stray bytes
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a Hugging Face tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds, but once.
+
+    Text of a chat template begins with them already. vLLM's chat does not add them to such text either, and llama.cpp
+    warns.
+    """
+    ids = tokenizer.encode(text)
+    added = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(tokenizer.encode(""), ids, strict=False))]
+    return ids[len(added) :] if ids[: 2 * len(added)] == added * 2 else ids
+
+
+def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint; None where it has none, so that prompts are token ids. Raises LoadError."""
+    name = str(name_or_path)
+    try:
+        if not any(cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in TOKENIZER_FILES):
+            return None
+    except OSError:  # no checkpoint either, which loading its model says
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        empty = tokenizer.encode("a") == tokenizer.encode("")  # of a file that is missing transformers makes such a one
+    except Exception as error:  # whatever transformers makes of a file that anybody may have written
+        raise LoadError(
+            f"{name}: its tokenizer cannot be loaded: {words(error)}; without one, load_model and Engine take token ids"
+        ) from error
+    return None if empty else tokenizer
+
+
+class Detokenizer:
+    """Text from tokens one by one; a few are decoded together, as a token's text depends on its neighbours."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._prefix = 0  # decoded again each time
+        self._told = 0  # number of tokens whose text was given out
+
+    def add(self, token: int, last: bool) -> str:
+        """The text that `token` adds; an unfinished character waits, but not beyond the `last` one."""
+        self._ids.append(token)
+        before = self.decode(self._ids[self._prefix : self._told])
+        now = self.decode(self._ids[self._prefix :])
+        held = len(self._ids) - self._told
+        if not last and (len(now) <= len(before) or (now.endswith("\ufffd") and held < MOST_HELD)):
+            return ""
+        self._prefix, self._told = self._told, len(self._ids)
+        return now[len(before) :]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of these tokens alone."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -79,6 +79,9 @@ def parse(words: list[str]) -> None:
         result = CliRunner().invoke(app, [*rest, "--help"])  # options are looked at before --help is
         assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
     elif program == "python":
+        if rest[0] == "-m":
+            module = ROOT / rest[1].replace(".", "/")
+            rest = [module.joinpath("__init__.py").relative_to(ROOT).as_posix(), *rest[2:]]
         script = ROOT / rest[0]
         assert script.is_file(), shlex.join(words)
         text = script.read_text(encoding="utf-8")

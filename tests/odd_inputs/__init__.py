@@ -1,6 +1,6 @@
 """Odd inputs to everything that takes any: thousands of cases, each of which says what its answer must be.
 
-    python -m tests.odd_inputs [AREA ...] [--share 0.1] [--seed 0] [--only TEXT]
+    python -m tests.odd_inputs [AREA ...] [--share 0.1] [--seed 0] [--only TEXT] [--without TEXT ...]
 
 The right answer to an odd input is one line (exit code 2, no traceback, at most 400 characters, the file, key, row or
 option named), or what an independent reckoning says: the plain input's answer, the reference of keys, properties of the
@@ -64,12 +64,14 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the cases, at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--without", nargs="+", default=[], help="no cases whose name holds one of these")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--hang", type=float, default=HANG_S, help="seconds that no case may take")
     given = parser.parse_args()
-    every = [case for case in all_cases(given.areas or AREAS) if given.only in case.name]
+    some = chosen(all_cases(given.areas or AREAS), given.share, given.seed)
+    some = [case for case in some if given.only in case.name and not any(word in case.name for word in given.without)]
     answers = []
-    for answer in run_all(chosen(every, given.share, given.seed), given.processes, given.hang):
+    for answer in run_all(some, given.processes, given.hang):
         answers.append(answer)
         if answer.wrong:
             print(f"{answer.case.area}: {answer.case.name}: {answer.outcome}", flush=True)

@@ -86,7 +86,11 @@ def checked_policy(policy: Policy, name: str = "") -> Policy:
 def ask(policy: Policy, question: str, *args: Any) -> Any:
     """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks."""
     try:
-        return getattr(policy, question)(*args)
+        answer = getattr(policy, question)(*args)
+        if hasattr(answer, "send"):  # a generator or a coroutine: nothing of it ran
+            answer.close()
+            raise TypeError("yield and async are not for a policy's questions")
+        return answer
     except PolicyError:  # of a question within the question
         raise
     except Exception as error:

@@ -37,8 +37,13 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
-        return repr(value if len(value) <= 80 else value[:79] + "…")
+        return repr(clipped(value))
     return str(value).lower() if isinstance(value, bool) else kind(value)
+
+
+def clipped(text: str, most: int = 60) -> str:
+    """Enough of `text` to find it again: `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def first_line(error: BaseException) -> str:

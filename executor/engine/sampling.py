@@ -6,6 +6,8 @@ token, whoever shares its batch. (The last bits of the logits may differ with th
 
 A filter keeps every token whose logit reaches a threshold, ties with the last one kept included, as transformers and
 vLLM do for top-k; which of them came first would depend on the kernel that sorts.
+
+This is how a CPU does it, a few rows at a time; for an accelerator see `qllm.executor.engine.device_sampling`.
 """
 
 from __future__ import annotations
@@ -94,6 +96,10 @@ def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
 ) -> list[int | None]:
     """One token id per row of `logits` `[rows, vocab]`; None where the row holds NaN or inf, or allows nothing."""
+    if logits.device.type != "cpu":
+        from qllm.executor.engine.device_sampling import sample_on_device  # here: it needs what this file defines
+
+        return sample_on_device(logits, params, generated, seeds)
     logits = forbid_stops(logits, params, generated)
     tokens: list[int | None] = [None] * len(params)
     greedy = [i for i, p in enumerate(params) if p.temperature == 0]
@@ -148,7 +154,7 @@ def _among_largest(
     top_k = np.array([p.top_k for p in params])
     width = min(vocab, TIES + int(top_k.max()))
     largest, of = largest_k(rows.float(), width)
-    values, ids = largest.double().cpu().numpy(), of.cpu().numpy()
+    values, ids = largest.double().numpy(), of.numpy()
     with np.errstate(invalid="ignore"):  # a row of inf or NaN comes out with a total that is neither
         weights = np.exp((values - values[:, :1]) / np.array([[p.temperature] for p in params]))
     each = np.arange(n)
@@ -207,26 +213,20 @@ def _place(cumulative: torch.Tensor, target: float) -> int:
 
 
 def rising(values: torch.Tensor) -> torch.Tensor:
-    """`values` sorted; numpy's sort is some ten times as fast as PyTorch's on a CPU."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy()))
-    ordered: torch.Tensor = values.sort().values
-    return ordered
+    """`values` sorted; numpy's sort is some ten times as fast as PyTorch's."""
+    return torch.from_numpy(np.sort(values.numpy()))
 
 
 def largest_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest value of each row of `[rows, vocab]` and its place, the first of several; NaN counts as largest."""
-    if rows.device.type != "cpu":
-        best, ids = rows.max(dim=-1)
-        return best, ids
-    ids = torch.from_numpy(rows.float().numpy().argmax(axis=1))  # seven times as fast as PyTorch's on a CPU
+    ids = torch.from_numpy(rows.float().numpy().argmax(axis=1))  # seven times as fast as PyTorch's
     return rows.gather(1, ids[:, None])[:, 0], ids
 
 
 def largest_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.topk(k)` of `[rows, vocab]`; on a CPU twice as fast for few of many."""
+    """`rows.topk(k)` of `[rows, vocab]`; twice as fast for few of many."""
     vocab = rows.shape[1]
-    if rows.device.type != "cpu" or 4 * k * BLOCK > vocab:
+    if 4 * k * BLOCK > vocab:
         values, ids = rows.topk(k)
         return values, ids
     # The k blocks of largest maximum hold the k largest values: each other value has k larger ones, or equal, in them.

@@ -11,7 +11,7 @@ import yaml
 
 from qllm.traces.comment_header import numbers_as_written
 from qllm.traces.files import not_regular
-from qllm.traces.messages import KeyPath, dotted, first_line, kind
+from qllm.traces.messages import KeyPath, clipped, dotted, first_line, kind
 
 
 class ConfigError(ValueError):
@@ -64,8 +64,8 @@ class YamlFile:
         """Apply one `key.path=value` of the command line; the value is YAML. ConfigError where it cannot be read."""
         name, separator, text = assignment.partition("=")
         if not separator or not name.strip():
-            raise ConfigError(f"--set {assignment}: expected key=value, e.g. --set 'sweep.rate=[1,2,4]'")
-        value, _ = _parse(text, f"--set {assignment}")
+            raise ConfigError(f"--set {clipped(assignment, 120)}: expected key=value, e.g. --set 'sweep.rate=[1,2,4]'")
+        value, _ = _parse(text, f"--set {clipped(assignment, 120)}")
         key = parse_dotted(name.strip())
         # The sweep's own keys are dotted paths, so that `sweep.limits.max_seqs` is one key of the mapping `sweep`.
         if key[0] == "sweep" and len(key) > 1:
@@ -73,8 +73,8 @@ class YamlFile:
         try:
             set_path(self.data, key, value)
         except ConfigError as error:
-            raise ConfigError(f"--set {assignment}: {error}") from None
-        self.overrides[key] = assignment
+            raise ConfigError(f"--set {clipped(assignment, 120)}: {error}") from None
+        self.overrides[key] = clipped(assignment, 120)
 
 
 def load_yaml(path: str | Path) -> YamlFile:

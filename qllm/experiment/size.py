@@ -51,7 +51,7 @@ def check_size(todo: Sequence[Run], rows_of: Sequence[Run], jobs: int) -> None:
         sent, cells = at_points[id(run.config)]
         rows += sent.count
         if sent.count > most:
-            most, largest = sent.count, f"{sent.count:,.0f} requests of {run}"
+            most, largest = sent.count, f"{_count(sent.count)} requests of {run}"
         needed = rows * _ROW_BYTES + workers * most * _RUN_BYTES
         _check_memory(needed, workers, f"the largest is {largest}")
         if id(run) in fresh:
@@ -65,7 +65,7 @@ def check_engine_size(todo: Sequence[Run]) -> None:
     for run in todo:
         sent = _requests(run.config, run.seed)
         seconds, rows = seconds + sent.span_s, rows + sent.count
-        largest = f"{sent.count:,.0f} requests of {run}"
+        largest = f"{_count(sent.count)} requests of {run}"
         _check_memory(rows * _ROW_BYTES + sent.count * _RUN_BYTES, 1, f"the largest is {largest}")
         _check_seconds(seconds, "for the arrivals alone", f"{len(todo)} runs", largest)
 
@@ -87,6 +87,10 @@ def _check_memory(needed: float, workers: int, what: str) -> None:
             f"machine has {there / 1e9:.3g} ({what}); allowed: fewer requests, a shorter duration, fewer seeds, "
             "policies or swept values; or --any-size (any_size=True)"
         )
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number < 1e15 else f"{number:.3g}"
 
 
 def memory_bytes() -> float:

@@ -76,6 +76,6 @@ def main() -> int:
         if answer.wrong:
             print(f"{answer.case.area}: {answer.case.name}: {answer.outcome}", flush=True)
     print(table(answers))
-    slow = max(answers, key=lambda answer: answer.seconds)
-    print(f"slowest: {slow.seconds:.1f} s, {slow.case.name}")
+    for slow in sorted(answers, key=lambda answer: -answer.seconds)[:1]:
+        print(f"slowest: {slow.seconds:.1f} s, {slow.case.name}")
     return 1 if any(answer.wrong for answer in answers) else 0

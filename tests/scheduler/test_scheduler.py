@@ -458,6 +458,17 @@ def test_what_a_policy_answers_is_checked():
         add(s, 1, 5, 1, 1)
 
 
+def test_a_question_is_no_generator_and_no_coroutine():
+    class Yields(Policy):
+        def select(self, s, batch, now):
+            yield batch.prefill()
+
+    s = Scheduler(Yields(), Limits())
+    add(s, 0, 5, 1, 1)
+    with pytest.raises(PolicyError, match="select raised TypeError: yield and async are not for"):
+        s.next(0.0)
+
+
 def test_a_request_whose_order_does_not_compare_is_not_in_the_system():
     class Mixed(Policy):
         def order(self, r: Request) -> tuple:

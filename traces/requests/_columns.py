@@ -81,11 +81,6 @@ def text_lines(path: Path) -> Iterator[str]:
         raise TraceError(f"{path}: is no UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def shortened(text: str) -> str:
-    """Enough of `text` to find it again."""
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def class_problem(name: object, classes: tuple[str, ...] | None) -> str | None:
     """Why `name` cannot be a row's class, where `classes` are those that the file declares; None if it can."""
     if classes is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qllm.traces.messages import clipped
 from qllm.traces.requests._columns import (
     CLASS_COLUMN,
     CLASSES_HEADER,
@@ -21,7 +22,6 @@ from qllm.traces.requests._columns import (
     Columns,
     SkippedRows,
     class_problem,
-    shortened,
     text_lines,
 )
 from qllm.traces.requests._time_units import Number, whole
@@ -118,7 +118,7 @@ def _problem(row: list[str], wanted: Sequence[str], cells: Sequence[int], conver
         try:
             convert([row[i]])
         except (ValueError, OverflowError):
-            return f"{name} is {shortened(row[i])!r}, must be {_ALLOWED[convert]}"
+            return f"{name} is {clipped(row[i])!r}, must be {_ALLOWED[convert]}"
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qllm.traces.messages import clipped
 from qllm.traces.requests._columns import (
     CLASS_COLUMN,
     CLASSES_HEADER,
@@ -18,7 +19,6 @@ from qllm.traces.requests._columns import (
     Columns,
     SkippedRows,
     class_problem,
-    shortened,
     text_lines,
 )
 from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
@@ -179,4 +179,4 @@ def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _short(value: object) -> str:
-    return shortened(str(value) if isinstance(value, Decimal) else json.dumps(value, default=str))
+    return clipped(str(value) if isinstance(value, Decimal) else json.dumps(value, default=str))

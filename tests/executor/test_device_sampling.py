@@ -1,5 +1,7 @@
 """Sampling of a whole batch on an accelerator, run on a CPU: the same rules as row by row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 import qllm.executor.engine.device_sampling as device_sampling
 from qllm.executor.engine.device_sampling import sample_on_device
+from qllm.executor.engine.execution import sample_rows
 from qllm.executor.engine.sampling import SamplingParams, sample, uniform
 
 EDGE = 1e-5  # of a probability: what rounding may move
@@ -108,6 +111,15 @@ def test_logits_that_are_not_on_a_cpu_are_drawn_there():
         patch.setattr(device_sampling, "sample_on_device", lambda *args: asked.append(args) or [1, 2])
         assert sample(meta, [SamplingParams()] * 2, [0, 0], [0, 0]) == [1, 2]
     assert asked[0][0] is meta
+
+
+def test_an_accelerator_draws_all_rows_without_a_point_between():
+    sequences = [SimpleNamespace(sampling=SamplingParams(1.0), seed=i, generated=0, drawn=None) for i in range(9)]
+    running = SimpleNamespace(sampled=[SimpleNamespace(seq=s) for s in sequences])  # it has no `reach`
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_sampling, "sample_on_device", lambda logits, params, *_: [*range(len(params))])
+        sample_rows(running, torch.empty(9, 60, device="meta"))
+    assert [s.drawn for s in sequences] == [*range(9)]
 
 
 @pytest.mark.gpu

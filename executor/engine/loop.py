@@ -61,6 +61,8 @@ class Loop:
     def run(self) -> None:
         """Serve until stopped. An error of the engine itself (not of a pass) ends it, and every request with it."""
         try:
+            if self.runner.device.type == "cuda":
+                torch.cuda.set_device(self.runner.device)  # per thread too: kernels go to the current device
             with torch.inference_mode():  # per thread, and held around the loop: passes are suspended inside it
                 while not self._stopping:
                     self._turn()

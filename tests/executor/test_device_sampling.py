@@ -104,6 +104,14 @@ def test_a_pass_in_which_nobody_is_sampled_gives_nothing():
     assert sample_on_device(torch.empty(0, 60), [], [], []) == []
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.25, 1), (0.5, 2), (1 - 2**-53, 2)])
+def test_a_number_on_the_edge_of_two_tokens_draws_the_later_one(number, token, monkeypatch):
+    monkeypatch.setattr(device_sampling, "uniform", lambda *_: number)
+    logits = torch.tensor([[-1e9, 3.0, 3.0, -1e9]])
+    assert sample_on_device(logits, [SamplingParams(1.0)], [0], [0]) == [token]
+    assert sample_on_device(logits, [SamplingParams(1.0, top_k=2)], [0], [0]) == [token]
+
+
 def test_logits_that_are_not_on_a_cpu_are_drawn_there():
     meta = torch.empty(2, 60, device="meta")
     asked = []

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from qllm.executor.errors import LoadError, UnsupportedModelError
 from qllm.executor.model import loading
 from qllm.executor.model.checks import expand_weights
-from qllm.executor.model.loading import load, load_model, prepare_model
+from qllm.executor.model.loading import load, load_model, prepare_model, random_model
 from qllm.executor.testing import tiny_config, tiny_model
 from tests.engine_worlds import finest
 from tests.executor.test_families import generate, prompts, served
@@ -427,3 +427,16 @@ def test_weights_are_read_straight_onto_an_accelerator(whole, monkeypatch):
     with pytest.raises(LoadError, match="that is enough"):
         load_model(whole, device="cuda:1")
     assert asked["device_map"] == {"": torch.device("cuda:1")}
+
+
+def test_a_random_model_is_made_on_its_device_and_prepared_outside_of_it(monkeypatch):
+    # `torch.empty(..., pin_memory=True)` inside would make a tensor of that device, which cannot be pinned.
+    found = {}
+
+    def prepare(model):
+        found.update(made=model.device.type, prepared=torch.empty(1).device.type)
+        return model
+
+    monkeypatch.setattr(loading, "prepare_model", prepare)
+    random_model(tiny_config("qwen3_moe"), torch.float32, torch.device("meta"))
+    assert found == {"made": "meta", "prepared": "cpu"}

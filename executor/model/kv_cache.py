@@ -14,18 +14,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from qllm.executor.gpu.host_copies import HostCopies, HostRows
+
 
 @dataclass(frozen=True)
 class HostKV:
     """KV of the first `tokens` positions of one sequence in host memory."""
 
     tokens: int
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]  #: K, V, each `[tokens, kv_heads, width]`; layers that exist
+    kept: HostRows | tuple[torch.Tensor, ...]  #: of K of all layers, then of V; tensors `[tokens, kv_heads, width]`
 
     @property
     def nbytes(self) -> int:
-        """Bytes in host memory."""
-        return sum(t.nbytes for pair in self.layers for t in pair)
+        """Bytes of KV."""
+        return self.kept.nbytes if isinstance(self.kept, HostRows) else sum(t.nbytes for t in self.kept)
 
 
 def slots_of(blocks: Sequence[int], block_size: int, start: int, stop: int) -> np.ndarray:
@@ -51,6 +53,7 @@ class PagedKVCache:
         self.zero_slot = n_blocks * block_size
         self.keys: list[torch.Tensor] = []  #: a tensor for each layer so far, `[slots + 1, kv_heads, width]`
         self.values: list[torch.Tensor] = []  #: the same
+        self._copies: HostCopies | None = None
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
@@ -77,33 +80,40 @@ class PagedKVCache:
         return sum(t[0].nbytes for t in (*self.keys, *self.values)) * self.block_size
 
     def offload(self, blocks: Sequence[int], tokens: int) -> HostKV:
-        """Copy the first `tokens` positions of the sequence in `blocks` to host memory (pinned on CUDA)."""
-        slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, tokens)).to(self.device)
-        return HostKV(
-            tokens,
-            tuple(
-                (to_host(gather(k, slots)), to_host(gather(v, slots)))
-                for k, v in zip(self.keys, self.values, strict=True)
-            ),
-        )
+        """Copy the first `tokens` positions of the sequence in `blocks` to host memory.
+
+        On CUDA to pinned memory, while passes and the host go on; `blocks` may be given to others at once.
+        """
+        slots, stores = self._slots(blocks, tokens), (*self.keys, *self.values)
+        copies = self._host_copies()
+        if copies is not None:
+            return HostKV(tokens, copies.offload(stores, slots))
+        return HostKV(tokens, tuple(gather(store, slots).to("cpu") for store in stores))
 
     def restore(self, host: HostKV, blocks: Sequence[int]) -> None:
-        """Bring an offloaded sequence back into `blocks` (other blocks than before, in general)."""
-        slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, host.tokens)).to(self.device)
-        for index, (key, value) in enumerate(host.layers):
-            self.write(index, slots, key.to(self.device), value.to(self.device))
+        """Bring an offloaded sequence back into `blocks` (other blocks than before, in general).
+
+        On CUDA the next pass waits for the copy, the host does not; `host` may be dropped at once.
+        """
+        slots, stores = self._slots(blocks, host.tokens), (*self.keys, *self.values)
+        copies = self._host_copies()
+        if copies is not None and isinstance(host.kept, HostRows):
+            copies.restore(host.kept, stores, slots)
+            return
+        for store, kept in zip(stores, host.kept, strict=True):
+            store.flatten(1).index_copy_(0, slots, kept.to(self.device).flatten(1))
+
+    def _slots(self, blocks: Sequence[int], tokens: int) -> torch.Tensor:
+        slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, tokens))
+        return (slots.pin_memory() if self.device.type == "cuda" else slots).to(self.device, non_blocking=True)
+
+    def _host_copies(self) -> HostCopies | None:
+        if self._copies is None and self.device.type == "cuda":
+            self._copies = HostCopies.on(self.device)
+        return self._copies
 
 
 def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows."""
     # Over three dimensions, or by index_select, the copy takes several times as long on a CPU.
     return F.embedding(slots, store.flatten(1)).view(-1, *store.shape[1:])
-
-
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor` in host memory; through a pinned buffer where the device is not the host."""
-    if tensor.device.type == "cpu":
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor)
-    return host

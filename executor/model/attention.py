@@ -2,17 +2,20 @@
 
 Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with
 preemption points between. Grouped heads, windows, sinks, soft caps and MLA's widths are handled here for every model.
+On a GPU `qllm.executor.gpu.packed_attention` does the same by kernels that read the paged cache.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from qllm.executor.errors import ExecutorError, UnsupportedModelError
-from qllm.executor.model.attention_cpu import attend, suits
+from qllm.executor.model.attention_cpu import attend as attend_by_parts
+from qllm.executor.model.attention_cpu import suits
 from qllm.executor.model.attention_plan import AttentionPlan, QueryBlock
 from qllm.executor.model.passes import RunningPass, current_pass
 
@@ -46,9 +49,16 @@ def attention_forward(
     running.reach("attention", 0)
     layer, batch = running.layer, running.batch
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
-    batch.cache.write(layer, batch.slots, k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    if batch.inputs is not None:
+        from qllm.executor.gpu.packed_attention import Layer, attend  # Triton, which is there with a GPU only
+
+        stores = batch.cache.layer(layer, k, v)
+        form = Layer(*stores, batch.cache.block_size, scale, window, softcap, s_aux)
+        attend(q, k, v, out, form, batch.inputs, batch.prompt_parts, partial(running.reach, "attention"))
+        return out.unsqueeze(0), None
+    batch.cache.write(layer, batch.slots, k, v)
     plan = running.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     decode(running, layer, plan, q, out, kernel)
@@ -61,7 +71,7 @@ def attention_forward(
             k_seen, v_seen = keys_of(block, by_parts)
             rows = slice(block.first, block.last)
             if by_parts:
-                attend(block, q[rows], k_seen, v_seen, out[rows], scale)
+                attend_by_parts(block, q[rows], k_seen, v_seen, out[rows], scale)
             else:
                 prefill(block, q[rows], k_seen, v_seen, out[rows], kernel)
     return out.unsqueeze(0), None

@@ -1,17 +1,28 @@
 """How the attention of a pass is computed: buckets of decode rows, and blocks of prefill rows in groups.
 
+Where kernels of a GPU attend (`qllm.executor.gpu.packed_attention`), parts of prefill chunks and their tiles instead.
+
 A plan is a function of the batch and its split alone: a suspended pass is planned exactly like one that is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
 
+from qllm.executor.gpu.pass_inputs import (
+    SPLIT,
+    TILE_ROWS,
+    DeviceInputs,
+    HostInputs,
+    PromptPart,
+    Room,
+    fill_parts,
+)
 from qllm.executor.model.kv_cache import slots_of
 from qllm.executor.model.packed_batch import Batch, Entry
 
@@ -105,23 +116,62 @@ def _decode_buckets(batch: Batch, window: int | None) -> Iterable[DecodeBucket]:
 
 
 def _block_groups(batch: Batch, query_blocks: int, window: int | None) -> Iterable[tuple[int, tuple[QueryBlock, ...]]]:
-    """Query blocks in at most `query_blocks` groups of about as many cells (query rows x keys) each."""
+    groups: dict[int, list[QueryBlock]] = {}
+    for e, of_entry in groupby(row_groups(batch, query_blocks, window), lambda found: found[1]):
+        chunk = _chunk(batch, e, window)
+        for number, _, start, stop in of_entry:
+            blocks = groups.setdefault(number, [])
+            blocks += [chunk(a, min(a + BLOCK_ROWS, stop)) for a in range(start, stop, BLOCK_ROWS)]
+    yield from ((number, tuple(blocks)) for number, blocks in groups.items())
+
+
+def row_groups(batch: Batch, query_blocks: int, window: int | None) -> Iterator[tuple[int, Entry, int, int]]:
+    """Rows of prefill chunks in at most `query_blocks` groups of about as many cells (query rows x keys) each.
+
+    Gives (group, entry, start, stop): rows `start` to `stop` of the entry's own. A group's number is that of a point;
+    groups without rows are left out.
+    """
     prefills = batch.entries[batch.n_decode :]
     if not prefills:
         return
     cells = np.concatenate([e.keys_seen(window) for e in prefills])
     before = cells.cumsum() - cells
     group = before * query_blocks // max(1, int(cells.sum()))
-    first = prefills[0].row
-    groups: dict[int, list[QueryBlock]] = {}
+    first = 0
     for e in prefills:
-        of_row = group[e.row - first : e.row - first + e.n]
-        chunk = _chunk(batch, e, window)
-        starts = [0, *(np.flatnonzero(np.diff(of_row)) + 1).tolist(), e.n]
-        for start, stop in pairwise(starts):
-            blocks = groups.setdefault(int(of_row[start]), [])
-            blocks += [chunk(a, min(a + BLOCK_ROWS, stop)) for a in range(start, stop, BLOCK_ROWS)]
-    yield from ((number, tuple(blocks)) for number, blocks in groups.items())
+        of_row = group[first : first + e.n]
+        first += e.n
+        for start, stop in pairwise([0, *(np.flatnonzero(np.diff(of_row)) + 1).tolist(), e.n]):
+            yield int(of_row[start]), e, start, stop
+
+
+def place_for_kernels(batch: Batch, query_blocks: int) -> None:
+    """Bring the batch to the device for the kernels of a GPU: in one copy, without padding."""
+    found = list(row_groups(batch, query_blocks, None))
+    tiles = sum(-(-(stop - start) // TILE_ROWS) for _, _, start, stop in found)
+    blocks = sum(-(-(e.start + e.n) // batch.cache.block_size) for e in batch.entries)
+    room = Room(batch.rows, batch.n_decode, tiles, len(batch.sampled), blocks)
+    host, inputs = HostInputs(room, batch.cache.device), DeviceInputs(room, batch.cache.device)
+    batch.prompt_parts = fill(batch, host, query_blocks)
+    inputs.load(host)
+    batch.read_from(inputs)
+
+
+def fill(batch: Batch, host: HostInputs, query_blocks: int) -> tuple[PromptPart, ...]:
+    """Write rows, block tables, parts of decode rows and tiles of prompts to `host`; the parts of prompts."""
+    tables = dict(zip(map(id, batch.entries), batch.fill(host), strict=True))
+    fill_parts(host, SPLIT)
+    parts: list[PromptPart] = []
+    tile = 0
+    for number, e, start, stop in row_groups(batch, query_blocks, None):
+        rows = np.arange(start, stop, TILE_ROWS)
+        at = slice(tile, tile + len(rows))
+        host.tile_row[at], host.tile_rows[at] = e.row + rows, np.minimum(stop - rows, TILE_ROWS)
+        host.tile_position[at], host.tile_first[at] = e.start + rows, tables[id(e)]
+        span = (e.row + start, e.row + stop, e.start + start)
+        parts.append(PromptPart(number, *span, tables[id(e)], e.row, e.row + e.n, (at.start, at.stop)))
+        tile += len(rows)
+    return tuple(parts)
 
 
 def _chunk(batch: Batch, e: Entry, window: int | None) -> Callable[[int, int], QueryBlock]:

@@ -1,5 +1,8 @@
 """The experts hook: one loop over the experts that were hit, in groups, with a preemption point before each group.
 
+On a GPU a group is one launch, and a layer that is not cut leaves the host ignorant of who goes where
+(`qllm.executor.gpu.moe_layer`).
+
 Follows the attributes of transformers' experts interface (`transformers.integrations.moe`). Each token's k outputs are
 summed in the order of its top-k indices, so the result depends neither on the grouping nor on who shares the batch's
 experts. A launch may merge rows of suspended passes that wait at the same expert; each gets its outputs in its queues.
@@ -8,6 +11,7 @@ experts. A launch may merge rows of suspended passes that wait at the same exper
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -39,19 +43,43 @@ def experts_forward(
 ) -> torch.Tensor:
     """The experts of one MoE layer: hidden `[T, H]`, top-k `[T, k]`, to `[T, H]`. Outside of a pass without points."""
     running = current_pass()
+    if running is not None and running.batch.inputs is not None and not needs_queues(module, running):
+        return on_device(module, hidden, top_k_index, top_k_weights, running)
     queues = ExpertQueues(hidden, top_k_index, top_k_weights, module.num_experts)
     if running is None:
         for tile in tiles([e for e in range(module.num_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
     else:
         queues.merge_rows = running.split.merge_rows
-        running.routing.append(queues.waiting.copy())
+        running.routed.append(queues.waiting.copy())
         running.queues = queues
         try:
             run_groups(module, queues, running)
         finally:
             running.queues = None  # nobody merges rows of a pass that broke or was closed
     return queues.result().to(hidden.dtype)
+
+
+def needs_queues(module: ExpertsModule, running: RunningPass) -> bool:
+    """Whether the host must know the rows of each expert: the layer is cut, or somebody asks for them."""
+    return running.keeps_queues or running.split.experts_per_group < module.num_experts
+
+
+def on_device(
+    module: ExpertsModule,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    running: RunningPass,
+) -> torch.Tensor:
+    """All experts of the layer in a GPU's kernels, with one point before them."""
+    from qllm.executor.gpu.moe_layer import whole_layer  # Triton, which is there with a GPU only
+
+    def point(ends: torch.Tensor) -> None:
+        running.routed.append(ends)
+        running.reach("experts", 0)
+
+    return whole_layer(module, hidden, top_k_index, top_k_weights, running.batch.slots, point)
 
 
 def run_groups(module: ExpertsModule, queues: ExpertQueues, running: RunningPass) -> None:
@@ -64,7 +92,7 @@ def run_groups(module: ExpertsModule, queues: ExpertQueues, running: RunningPass
             # while it stood there, another pass may have merged some of its rows
             group = [e for e in experts if queues.waiting[e]]
             others = running.shared_queues()
-            for tile in tiles(group, queues.waiting):
+            for tile in [group] if running.batch.inputs is not None else tiles(group, queues.waiting):
                 run_tile(module, tile, queues, others)
 
 
@@ -110,11 +138,28 @@ def run_experts(
     module: ExpertsModule, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """Unweighted outputs `[S, H]` of `rows` `[S, H]`: `sizes[i]` rows for `experts[i]`, one after another."""
+    if in_groups():
+        from qllm.executor.gpu import moe_layer  # Triton, which is there with a GPU only
+
+        return moe_layer.run_experts(module, rows, experts[0], ends_of(experts, sizes, rows.device))
     name = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = project(module, name, experts, sizes, rows)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
     out = project(module, "down_proj", experts, sizes, hidden)
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+
+def in_groups() -> bool:
+    """Whether the products of several experts are one launch."""
+    running = current_pass()
+    return running is not None and running.batch.inputs is not None
+
+
+def ends_of(experts: Sequence[int], sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Where the rows of each expert end, from the first of `experts` to the last, of which some may have none."""
+    rows = dict(zip(experts, sizes, strict=True))
+    ends = torch.tensor([*accumulate(rows.get(e, 0) for e in range(experts[0], experts[-1] + 1))], dtype=torch.int32)
+    return ends if device.type == "cpu" else ends.pin_memory().to(device, non_blocking=True)
 
 
 def project(

@@ -1,18 +1,20 @@
-"""What one forward pass works on: packed rows of several sequences, without padding.
+"""What one forward pass works on: packed rows of several sequences.
 
 First the *decode* rows (entries of one token), longest context first, then the *prefill* chunks. The packing is a
-function of the entries alone: a suspended pass is packed exactly like one that is not.
+function of the entries alone: a suspended pass is packed exactly like one that is not. Where kernels of a GPU read it,
+the rows may be padded to a bucket's (`executor/graphs`); padding rows have no slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from qllm.executor.errors import PassError
+from qllm.executor.gpu.pass_inputs import DeviceInputs, HostInputs, PromptPart
 from qllm.executor.model.kv_cache import PagedKVCache, slots_of
 
 
@@ -46,38 +48,88 @@ class Entry:
 
 
 class Batch:
-    """The packed rows of one pass over the next n tokens of each sequence, on the cache's device. Raises PassError."""
+    """The packed rows of one pass over the next n tokens of each sequence, on the cache's device. Raises PassError.
+
+    `place` brings them there; until then they are on the host alone. With `padding` there may be no sequence, and a
+    bucket's padding is all that is computed.
+    """
+
+    input_ids: torch.Tensor  #: int64 `[1, rows]`
+    position_ids: torch.Tensor  #: int64 `[1, rows]`
+    slots: torch.Tensor  #: int64 `[rows]`: where each row's KV goes
+    sample_rows: torch.Tensor  #: int64 `[len(sampled)]`
 
     def __init__(
-        self, entries: Iterable[tuple[Sequence, int]], cache: PagedKVCache, *, max_positions: int | None = None
+        self,
+        entries: Iterable[tuple[Sequence, int]],
+        cache: PagedKVCache,
+        *,
+        max_positions: int | None = None,
+        padding: bool = False,
     ):
         pairs = list(entries)
         for seq, n in pairs:
             check_entry(seq, n, cache, max_positions)
-        if len({id(seq) for seq, _ in pairs}) != len(pairs) or not pairs:
+        if len({id(seq) for seq, _ in pairs}) != len(pairs) or not (pairs or padding):
             raise PassError("a pass needs at least one entry, and each sequence at most once")
         # Stable order: the same batch is packed the same way whatever happens around it.
         pairs.sort(key=lambda p: (p[1] > 1, -p[0].computed if p[1] == 1 else 0))
-        self.cache = cache
-        self.entries: list[Entry] = []  #: in the order of their rows
+        found: list[Entry] = []
         row = 0
         for seq, n in pairs:
-            self.entries.append(Entry(seq, n, seq.computed, row))
+            found.append(Entry(seq, n, seq.computed, row))
             row += n
+        self.cache = cache
+        self.entries = found  #: in the order of their rows
         self.rows = row
         self.n_decode = sum(entry.n == 1 for entry in self.entries)  #: they come first
         self.prefill_cells = sum(int(e.keys_seen(None).sum()) for e in self.entries[self.n_decode :])
         self.sampled = [entry for entry in self.entries if entry.samples]  #: their last rows give a token
+        self.inputs: DeviceInputs | None = None  #: what kernels of a GPU read; None where there are none
+        self.prompt_parts: tuple[PromptPart, ...] = ()  #: the prefill rows, as these kernels attend them
+
+    def place(self) -> None:
+        """Bring the rows to the cache's device, one tensor for each kind of number."""
         ids, positions, slots = [], [], []
         for e in self.entries:
             stop = e.start + e.n
             ids.append(np.asarray(e.seq.tokens[e.start : stop], dtype=np.int64))
             positions.append(np.arange(e.start, stop))
-            slots.append(slots_of(e.seq.blocks, cache.block_size, e.start, stop))
-        self.input_ids = self.to_device(np.concatenate(ids)).unsqueeze(0)  #: int64 `[1, rows]`
-        self.position_ids = self.to_device(np.concatenate(positions)).unsqueeze(0)  #: int64 `[1, rows]`
-        self.slots = self.to_device(np.concatenate(slots))  #: int64 `[rows]`: where each row's KV goes
+            slots.append(slots_of(e.seq.blocks, self.cache.block_size, e.start, stop))
+        self.input_ids = self.to_device(np.concatenate(ids)).unsqueeze(0)
+        self.position_ids = self.to_device(np.concatenate(positions)).unsqueeze(0)
+        self.slots = self.to_device(np.concatenate(slots))
         self.sample_rows = self.to_device(np.array([e.row + e.n - 1 for e in self.sampled], dtype=np.int64))
+
+    def read_from(self, inputs: DeviceInputs) -> None:
+        """Take the rows from `inputs`, which kernels of a GPU read, too."""
+        self.inputs = inputs
+        self.input_ids, self.position_ids = inputs.ids.unsqueeze(0), inputs.positions.unsqueeze(0)
+        self.slots, self.sample_rows = inputs.slots, inputs.samples
+
+    def make_room(self, decode: int) -> None:
+        """Let the prefill rows begin at row `decode`: padding rows lie between them and those that decode."""
+        shift = decode - self.n_decode
+        self.entries = [e if i < self.n_decode else replace(e, row=e.row + shift) for i, e in enumerate(self.entries)]
+        self.sampled = [entry for entry in self.entries if entry.samples]
+
+    def fill(self, host: HostInputs) -> list[int]:
+        """Write the rows and their block tables to `host`; where the tables of the entries begin."""
+        size, decoding = self.cache.block_size, self.entries[: self.n_decode]
+        tables = [host.add_blocks(e.seq.blocks[: -(-(e.start + e.n) // size)]) for e in self.entries]
+        n = len(decoding)
+        host.ids[:n] = [e.seq.tokens[e.start] for e in decoding]
+        host.positions[:n] = [e.start for e in decoding]
+        host.slots[:n] = [e.seq.blocks[e.start // size] * size + e.start % size for e in decoding]
+        for e in self.entries[n:]:
+            stop, rows = e.start + e.n, slice(e.row, e.row + e.n)
+            host.ids[rows] = e.seq.tokens[e.start : stop]
+            host.positions[rows] = np.arange(e.start, stop)
+            host.slots[rows] = slots_of(e.seq.blocks, size, e.start, stop)
+        sampled = [e.row + e.n - 1 for e in self.sampled]
+        host.samples[: len(sampled)] = sampled
+        host.first[:n], host.length[:n] = tables[:n], host.positions[:n] + 1
+        return tables
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         """`array` on the cache's device; on an accelerator through a pinned buffer."""
@@ -96,7 +148,7 @@ def check_entry(seq: Sequence, n: int, cache: PagedKVCache, max_positions: int |
         raise PassError(
             f"{stop} tokens need {-(-stop // cache.block_size)} KV blocks, the sequence has {len(seq.blocks)}"
         )
-    if any(not 0 <= b < cache.n_blocks for b in seq.blocks):
+    if min(seq.blocks) < 0 or max(seq.blocks) >= cache.n_blocks:
         raise PassError(f"KV blocks {seq.blocks} are not all within 0..{cache.n_blocks - 1}")
     if max_positions is not None and stop > max_positions:
         raise PassError(f"position {stop - 1} is beyond the model's last, {max_positions - 1}")

@@ -35,21 +35,24 @@ class RunningPass:
         self,
         batch: Batch,
         split: Split,
-        forward: Callable[[Batch], torch.Tensor],
+        forward: Callable[[RunningPass], torch.Tensor],
         run_ahead: RunAhead,
         declared_windows: Sequence[int | None] = (),
         partners: Iterable[RunningPass] = (),
         then: Callable[[RunningPass, torch.Tensor], None] | None = None,
+        queues: bool = False,
     ):
         self.batch = batch
         self.split = split
+        self.keeps_queues = queues  #: whether somebody asks how many rows wait at each expert
         self.partners = partners  #: suspended passes whose waiting rows may be merged into its own
         self.point: Point | None = None  #: where the pass stands; None before the start and at the end
         self.logits = torch.empty(0)  #: `[len(sampled), vocab]`, after the end
         self.layer = -1  #: the last attention layer begun
         self.windows: list[int | None] = []  #: what each attention layer so far told the hook
         self.declared_windows = declared_windows  #: of each layer, by configuration
-        self.routing: list[list[int]] = []  #: rows of each expert, for each MoE layer begun so far
+        #: for each MoE layer begun, the rows of each expert; or where they end, which the device alone knows
+        self.routed: list[list[int] | torch.Tensor] = []
         self.queues: ExpertQueues | None = None  #: while it stands before or between the experts of a layer
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
@@ -58,7 +61,7 @@ class RunningPass:
         self._greenlet.running_pass = self  # the hooks find the pass through its greenlet
 
     def _compute(self) -> torch.Tensor:
-        logits = self._forward(self.batch)
+        logits = self._forward(self)
         if self._then is not None:
             self._then(self, logits)
         return logits
@@ -67,6 +70,11 @@ class RunningPass:
     def sampled(self) -> list[Entry]:
         """The entries that `logits` belong to: those whose last known token is computed."""
         return self.batch.sampled
+
+    @property
+    def routing(self) -> list[list[int]]:
+        """Rows of each expert, for each MoE layer begun so far. Waits for the device where only that knows them."""
+        return [rows if isinstance(rows, list) else counts_of(rows) for rows in self.routed]
 
     @property
     def done(self) -> bool:
@@ -134,8 +142,8 @@ class RunningPass:
 
     def shared_queues(self) -> list[ExpertQueues]:
         """Queues of the partners that wait at the same experts: those of the MoE layer where this pass stands."""
-        begun = len(self.routing)
-        return [p.queues for p in self.partners if p.queues is not None and len(p.routing) == begun]
+        begun = len(self.routed)
+        return [p.queues for p in self.partners if p.queues is not None and len(p.routed) == begun]
 
     def reach(self, stage: str, number: int) -> None:
         """Called by the hooks inside the pass: a preemption point. Returns when the pass is resumed."""
@@ -154,6 +162,12 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
         yield from tensors(tuple(vars(value).values()))
 
 
+def counts_of(ends: torch.Tensor) -> list[int]:
+    """Rows of each expert, by where they end (`[experts]`)."""
+    counts: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return counts
+
+
 def current_pass() -> RunningPass | None:
     """The pass whose code is running, None outside of any."""
     running: RunningPass | None = getattr(getcurrent(), "running_pass", None)
@@ -163,10 +177,12 @@ def current_pass() -> RunningPass | None:
 class RunAhead:
     """Bounds how far the host's launches run ahead of the device: at most `depth` points; does nothing on a CPU.
 
-    A hook orders launches, not kernels: without a bound, "between two experts" would hold on the host alone.
+    A hook orders launches, not kernels: without a bound, "between two experts" would hold on the host alone. With one
+    step in flight behind the one that runs, the device still never waits for the host to look (measured on an H200,
+    docs/engine.md), and with two, urgent work waits for one more.
     """
 
-    def __init__(self, device: torch.device, depth: int = 2):
+    def __init__(self, device: torch.device, depth: int = 1):
         self._depth = depth
         self._events: list[torch.Event] | None = [] if device.type != "cpu" else None
         self._device = device

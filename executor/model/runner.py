@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from qllm.executor.model.attention_plan import place_for_kernels
 from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import RunAhead, RunningPass
@@ -15,13 +17,26 @@ from qllm.executor.model.split import Split, Splitter, whole
 
 
 class Runner:
-    """Starts passes over one prepared model and a cache of `kv_blocks` blocks. All passes belong to one thread."""
+    """Starts passes over one prepared model and a cache of `kv_blocks` blocks. All passes belong to one thread.
 
-    def __init__(self, model: PreTrainedModel, kv_blocks: int, block_size: int = 16, splitter: Splitter = whole):
+    `kernels`: whether those of `qllm.executor.gpu` compute attention and experts; by default on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv_blocks: int,
+        block_size: int = 16,
+        splitter: Splitter = whole,
+        *,
+        kernels: bool | None = None,
+    ):
         self.model = model
         self.device = model.device
+        self.kernels = has_kernels(self.device) if kernels is None else kernels
         self.cache = PagedKVCache(kv_blocks, block_size, self.device)
         self.splitter = splitter
+        self.n_experts = 0  #: of a layer, once the cache is made
         self.windows = declared_windows(model.config)
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
@@ -30,7 +45,9 @@ class Runner:
     def make_cache(self) -> None:
         """Make the KV of all layers, in a pass over one token. Raises what PyTorch raises where memory ends."""
         with torch.inference_mode():
-            run_to_end(self.begin([(Sequence([0], [0]), 1)]))
+            running = self.begin([(Sequence([0], [0]), 1)])
+            run_to_end(running)
+        self.n_experts = max(map(len, running.routing), default=0)
 
     def begin(
         self,
@@ -38,22 +55,43 @@ class Runner:
         split: Split | None = None,
         partners: Iterable[RunningPass] = (),
         then: Callable[[RunningPass, torch.Tensor], None] | None = None,
+        queues: bool = False,
     ) -> RunningPass:
         """A pass over the next n tokens of each sequence; nothing runs before its first `advance()`. Raises PassError.
 
-        `split` replaces the splitter's. `partners` are suspended passes, looked at anew at each expert, whose waiting
-        rows may be merged. `then` is called with the logits, as the pass's last part, which may stop at points too.
+        Args:
+            entries: (sequence, new tokens) of each.
+            split: replaces the splitter's.
+            partners: suspended passes, looked at anew at each expert, whose waiting rows may be merged.
+            then: called with the logits, as the pass's last part, which may stop at points too.
+            queues: whether `RunningPass.queues` is asked for; with partners it is.
         """
         batch = Batch(entries, self.cache, max_positions=self.max_positions)
         split = self.splitter(batch) if split is None else split
-        return RunningPass(batch, split, self._forward, self._run_ahead, self.windows, partners, then)
+        queues = queues or partners != ()
+        forward = self.place(batch, split, queues=queues)
+        return RunningPass(batch, split, forward, self._run_ahead, self.windows, partners, then, queues)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def place(self, batch: Batch, split: Split, *, queues: bool) -> Callable[[RunningPass], torch.Tensor]:
+        """Bring a batch to the device; what computes it. `queues`: whether somebody asks for `RunningPass.queues`."""
+        if self.kernels:
+            place_for_kernels(batch, split.query_blocks)
+        else:
+            batch.place()
+        return self.forward
+
+    def forward(self, running: RunningPass) -> torch.Tensor:
         """Logits `[len(batch.sampled), vocab]`; where the model can, only these rows go through the LM head."""
+        batch = running.batch
         keep = {"logits_to_keep": batch.sample_rows} if self._keeps_logits else {}
         out = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keep)
         logits: torch.Tensor = out.logits[0]
         return logits if keep else logits.index_select(0, batch.sample_rows)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels run on `device`."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def run_to_end(running: RunningPass) -> torch.Tensor:

@@ -182,9 +182,10 @@ def _combine(
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
         row = tl.load(place + token * TOP_K + j)
+        held = row < end
         weight = tl.load(weights + token * TOP_K + j).to(tl.float32)
-        held = inside & (row < end)
-        output = tl.load(outputs + row * row_stride + column * column_stride, mask=held, other=0.0).to(tl.float32)
-        product = (output * weight).to(PRODUCT).to(tl.float32)
-        total += tl.where(held, product, 0.0)  # a weight may be anything too
+        weight = tl.where(held, weight, 0.0)  # it may be anything
+        at = outputs + row * row_stride + column * column_stride
+        output = tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
+        total += (output * weight).to(PRODUCT).to(tl.float32)
     tl.store(result + token * hidden + column, total.to(result.dtype.element_ty), mask=inside)

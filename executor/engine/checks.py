@@ -7,10 +7,11 @@ from typing import Any
 
 from qllm.executor.engine.sampling import SamplingParams, is_whole
 from qllm.executor.errors import ExecutorError, KVMemoryError, RequestError, SamplingError
+from qllm.executor.graphs.runner import GRAPHS
 from qllm.scheduler import Limits, Policy, SchedulerError
 
 
-def check_settings(policy: Any, limits: Any, kv_memory: Any, max_step: Any, seed: Any) -> None:
+def check_settings(policy: Any, limits: Any, kv_memory: Any, max_step: Any, seed: Any, graphs: Any) -> None:
     """Raise a typed error for an argument of Engine that is of another type than allowed, or out of its range."""
     if not isinstance(policy, str | Policy):
         raise SchedulerError(f"policy is {policy!r:.80}; allowed: the name of a policy, or a Policy")
@@ -22,6 +23,8 @@ def check_settings(policy: Any, limits: Any, kv_memory: Any, max_step: Any, seed
         raise ExecutorError(f"max_step is {max_step!r:.80}; allowed: seconds from 1e-9 to 1e9")
     if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**64):
         raise SamplingError(f"seed is {seed!r:.80}; allowed: None, or a whole number between 0 and 2**64 - 1")
+    if graphs not in GRAPHS:
+        raise ExecutorError(f"graphs is {graphs!r:.80}; allowed: {', '.join(GRAPHS)}")
 
 
 def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:

@@ -16,6 +16,7 @@ class Clock(Protocol):
     """What time it is for an engine, in seconds, and how passes move on in that time."""
 
     steps: PassCostModel | None  #: splits the passes; None where the engine's own splitter does
+    asks_queues: bool  #: whether passes are asked how many rows wait at each expert
 
     def now(self) -> float:
         """The time now."""
@@ -49,6 +50,8 @@ class RealClock:
             need not be woken up nor, in a virtual machine, works for others meanwhile
             (benchmarks/fidelity/idle.py prints what that is worth).
     """
+
+    asks_queues = False
 
     def __init__(self, steps: PassCostModel | None = None, *, polls: bool = False):
         self.steps = steps
@@ -86,6 +89,8 @@ class VirtualClock:
     Args:
         steps: says what each step takes, and splits the passes.
     """
+
+    asks_queues = True  # groups of experts take time by the rows that wait for them
 
     def __init__(self, steps: PassCostModel):
         self.steps: PassCostModel | None = steps

@@ -28,9 +28,9 @@ from qllm.executor.engine.requests import EngineRequest, Stream
 from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
+from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
-from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import LinearSplitter, Splitter
 from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
@@ -81,6 +81,9 @@ class Engine:
         splitter: how passes are split (`qllm.executor.model.split`), unless the clock's step model does it.
         max_step: seconds that no step should exceed, for the default splitter.
         seed: of requests that bring none.
+        graphs: on a GPU, when short passes are recorded as CUDA graphs: "load": here; "use": each size at its first
+            use; "off": never.
+        progress: called while they are recorded here, with (passes recorded, passes to record).
 
     Attributes:
         limits: what the scheduler may use, KV blocks included.
@@ -106,8 +109,10 @@ class Engine:
         splitter: Splitter | None = None,
         max_step: float = 0.01,
         seed: int | None = None,
+        graphs: Graphs = "load",
+        progress: Progress | None = None,
     ):
-        check_settings(policy, limits, kv_memory, max_step, seed)
+        check_settings(policy, limits, kv_memory, max_step, seed, graphs)
         model = model if model.config._attn_implementation == "qllm" else prepare_model(model)
         self.model = model
         self.tokenizer = tokenizer
@@ -121,8 +126,10 @@ class Engine:
         if splitter is None:
             splitter = LinearSplitter(facts["experts"], facts["top_k"], max_step=max_step)
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
-        self._runner = Runner(model, blocks, given.block_size, splitter)
+        self._runner = GraphRunner(model, blocks, given.block_size, splitter, graphs=graphs, max_seqs=given.max_seqs)
         make_cache(self._runner, facts["kv_bytes_per_token"])
+        if not (self.scheduler.policy.merge or self.clock.asks_queues):  # then no pass is replayed
+            self._runner.record_all(progress)
         self._stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = embedding(model).num_embeddings
         self._ids = itertools.count()

@@ -213,7 +213,8 @@ class Loop:
         if steps is not None and cost is not None:
             split = Split(cost.experts_per_group, cost.query_blocks, steps.merge_rows)
         policy = self.scheduler.policy
-        running = self.runner.begin(entries, split, self.partners if policy.merge else (), sample_rows)
+        partners = self.partners if policy.merge else ()
+        running = self.runner.begin(entries, split, partners, sample_rows, self.clock.asks_queues)
         sequences = tuple(sequence for sequence, _ in entries)
         return self.clock.execution(p, running, sequences, cost, policy.granularity)
 

@@ -95,7 +95,7 @@ class GraphRunner(Runner):
         self.graphs = graphs if self.kernels else "off"
         self._max_seqs = max_seqs
         self._scratch = Scratch(self.cache.zero_slot // SPLIT + DECODE[-1])
-        self._recorder = recorder or graph_recorders(self.device)
+        self._recorder = recorder
 
     def place(self, batch: Batch, split: Split, *, queues: bool) -> Callable[[RunningPass], torch.Tensor]:
         fits = self.graphs != "off" and not queues and self._is_whole(split)
@@ -178,16 +178,22 @@ class GraphRunner(Runner):
         inputs = DeviceInputs(room, self.device)
         inputs.scratch = self._scratch
         inputs.load(HostInputs(room, self.device))
+        if self._recorder is None:
+            self._recorder = graph_recorders(self.device)
         recorder = self._recorder()
         pieces: list[tuple[Point | None, Piece]] = []
         with recorder.recording():
             for _ in range(WARM_UPS):
-                run_to_end(self._padding(bucket, inputs))
+                eager = run_to_end(self._padding(bucket, inputs))
             running = self._padding(bucket, inputs)
             while not running.done:
                 before = running.point
                 piece, _ = recorder.record(running.advance)
                 pieces.append((before, piece))
+        for _, piece in pieces:
+            piece.replay()
+        if not torch.allclose(running.logits, eager, rtol=0, atol=0, equal_nan=True):
+            raise PassError("its logits are others when it is replayed")
         return Recorded(inputs, pieces, running)
 
     def _padding(self, bucket: Bucket, inputs: DeviceInputs) -> RunningPass:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import cast
 
@@ -20,7 +20,14 @@ from qllm.traces.results import RunResult
 from qllm.traces.step_times.cost_model import ticks
 
 
-def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int], seed: int = 0) -> RunResult:
+def replay(
+    engine: Engine,
+    trace: RequestTrace,
+    *,
+    priorities: Mapping[str, int],
+    seed: int = 0,
+    watch: Callable[[Callable[[], int]], None] = lambda _: None,
+) -> RunResult:
     """Send `trace` to an idle engine and return what became of each request, when all have ended.
 
     Prompts are random token ids, and every request gets exactly its output tokens: stop tokens are ignored. Requests
@@ -31,6 +38,7 @@ def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int]
         trace: the requests; their arrivals count from now.
         priorities: of each of the trace's classes; lower is more urgent.
         seed: of the prompts.
+        watch: called at the start with a function that tells, from any thread, how many requests have ended.
 
     Returns:
         The times of each request in seconds since the call, the slices of all passes and the routing of each pass.
@@ -53,6 +61,7 @@ def replay(engine: Engine, trace: RequestTrace, *, priorities: Mapping[str, int]
         except RequestError as error:
             made.append(error)
     sequences = [sequence for sequence in made if isinstance(sequence, EngineRequest)]
+    watch(lambda: len(made) - sum(not sequence.ended for sequence in sequences))
     recorder = engine.call(lambda loop: _begin(loop, sequences))
     for sequence in sequences:
         with suppress(RequestTooLarge):

@@ -40,7 +40,8 @@ def calibrate(
     if threads is not None:
         torch.set_num_threads(threads)
     extent = Extent(max_tokens, max_context, max_batch)
-    loaded = load(model, device=device, dtype=dtype, random_weights=True)
+    with progress("loading the model"):
+        loaded = load(model, device=device, dtype=dtype, random_weights=True)
     try:
         with progress("measuring") as update:
             timings = calibrate(loaded, out, extent, update)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,19 +54,19 @@ def run(
     missing = [name for name in ("torch", "transformers", "greenlet") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not installed; the engine needs: pip install 'qllm-moe[executor]'")
-    from qllm.experiment import engine_run
+    with progress("loading the model") as update:
+        from qllm.experiment import engine_run
 
-    target = engine_run.load_target(model, device, dtype, trust_remote_code)
-    typer.echo(engine_run.describe(target), err=True)
-    begun = itertools.count()
-    with progress("running", len(todo)) as update:
-        results, shown = engine_run.run(loaded, target, lambda _: update(next(begun), len(todo)))
-    results.save(folder)
-    caption = engine_run.caption(target)
-    save_figures(results, folder, caption)
-    if timeline:
-        write_timeline(shown, folder / "timeline.json", time="measured")
-        save_timeline(shown, folder / "timeline.png", caption, target.layers)
+        target = engine_run.load_target(model, device, dtype, trust_remote_code)
+        typer.echo(engine_run.describe(target), err=True)
+        results, shown = engine_run.run(loaded, target, update)
+        update.phase("drawing figures")
+        results.save(folder)
+        caption = engine_run.caption(target)
+        save_figures(results, folder, caption)
+        if timeline:
+            write_timeline(shown, folder / "timeline.json", time="measured")
+            save_timeline(shown, folder / "timeline.png", caption, target.layers)
     if format is Format.json:
         typer.echo(json.dumps(records(results), indent=2))
     else:

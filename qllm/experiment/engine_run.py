@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ from qllm.executor.errors import RequestError
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
 from qllm.executor.testing import DEMO, demo_model
+from qllm.experiment.progress import Update
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
 from qllm.scheduler import Limits, RequestTooLarge
@@ -72,27 +72,30 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
 
 
 def run(
-    config: Config, target: LoadedModel, tell: Callable[[str], None] = lambda _: None
+    config: Config, target: LoadedModel, update: Update | None = None
 ) -> tuple[Results, list[tuple[Run, RunResult]]]:
-    """Run each point, policy and seed on the engine in turn; `tell` gets each run's name before it starts.
+    """Run each point, policy and seed on the engine in turn; `update` is told how far it is.
 
     Returns the results, and the runs at the last point with the first seed, for a timeline. Raises ConfigError,
     TraceError, SchedulerError, ExecutorError.
     """
     todo = runs(config)
+    update = update or Update("")
     tables, shown = [], []
     alone: dict[Limits, tuple[np.ndarray, np.ndarray]] = {}
     last = config.points()[-1]
     for number, this in enumerate(todo, start=1):
-        tell(f"{number}/{len(todo)}: {this}")
+        name = f"run {number} of {len(todo)}, {this}"
         trace = request_trace(this.config, this.seed)
         limits = engine_limits(target, this.config)
         key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)
         lengths = _lengths(trace)
         if key not in alone or not np.isin(lengths, alone[key][0]).all():
             known = alone.get(key, (np.empty(0), np.empty(0)))
-            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths))
-        result = replay_run(this, trace, target, limits)
+            update.phase(f"isolated TTFT, for {name}: lone requests", len(lengths) * ISOLATED_REPEATS)
+            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths, update))
+        update.phase(f"{name}: requests", len(trace))
+        result = replay_run(this, trace, target, limits, update)
         tables.append(sweep_rows(this, request_table(this, trace, result, _between(trace.prompt_tokens, *alone[key]))))
         if this.point == last and this.seed == config.seed_list[0]:
             shown.append((this, result))
@@ -100,7 +103,7 @@ def run(
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits) -> RunResult:
+def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits, update: Update) -> RunResult:
     """One policy at one point. An exception of a user's policy becomes a ConfigError with file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
@@ -108,7 +111,7 @@ def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limi
         clock, max_step = engine_clock(target, this.config), this.config.max_step
         with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:
             warm_up(engine, trace)
-            return replay(engine, trace, priorities=priorities, seed=this.seed)
+            return replay(engine, trace, priorities=priorities, seed=this.seed, watch=update.watch)
     except Exception as error:
         if policy.file is None:
             raise
@@ -121,7 +124,9 @@ def warm_up(engine: Engine, trace: RequestTrace) -> None:
         _lone_ttft(engine, prompt, 2)
 
 
-def isolated_ttft(config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray) -> np.ndarray:
+def isolated_ttft(
+    config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray, update: Update
+) -> np.ndarray:
     """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64.
 
     NaN for a length that can never be served.
@@ -130,8 +135,11 @@ def isolated_ttft(config: Config, target: LoadedModel, limits: Limits, lengths: 
     with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
         for n in lengths[[0, -1]].tolist():
             _lone_ttft(engine, n, 2)
-        repeats = range(ISOLATED_REPEATS)
-        return np.array([np.median([_lone_ttft(engine, n, 1) for _ in repeats]) for n in lengths.tolist()])
+        found = np.empty((len(lengths), ISOLATED_REPEATS))
+        for done, place in enumerate(np.ndindex(found.shape)):
+            update(done, found.size)
+            found[place] = _lone_ttft(engine, int(lengths[place[0]]), 1)
+        return np.asarray(np.median(found, axis=1))
 
 
 def _lone_ttft(engine: Engine, prompt_tokens: int, new_tokens: int) -> float:

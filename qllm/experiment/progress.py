@@ -12,42 +12,92 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 EVERY_S = 10.0  #: seconds between two lines
+BAR_EVERY_S = 0.5  #: seconds after which a bar looks again
 
-Update = Callable[[int, int | None], None]  #: called with what is done, and what there is to do if that is known
+
+class Update:
+    """What is being done and how far it is; call it with what is done, and what there is to do if that is known."""
+
+    def __init__(self, doing: str, total: int | None = None):
+        self.doing, self.total, self.began = doing, total, time.monotonic()
+        self.done: Callable[[], int] = lambda: 0  #: asked from another thread
+        self._changed: Callable[[bool], None] = lambda _: None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self.done, self.total = lambda: done, total
+        self._changed(False)
+
+    def phase(self, doing: str, total: int | None = None) -> None:
+        """Something else begins."""
+        self.doing, self.total, self.began, self.done = doing, total, time.monotonic(), lambda: 0
+        self._changed(True)
+
+    def watch(self, done: Callable[[], int]) -> None:
+        """Have `done` asked, from another thread, for what is done of this phase."""
+        self.done = done
+
+    @contextmanager
+    def shown(self, changed: Callable[[bool], None], every: float, tell: Callable[[], None]) -> Iterator[None]:
+        """Call `tell` every so many seconds, from a thread of its own: a single step may take longer than that.
+
+        `changed` is called at once, with whether another phase begins.
+        """
+        ended = Event()
+
+        def look() -> None:
+            while not ended.wait(every):
+                tell()
+
+        self._changed = changed
+        thread = Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._changed = lambda _: None
 
 
 @contextmanager
 def progress(doing: str, total: int | None = None, shown: bool = True) -> Iterator[Update]:
     """Show on stderr how far the work inside is; yields what to call with (done, total)."""
+    update = Update(doing, total)
     if not shown:
-        yield lambda _done, _total: None
-    elif sys.stderr.isatty():
-        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-    else:
-        with _lines(doing, total) as update:
-            yield update
+        yield update
+        return
+    with (_bar if sys.stderr.isatty() else _lines)(update):
+        yield update
 
 
 @contextmanager
-def _lines(doing: str, total: int | None) -> Iterator[Update]:
-    """A line every EVERY_S seconds, from a thread of its own: one simulation may take longer than that."""
-    state, ended, began = [0, total], Event(), time.monotonic()
+def _bar(update: Update) -> Iterator[None]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(update.doing, total=update.total)
 
+        def tell() -> None:
+            bar.update(task, completed=update.done(), total=update.total)
+
+        def changed(begins: bool) -> None:
+            if begins:
+                bar.reset(task, total=update.total, description=update.doing)
+            else:
+                tell()
+
+        with update.shown(changed, BAR_EVERY_S, tell):
+            yield
+
+
+@contextmanager
+def _lines(update: Update) -> Iterator[None]:
     def tell() -> None:
-        while not ended.wait(EVERY_S):
-            of = "" if state[1] is None else f" of {state[1]}"
-            print(f"{doing}: {state[0]}{of} done after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        of = "" if update.total is None else f" of {update.total}"
+        _print(f"{update.doing}: {update.done()}{of} done after {time.monotonic() - update.began:.0f} s")
 
-    def update(done: int, total: int | None) -> None:
-        state[:] = done, total
+    with update.shown(lambda begins: _print(update.doing) if begins else None, EVERY_S, tell):
+        yield
 
-    thread = Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield update
-    finally:
-        ended.set()
-        thread.join()
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,10 @@ pytest.importorskip("transformers")
 from qllm.config.config import load_config
 from qllm.executor.calibration.environment import device_name
 from qllm.executor.errors import LoadError
-from qllm.experiment.engine_run import engine_clock, load_target
+from qllm.experiment import progress as progress_of
+from qllm.experiment.engine_run import engine_clock, load_target, run
 from qllm.experiment.results import load_results
+from qllm.experiment.run import runs
 from qllm.traces.step_times.testing import affine_timings
 from tests.cli_support import qllm, write_config
 
@@ -42,6 +45,23 @@ def test_run_writes_what_simulate_writes_and_says_that_it_was_measured(tmp_path:
     np.testing.assert_allclose(waited, r["finish_s"] - r["arrival_s"], rtol=0, atol=1e-6)
     assert (r["isolated_ttft_s"] > 0).all()
     assert real.config.provenance["timings"].startswith("engine: real;")
+
+
+def test_every_phase_is_told_when_it_begins_and_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_of, "EVERY_S", 0.1)
+    slow = {"sweep.rate": "[6]", "seeds": "1", "requests": "8", "limits.kv_blocks": "600"}
+    config = load_config(write_config(tmp_path), [f"{key}={value}" for key, value in slow.items()])
+    with progress_of.progress("loading the model") as update:
+        run(config, load_target(None), update)
+    lines = capsys.readouterr().err.splitlines()
+    first, second = (f"run {n} of 2, {this}: requests" for n, this in enumerate(runs(config), start=1))
+    isolated = f"isolated TTFT, for {first.removesuffix('requests')}lone requests"
+    begun = [line for line in lines if " done after " not in line]
+    assert begun == [isolated, first, second]
+    for phase, total in ((isolated, 18), (first, 8), (second, 8)):
+        assert any(re.fullmatch(rf"{re.escape(phase)}: [1-9]\d* of {total} done after \d+ s", line) for line in lines)
 
 
 @pytest.mark.parametrize(

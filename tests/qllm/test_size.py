@@ -126,6 +126,36 @@ def test_without_a_terminal_a_line_every_few_seconds_says_how_far_it_is(
     assert "simulating: 1 of 2 done after 0 s" in capsys.readouterr().err
 
 
+def test_what_another_thread_has_done_is_asked_for_and_another_phase_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_of, "EVERY_S", 0.02)
+    with progress_of.progress("loading") as update:
+        update.phase("running", 7)
+        assert capsys.readouterr().err.splitlines()[-1] == "running"
+        update.watch(lambda: 5)
+        time.sleep(0.2)
+    assert capsys.readouterr().err.splitlines()[-1] == "running: 5 of 7 done after 0 s"
+    update.phase("afterwards")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_follows_what_is_done(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress_of, "BAR_EVERY_S", 0.01)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    told = []
+    monkeypatch.setattr(progress_of.Progress, "update", lambda *_, **values: told.append(values))
+    monkeypatch.setattr(progress_of.Progress, "reset", lambda *_, **values: told.append(values))
+    with progress_of.progress("loading") as update:
+        update(1, 2)
+        update.phase("running", 7)
+        update.watch(lambda: 5)
+        time.sleep(0.2)
+    assert {"completed": 1, "total": 2} in told
+    assert {"description": "running", "total": 7} in told
+    assert told[-1] == {"completed": 5, "total": 7}
+
+
 def test_nothing_is_said_where_nobody_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     simulate(write_config(tmp_path), set=ONE)
     assert capsys.readouterr().err == ""

@@ -28,7 +28,7 @@ def tensor(*shape, dtype=torch.float32, seed=0):
 )
 def test_a_norm_is_that_of_its_formula_for_any_shape_and_strides(shape, width, form, dtype, view):
     x = tensor(*shape, 2 * width, dtype=dtype)
-    x = {"columns": x[..., 3 : width + 3], "spread": x[..., ::2]}.get(view, x[..., :width].contiguous())
+    x = {"columns": x[..., 1 : width + 1], "spread": x[..., ::2]}.get(view, x[..., :width].contiguous())
     if view == "permuted" and len(shape) > 1:
         x = x.transpose(0, -2)
     weight = tensor(width, dtype=dtype, seed=1)

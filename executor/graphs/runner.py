@@ -132,6 +132,7 @@ class GraphRunner(Runner):
         """Let a pass compute all rows of its bucket, padding included."""
         batch.read_from(inputs)
         if bucket.prompts:
+            batch.has_idle_rows = True
             first, last = bucket.decode, bucket.decode + bucket.prompts
             batch.prompt_parts = (PromptPart(0, first, last, 0, 0, first, first, (0, inputs.room.tiles)),)
 

@@ -50,7 +50,8 @@ def attention_forward(
     layer, batch = running.layer, running.batch
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    out = q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    make = q.new_zeros if batch.has_idle_rows else q.new_empty
+    out = make((q.shape[0], q.shape[1], v.shape[-1]))
     if batch.inputs is not None:
         from qllm.executor.gpu.packed_attention import Layer, attend  # Triton, which is there with a GPU only
 

@@ -86,6 +86,7 @@ class Batch:
         self.prefill_cells = sum(int(e.keys_seen(None).sum()) for e in self.entries[self.n_decode :])
         self.sampled = [entry for entry in self.entries if entry.samples]  #: their last rows give a token
         self.inputs: DeviceInputs | None = None  #: what kernels of a GPU read; None where there are none
+        self.has_idle_rows = False  #: whether no attention writes some rows
         self.prompt_parts: tuple[PromptPart, ...] = ()  #: the prefill rows, as these kernels attend them
 
     def place(self) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
 from qllm.executor.gpu import launch as launches
@@ -22,6 +22,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.steps: list[Callable[[], None]] = []
+        self.made: list[torch.Tensor] = []
         self.replays = 0
 
     def replay(self) -> None:
@@ -55,6 +56,7 @@ class Operators(TorchDispatchMode):
                     old.copy_(result)
 
         self._tape.steps.append(again)
+        self._tape.made += [x for x in made if storage(x) not in given and x.is_floating_point()]
         return out
 
 
@@ -75,7 +77,8 @@ class TapeRecorder:
         def kernel(function: Any, grid: Any, arguments: Any, constants: Any) -> None:
             launches.recorders.pop()
             try:
-                launches.launch(function, grid, *arguments, **constants)
+                with _disable_current_modes():
+                    launches.launch(function, grid, *arguments, **constants)
             finally:
                 launches.recorders.append(kernel)
             tape.steps.append(lambda: launches.launch(function, grid, *arguments, **constants))
@@ -86,4 +89,6 @@ class TapeRecorder:
                 result = run()
         finally:
             launches.recorders.pop()
+        for tensor in tape.made:  # a graph computes nothing while it is recorded
+            tensor.fill_(float("nan"))
         return tape, result

@@ -179,13 +179,19 @@ def _combine(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden
     end = tl.load(offsets + n_experts - 1)
+    # all loads first, so that they wait for memory together
+    weighed = ()
+    for j in tl.static_range(TOP_K):
+        weighed += (tl.load(weights + token * TOP_K + j),)
+    rows = ()
+    for j in tl.static_range(TOP_K):
+        rows += (tl.load(place + token * TOP_K + j),)
+    read = ()
+    for j in tl.static_range(TOP_K):
+        at = outputs + rows[j] * row_stride + column * column_stride
+        read += (tl.load(at, mask=inside & (rows[j] < end), other=0.0),)
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
-        row = tl.load(place + token * TOP_K + j)
-        held = row < end
-        weight = tl.load(weights + token * TOP_K + j).to(tl.float32)
-        weight = tl.where(held, weight, 0.0)  # it may be anything
-        at = outputs + row * row_stride + column * column_stride
-        output = tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
-        total += (output * weight).to(PRODUCT).to(tl.float32)
+        weight = tl.where(rows[j] < end, weighed[j].to(tl.float32), 0.0)  # it may be anything
+        total += (read[j].to(tl.float32) * weight).to(PRODUCT).to(tl.float32)
     tl.store(result + token * hidden + column, total.to(result.dtype.element_ty), mask=inside)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qllm.executor.gpu.expert_rows import combine, sort_rows
+from qllm.executor.gpu.gate import is_plain_gate, silu_and_mul
 from qllm.executor.gpu.grouped_product import grouped_product
 
 
@@ -38,7 +39,10 @@ def whole_layer(
 def run_experts(module: Any, rows: torch.Tensor, first: int, offsets: torch.Tensor) -> torch.Tensor:
     """Unweighted outputs `[S, H]` of `rows` `[S, H]`, sorted by expert from expert `first` on; `offsets` end each."""
     hidden = _project(module, "gate_up_proj" if module.has_gate else "up_proj", rows, first, offsets)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+    if is_plain_gate(module):
+        hidden = silu_and_mul(hidden, offsets)
+    else:
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
     out = _project(module, "down_proj", hidden, first, offsets)
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
 

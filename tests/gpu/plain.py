@@ -128,10 +128,15 @@ def grouped_product(rows: Any, weight: Any, offsets: Any, bias: Any = None, tile
     return out
 
 
+def silu_and_mul(gate_up: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
 @pytest.fixture
 def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels by plain loops, wherever a pass calls them."""
     for name in ("write_kv", "decode_attention", "tile_attention"):
         monkeypatch.setattr(packed_attention, name, globals()[name])
-    for name in ("sort_rows", "combine", "grouped_product"):
+    for name in ("sort_rows", "combine", "grouped_product", "silu_and_mul"):
         monkeypatch.setattr(moe_layer, name, globals()[name])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.executor.errors import UnsupportedModelError
+from qllm.executor.gpu import packed_attention
 from qllm.executor.graphs.buckets import Bucket, bucket_of, buckets
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import RunningPass
@@ -204,3 +205,37 @@ def test_all_buckets_are_recorded_at_load_and_progress_is_told(model):
     runner.record_all(lambda done, todo: told.append((done, todo)))
     assert {bucket: len(some) for bucket, some in runner.recorded.items()} == dict.fromkeys(buckets(3), 2)
     assert told == [(n, 26) for n in range(27)]
+
+
+@pytest.mark.parametrize("groups", [1, 3, 7])
+def test_long_chunks_are_attended_in_large_blocks(model, monkeypatch, groups):
+    """A prompt's own rows, chunks over what is cached, cut or not: what tiles give, but for rounding."""
+    found = {}
+    for large in (False, True):
+        monkeypatch.setattr(packed_attention, "LARGE_ROWS", 9 if large else 1000)
+        monkeypatch.setattr(packed_attention, "suits", lambda q, k, v: True)
+        runner = Runner(model, 200, 4, kernels=True)
+        some = sequences(60, 21, 8, 5)
+        chunks = [(some[0], 25), (some[1], 21), (some[2], 8), (some[3], 5)]
+        run_to_end(runner.begin(chunks, Split(99, groups)))
+        some[1].tokens += [9] * 30
+        decoding = [(some[0], 35), (some[1], 30), (some[3], 1)]
+        some[3].tokens.append(7)
+        points = 0
+        running = runner.begin(decoding, Split(99, groups))
+        while (point := running.advance()) is not None:
+            points += point.stage == "attention"
+        assert points == 2 * groups
+        found[large] = running.logits
+        assert len(found[large]) == 3
+    assert torch.allclose(found[True], found[False], atol=1e-4)
+
+
+def test_a_suspended_pass_tells_what_it_holds(model):
+    runner = Runner(model, 200, 4, lambda batch: Split(1, 2), kernels=True)
+    running = begin(runner, sequences(30))
+    while (point := running.advance()) is not None and point.stage != "experts":
+        pass
+    hidden = 30 * 64 * 4
+    assert running.held_bytes() > hidden
+    running.close()

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -145,15 +146,13 @@ def _mixed(world: World, policy: str) -> None:
 
 def _ended(world: World, streams: list[Stream]) -> list[RequestTimes]:
     """The times of those that end while there is time; the others are cancelled."""
-    found = []
     for stream in streams:
         if world.left < 0:
-            stream.cancel()
-        elif stream.result().finish_reason == "length":
-            found.append(times_of(stream))
-    for stream in streams:
+            for left in streams:
+                left.cancel()
+            break
         stream.result()
-    return found
+    return [times_of(stream) for stream in streams if stream.result().finish_reason == "length"]
 
 
 def _arrivals(seconds: float, gap: Callable[[], float]) -> list[float]:
@@ -181,7 +180,7 @@ def throughput(world: World) -> None:
     world.say("tokens_per_s", ours, f"{len(speeds) - 1} runs, {min(speeds[1:]):.0f} to {max(speeds[1:]):.0f}")
     world.close()  # transformers takes its own memory for KV
     theirs = _transformers_speed(world, prompts, sizes.request_new)
-    world.say("tokens_per_s_transformers", theirs, "generate_batch, grouped_mm and sdpa, after a run to warm up")
+    world.say("tokens_per_s_transformers", theirs, "generate_batch, grouped_mm, after a run to warm up")
     world.say("tokens_per_s_ratio", ours / theirs)
 
 
@@ -214,7 +213,8 @@ def _transformers_speed(world: World, prompts: list[list[int]], new: int) -> flo
             if made < tokens * len(prompts):
                 raise RuntimeError(f"transformers' continuous batching gave {made} tokens; its log says why")
     finally:
-        model.destroy_cached_continuous_batching_manager()
+        with suppress(AttributeError):
+            model.destroy_cached_continuous_batching_manager()
         model.set_attn_implementation(NAME)
         model.set_experts_implementation(NAME)
     return made / seconds

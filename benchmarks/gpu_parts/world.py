@@ -93,7 +93,7 @@ class NoTime(Exception):
 class World:
     """One device with one model. `send` takes what is told: ("figure", name, value, note) and ("fact", name, value)."""
 
-    def __init__(self, tiny: bool, send: Callable[[tuple[Any, ...]], None]):
+    def __init__(self, tiny: bool, graphs: bool, send: Callable[[tuple[Any, ...]], None]):
         self.tiny = tiny
         self.sizes = TINY if tiny else Sizes()
         on_gpu = torch.cuda.is_available() and not tiny
@@ -101,6 +101,7 @@ class World:
         if tiny:
             torch.set_num_threads(1)  # more take longer
         self.until = time.monotonic()  #: when the part that runs should end
+        self._graphs = graphs  # whether they may be used
         self._send = send
         self._model: PreTrainedModel | None = None
         self._engine: Engine | None = None
@@ -152,6 +153,7 @@ class World:
         self, policy: str = "qllm", *, max_step: float = MAX_STEP, graphs: str = "load", tokens: int | None = None
     ) -> Engine:
         """The engine with these settings, the only one; `tokens`: most in a pass."""
+        graphs = graphs if self._graphs else "off"
         settings = (policy, max_step, graphs, tokens)
         if self._engine is not None and (settings != self._settings or not alive(self._engine)):
             self.close()
@@ -185,8 +187,13 @@ class World:
         if self._engine is not None:
             self._engine.close()
         self._engine = None
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Give memory back that nobody holds. Raises RuntimeError where the device is broken."""
         gc.collect()
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
     # ---- passes ------------------------------------------------------------------------------------------------
@@ -287,6 +294,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     except ImportError:
         found = {}
     root = Path(__file__).resolve().parents[2]
-    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    commit = told.stdout.strip() if told.returncode == 0 else "unknown"
+    commit = "unknown"
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     return {"device": device_name(device), "commit": commit, **versions(), **found, **conditions(device)}

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -75,8 +76,8 @@ def test_a_part_without_time_is_no_failure_and_one_that_broke_is(gpu, tmp_path):
     assert report.bad
 
 
-def answer(conn, tiny):
-    """A process of parts that breaks in three ways."""
+def answer(conn, tiny, graphs):
+    """A process of parts that breaks in several ways."""
     while True:
         name, _ = conn.recv()
         if name == "dies":
@@ -84,7 +85,10 @@ def answer(conn, tiny):
         if name == "hangs":
             conn.recv()
         conn.send(("figure", "kv_back", 1.0, ""))
-        conn.send(("end", "RuntimeError: no" if name == "fails" else ""))
+        usable = name != "breaks" and not (name == "build" and graphs)
+        conn.send(("end", "RuntimeError: no" if name == "fails" else "", usable))
+        if not usable:
+            return
 
 
 def test_a_part_that_dies_or_hangs_ends_its_process_and_is_named(gpu, monkeypatch):
@@ -95,6 +99,7 @@ def test_a_part_that_dies_or_hangs_ends_its_process_and_is_named(gpu, monkeypatc
         "works": (60.0, ""),
         "fails": (60.0, "RuntimeError: no"),
         "hangs": (0.9, "no answer after 1 s"),
+        "breaks": (60.0, ""),
         "dies": (60.0, "its process ended with exit code 3"),
     }
     child = gpu.Child(True)
@@ -104,4 +109,14 @@ def test_a_part_that_dies_or_hangs_ends_its_process_and_is_named(gpu, monkeypatc
         assert child.run(name, limit, lambda *what: told.append(what)) == why
         assert child.alive == (name in ("works", "fails"))
     child.stop()
-    assert told == [("figure", "kv_back", 1.0, "")] * 2
+    assert told == [("figure", "kv_back", 1.0, "")] * 3
+
+
+def test_where_graphs_break_the_process_the_next_one_does_without(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "serve", answer)
+    report = gpu.Report(gpu.PARTS, None)
+    child, told = gpu.built(True, True, report, time.monotonic() + 60)
+    assert (told, child.alive) == ("", True)
+    assert report.facts["graphs"].startswith("off")
+    assert child.run("works", 60.0, report.take) == ""
+    child.stop()

@@ -36,20 +36,28 @@ def whole_layer(
     return combine(outputs, rows, top_k_weights, hidden.dtype)
 
 
-def run_experts(module: Any, rows: torch.Tensor, first: int, offsets: torch.Tensor) -> torch.Tensor:
-    """Unweighted outputs `[S, H]` of `rows` `[S, H]`, sorted by expert from expert `first` on; `offsets` end each."""
-    hidden = _project(module, "gate_up_proj" if module.has_gate else "up_proj", rows, first, offsets)
+def run_experts(
+    module: Any, rows: torch.Tensor, first: int, offsets: torch.Tensor, tile: int | None = None
+) -> torch.Tensor:
+    """Unweighted outputs `[S, H]` of `rows` `[S, H]`, sorted by expert from expert `first` on; `offsets` end each.
+
+    `tile`: rows of a tile in our own product, that of the whole layer where this is a part of one.
+    """
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden = _project(module, name, rows, first, offsets, tile)
     if is_plain_gate(module):
         hidden = silu_and_mul(hidden, offsets)
     else:
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-    out = _project(module, "down_proj", hidden, first, offsets)
+    out = _project(module, "down_proj", hidden, first, offsets, tile)
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
-def _project(module: Any, name: str, rows: torch.Tensor, first: int, offsets: torch.Tensor) -> torch.Tensor:
+def _project(
+    module: Any, name: str, rows: torch.Tensor, first: int, offsets: torch.Tensor, tile: int | None
+) -> torch.Tensor:
     """`rows` through the weight (and bias) `name` of their experts."""
     some = slice(first, first + len(offsets))
     weight = getattr(module, name)[some]
     bias = getattr(module, f"{name}_bias")[some] if module.has_bias else None
-    return grouped_product(rows, weight if module.is_transposed else weight.transpose(1, 2), offsets, bias)
+    return grouped_product(rows, weight if module.is_transposed else weight.transpose(1, 2), offsets, bias, tile)

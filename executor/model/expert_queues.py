@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
 
 
+class Queues(Protocol):
+    """One pass's rows at the experts of the layer where it stands, and the outputs so far."""
+
+    merge_rows: int  #: longest queue that another pass may merge into its own
+    tile: int  #: rows of a tile where a group of experts is one launch (on a GPU), else 0
+
+    @property
+    def waiting(self) -> list[int]:
+        """Rows that wait at each expert; whoever runs some takes them out."""
+
+    def can_merge(self, expert: int) -> bool:
+        """Whether rows wait at `expert`, few enough for another pass to merge them into its own."""
+
+    def span(self, expert: int) -> slice:
+        """The rows of `expert`."""
+
+    def rows(self, span: slice) -> torch.Tensor:
+        """Hidden states `[S, H]` of these rows."""
+
+    def put(self, span: slice, outputs: torch.Tensor) -> None:
+        """Keep the unweighted outputs `[S, H]` of these rows; they may be overwritten."""
+
+    def result(self) -> torch.Tensor:
+        """Each token's weighted sum, `[T, H]`; all queues must be empty."""
+
+
 class ExpertQueues:
-    """One pass's rows `[T, H]` at the experts of the layer where it stands, and the outputs so far (top-k `[T, k]`)."""
+    """The queues of a layer without a GPU's kernels: hidden states `[T, H]`, top-k `[T, k]`."""
 
     holds_activations = True
+    tile = 0
 
     def __init__(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, n_experts: int):
         self._order, counts = sort_by_expert(top_k_index, n_experts)
@@ -29,19 +57,15 @@ class ExpertQueues:
         self._outputs = make((len(self._order), hidden.shape[1]), dtype=dtype, device=hidden.device)
 
     def can_merge(self, expert: int) -> bool:
-        """Whether rows wait at `expert`, few enough for another pass to merge them into its own."""
         return 0 < self.waiting[expert] <= self.merge_rows
 
     def span(self, expert: int) -> slice:
-        """The rows of `expert`."""
         return slice(self._starts[expert], self._starts[expert + 1])
 
     def rows(self, span: slice) -> torch.Tensor:
-        """Hidden states `[S, H]` of these rows."""
         return self.hidden.index_select(0, self._token[span])
 
     def put(self, span: slice, outputs: torch.Tensor) -> None:
-        """Keep the unweighted outputs `[S, H]` of these rows; they may be overwritten."""
         if outputs.dtype == self._outputs.dtype:
             weighted = outputs.mul_(self._weight[span])
         else:
@@ -49,7 +73,6 @@ class ExpertQueues:
         self._outputs.index_copy_(0, self._order[span], weighted)
 
     def result(self) -> torch.Tensor:
-        """Each token's weighted sum, `[T, H]`; all queues must be empty."""
         return self._outputs.view(self._shape).sum(dim=1)
 
 

@@ -11,14 +11,14 @@ experts. A launch may merge rows of suspended passes that wait at the same exper
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from qllm.executor.cpu.linear import PackedWeights
-from qllm.executor.model.expert_queues import ExpertQueues
+from qllm.executor.model.expert_queues import ExpertQueues, Queues
 from qllm.executor.model.passes import RunningPass, current_pass
 
 TILE_ROWS = 64
@@ -45,19 +45,38 @@ def experts_forward(
     running = current_pass()
     if running is not None and running.batch.inputs is not None and not needs_queues(module, running):
         return on_device(module, hidden, top_k_index, top_k_weights, running)
-    queues = ExpertQueues(hidden, top_k_index, top_k_weights, module.num_experts)
+    queues = queues_of(module, hidden, top_k_index, top_k_weights, running)
     if running is None:
         for tile in tiles([e for e in range(module.num_experts) if queues.waiting[e]], queues.waiting):
             run_tile(module, tile, queues)
     else:
         queues.merge_rows = running.split.merge_rows
-        running.routed.append(queues.waiting.copy())
         running.queues = queues
         try:
             run_groups(module, queues, running)
         finally:
             running.queues = None  # nobody merges rows of a pass that broke or was closed
     return queues.result().to(hidden.dtype)
+
+
+def queues_of(
+    module: ExpertsModule,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    running: RunningPass | None,
+) -> Queues:
+    """What waits at each expert of a layer that begins; a pass also keeps how many rows."""
+    if running is not None and running.batch.inputs is not None:
+        from qllm.executor.gpu.device_queues import DeviceQueues  # Triton, which is there with a GPU only
+
+        on_gpu = DeviceQueues(hidden, top_k_index, top_k_weights, module.num_experts, running.batch.slots)
+        running.routed.append(on_gpu.ends)
+        return on_gpu
+    queues = ExpertQueues(hidden, top_k_index, top_k_weights, module.num_experts)
+    if running is not None:
+        running.routed.append(queues.waiting.copy())
+    return queues
 
 
 def needs_queues(module: ExpertsModule, running: RunningPass) -> bool:
@@ -82,7 +101,7 @@ def on_device(
     return whole_layer(module, hidden, top_k_index, top_k_weights, running.batch.slots, point)
 
 
-def run_groups(module: ExpertsModule, queues: ExpertQueues, running: RunningPass) -> None:
+def run_groups(module: ExpertsModule, queues: Queues, running: RunningPass) -> None:
     """Run what waits in `queues`, in groups of experts, with a preemption point before each that has any."""
     size = running.split.experts_per_group
     for number, first in enumerate(range(0, len(queues.waiting), size)):
@@ -92,7 +111,7 @@ def run_groups(module: ExpertsModule, queues: ExpertQueues, running: RunningPass
             # while it stood there, another pass may have merged some of its rows
             group = [e for e in experts if queues.waiting[e]]
             others = running.shared_queues()
-            for tile in [group] if running.batch.inputs is not None else tiles(group, queues.waiting):
+            for tile in [group] if queues.tile else tiles(group, queues.waiting):
                 run_tile(module, tile, queues, others)
 
 
@@ -110,18 +129,17 @@ def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
         yield tile
 
 
-def run_tile(
-    module: ExpertsModule, tile: Sequence[int], queues: ExpertQueues, others: Sequence[ExpertQueues] = ()
-) -> None:
+def run_tile(module: ExpertsModule, tile: Sequence[int], queues: Queues, others: Sequence[Queues] = ()) -> None:
     """Run what waits in `queues` at each expert of `tile`, and in the same launch what may be merged from `others`."""
+    run = partial(run_group, tile=queues.tile) if queues.tile else run_experts
     shares = [[queues, *(q for q in others if q.can_merge(e))] for e in tile]
     parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
     sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
     whole = slice(parts[0][1].start, parts[-1][1].stop)
     if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nothing is merged: one after another
-        queues.put(whole, run_experts(module, tile, sizes, queues.rows(whole)))
+        queues.put(whole, run(module, tile, sizes, queues.rows(whole)))
     else:
-        out = run_experts(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
+        out = run(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
         for (q, span), part in zip(parts, out.split([_length(span) for _, span in parts]), strict=True):
             q.put(span, part)
     for e, of in zip(tile, shares, strict=True):
@@ -138,10 +156,6 @@ def run_experts(
     module: ExpertsModule, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """Unweighted outputs `[S, H]` of `rows` `[S, H]`: `sizes[i]` rows for `experts[i]`, one after another."""
-    if in_groups():
-        from qllm.executor.gpu import moe_layer  # Triton, which is there with a GPU only
-
-        return moe_layer.run_experts(module, rows, experts[0], ends_of(experts, sizes, rows.device))
     name = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = project(module, name, experts, sizes, rows)
     hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
@@ -149,17 +163,16 @@ def run_experts(
     return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
-def in_groups() -> bool:
-    """Whether the products of several experts are one launch."""
-    running = current_pass()
-    return running is not None and running.batch.inputs is not None
+def run_group(
+    module: ExpertsModule, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor, tile: int
+) -> torch.Tensor:
+    """`run_experts` in a launch for each product, on a GPU; `tile` is that of the whole layer."""
+    from qllm.executor.gpu.device_queues import ends_on  # Triton, which is there with a GPU only
+    from qllm.executor.gpu.moe_layer import run_experts
 
-
-def ends_of(experts: Sequence[int], sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Where the rows of each expert end, from the first of `experts` to the last, of which some may have none."""
-    rows = dict(zip(experts, sizes, strict=True))
-    ends = torch.tensor([*accumulate(rows.get(e, 0) for e in range(experts[0], experts[-1] + 1))], dtype=torch.int32)
-    return ends if device.type == "cpu" else ends.pin_memory().to(device, non_blocking=True)
+    counts = dict(zip(experts, sizes, strict=True))
+    ends = ends_on(rows.device, [counts.get(e, 0) for e in range(experts[0], experts[-1] + 1)])
+    return run_experts(module, rows, experts[0], ends, tile)
 
 
 def project(

@@ -15,7 +15,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from qllm.executor.model.attention_plan import AttentionPlan, plan_attention
-from qllm.executor.model.expert_queues import ExpertQueues
+from qllm.executor.model.expert_queues import Queues
 from qllm.executor.model.packed_batch import Batch, Entry
 from qllm.executor.model.split import Split
 
@@ -53,7 +53,7 @@ class RunningPass:
         self.declared_windows = declared_windows  #: of each layer, by configuration
         #: for each MoE layer begun, the rows of each expert; or where they end, which the device alone knows
         self.routed: list[list[int] | torch.Tensor] = []
-        self.queues: ExpertQueues | None = None  #: while it stands before or between the experts of a layer
+        self.queues: Queues | None = None  #: while it stands before or between the experts of a layer
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
         self._forward, self._then = forward, then
@@ -140,7 +140,7 @@ class RunningPass:
             return self.declared_windows[self.layer]
         return window
 
-    def shared_queues(self) -> list[ExpertQueues]:
+    def shared_queues(self) -> list[Queues]:
         """Queues of the partners that wait at the same experts: those of the MoE layer where this pass stands."""
         begun = len(self.routed)
         return [p.queues for p in self.partners if p.queues is not None and len(p.routed) == begun]

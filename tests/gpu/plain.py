@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qllm.executor.gpu import moe_layer, packed_attention
+from qllm.executor.gpu import device_queues, moe_layer, packed_attention
 from qllm.executor.gpu.expert_rows import SortedRows
 from qllm.executor.gpu.launch import launch
 
@@ -140,3 +140,5 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(packed_attention, name, globals()[name])
     for name in ("sort_rows", "combine", "grouped_product", "silu_and_mul"):
         monkeypatch.setattr(moe_layer, name, globals()[name])
+    for name in ("sort_rows", "combine"):
+        monkeypatch.setattr(device_queues, name, globals()[name])

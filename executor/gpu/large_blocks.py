@@ -1,0 +1,85 @@
+"""Attention of long blocks of a prompt by PyTorch's own kernels, in at most two calls without a mask of their own.
+
+A row's bits depend on the block that it is computed in: on its rows, its keys and its place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+
+HALVES = (torch.float16, torch.bfloat16)
+WIDEST = 256
+
+#: Kinds of calls that cuDNN refused: (device, dtype, q's shape, k's shape, is_causal). They are not tried again.
+refused: set[tuple[object, ...]] = set()
+
+
+def suits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `attend_block` takes such tensors: by their dtype, widths and device alone."""
+    if not q.dtype == k.dtype == v.dtype or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return False
+    if q.shape[-1] > WIDEST or q.shape[-1] % 8 or q.dtype not in HALVES:
+        return False
+    return q.device.type == "cpu" or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))
+
+
+def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float) -> None:
+    """Causal attention of q `[rows, heads, D]`, the last `rows` of the L keys, into `out` `[rows, heads, D]`.
+
+    k and v are `[L, kv_heads, D]`, L at least `rows`. Which kernel computes it follows from shapes, dtype and device.
+    """
+    queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # [1, heads, L, D]
+    before = k.shape[0] - q.shape[0]
+    if before == 0:
+        whole = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out.copy_(whole[0].transpose(0, 1))
+        return
+    own, own_lse = attend(queries, keys[:, :, before:], values[:, :, before:], True, scale)
+    old, old_lse = attend(queries, keys[:, :, :before], values[:, :, :before], False, scale)
+    share = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)  # of the older keys in the sum of exponentials
+    out.copy_(own.float().lerp_(old.float(), share))
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `[1, heads, rows, D]` as `[rows, heads, D]`, and its log-sum-exp (float32 `[rows, heads]`)."""
+    _, heads, rows, _ = q.shape
+    kind = (q.device, q.dtype, q.shape, k.shape, is_causal)
+    if q.device.type == "cpu":
+        group = heads // k.shape[1]
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+    elif kind in refused or not prefers_cudnn(q, k, v, is_causal, scale):
+        out, lse = flash(q, k, v, is_causal, scale)
+    else:
+        try:
+            # cuDNN takes fewer KV heads than query heads as they are. Its log-sum-exp is [1, heads, rows, 1].
+            out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                q, k, v, None, True, 0.0, is_causal, False, scale=scale
+            )[:2]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            refused.add(kind)
+            out, lse = flash(q, k, v, is_causal, scale)
+    return out[0].transpose(0, 1), lse.reshape(heads, rows).transpose(0, 1)
+
+
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention-2, which knows grouped heads; the log-sum-exp is `[1, heads, rows]`."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False, scale=scale)[:2]
+    return out, lse
+
+
+def prefers_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float) -> bool:
+    """Whether `scaled_dot_product_attention` would take cuDNN for such a call on this device."""
+    grouped = q.shape[1] != k.shape[1]
+    choice: int = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    return choice == SDPBackend.CUDNN_ATTENTION.value

@@ -25,7 +25,6 @@ from qllm.executor.model.split import Split, Splitter, whole
 Graphs = Literal["load", "use", "off"]
 GRAPHS: tuple[Graphs, ...] = ("load", "use", "off")
 COPIES = 2  # of a bucket: one may be suspended while another pass needs it
-WARM_UPS = 2  # passes before one is recorded: kernels are compiled and libraries make their workspaces
 MEMORY_SHARE = 0.05  # of the device's memory, for what recorded passes keep
 
 log = logging.getLogger(__name__)
@@ -184,8 +183,8 @@ class GraphRunner(Runner):
         recorder = self._recorder()
         pieces: list[tuple[Point | None, Piece]] = []
         with recorder.recording():
-            for _ in range(WARM_UPS):
-                eager = run_to_end(self._padding(bucket, inputs))
+            # Run once before: kernels are compiled, and libraries make their workspaces.
+            eager = run_to_end(self._padding(bucket, inputs))
             running = self._padding(bucket, inputs)
             while not running.done:
                 before = running.point

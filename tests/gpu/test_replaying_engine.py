@@ -1,4 +1,4 @@
-"""The engine over kernels and replayed passes: under every policy, evictions and cancellations, the tokens of a CPU's."""
+"""The engine over kernels and replayed passes: under every policy, with evictions, the tokens of a CPU's."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from qllm.executor.engine.engine import Engine
 from qllm.executor.graphs.runner import GraphRunner
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.testing import tiny_model
-from qllm.scheduler import Limits
+from qllm.scheduler import Limits, make_policy
 from tests.gpu.plain import plain_kernels
 from tests.gpu.tape import TapeRecorder
 from tests.gpu.worlds import unpacked
@@ -55,6 +55,13 @@ def test_every_policy_gives_the_same_tokens(runners, right, policy, graphs):
         assert engine.stats().free_blocks == 60
     assert bool(runners[0].recorded) == (graphs == "load")
     assert all(each.free for some in runners[0].recorded.values() for each in some)
+
+
+def test_merging_passes_run_eagerly_and_give_the_same_tokens(runners, right):
+    policy = make_policy("qllm", merge=True)
+    with Engine(unpacked(num_hidden_layers=2), policy=policy, limits=LIMITS, seed=0) as engine:
+        assert [stream.result().tokens for stream in submitted(engine)] == right
+    assert not runners[0].recorded
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

@@ -1,16 +1,19 @@
-"""Attention of long blocks of a prompt by PyTorch's own kernels, in at most two calls without a mask of their own.
+"""Attention of long blocks of a prompt by PyTorch's own kernels, in few calls without a mask of their own.
 
-A row's bits depend on the block that it is computed in: on its rows, its keys and its place.
+cuDNN's kernel is the fastest on some GPUs, but it prepares a plan for every shape that it has not seen, which keeps the
+host busy for long. So it gets rows and keys in multiples of `REGULAR` alone, of which there are few; FlashAttention-2,
+which needs no plan, gets the rest, and the results are merged by their log-sum-exp. A row's bits depend on the block
+that it is computed in: on its rows, its keys and its place.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
 
 HALVES = (torch.float16, torch.bfloat16)
 WIDEST = 256
+REGULAR = 2048  #: rows and keys of cuDNN's calls are multiples of this
 
 #: Kinds of calls that cuDNN refused: (device, dtype, q's shape, k's shape, is_causal). They are not tried again.
 refused: set[tuple[object, ...]] = set()
@@ -28,20 +31,29 @@ def suits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float) -> None:
     """Causal attention of q `[rows, heads, D]`, the last `rows` of the L keys, into `out` `[rows, heads, D]`.
 
-    k and v are `[L, kv_heads, D]`, L at least `rows`. Which kernel computes it follows from shapes, dtype and device.
+    k and v are `[L, kv_heads, D]`, L at least `rows`. Which kernels compute it follows from shapes, dtype and device.
     """
+    rows, before = q.shape[0], k.shape[0] - q.shape[0]
+    cut = rows // REGULAR * REGULAR
+    for first, last in ((0, cut), (cut, rows)):
+        if first < last:
+            seen = slice(0, before + last)
+            out[first:last] = attend_rows(q[first:last], k[seen], v[seen], scale)
+
+
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same for rows that are fewer than `REGULAR` or multiples of it; one result, merged in float32."""
+    rows, length = q.shape[0], k.shape[0]
+    before = length - rows
+    regular = 0 if rows % REGULAR else before // REGULAR * REGULAR
     queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # [1, heads, L, D]
-    before = k.shape[0] - q.shape[0]
-    if before == 0:
-        whole = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        out.copy_(whole[0].transpose(0, 1))
-        return
-    own, own_lse = attend(queries, keys[:, :, before:], values[:, :, before:], True, scale)
-    old, old_lse = attend(queries, keys[:, :, :before], values[:, :, :before], False, scale)
-    share = torch.sigmoid(old_lse - own_lse).unsqueeze(-1)  # of the older keys in the sum of exponentials
-    out.copy_(own.float().lerp_(old.float(), share))
+    result, lse = attend(queries, keys[:, :, before:], values[:, :, before:], True, scale)
+    for first, last in ((regular, before), (0, regular)):
+        if first < last:
+            some, some_lse = attend(queries, keys[:, :, first:last], values[:, :, first:last], False, scale)
+            share = torch.sigmoid(some_lse - lse).unsqueeze(-1)  # of these keys in the sum of exponentials
+            result, lse = torch.lerp(result.float(), some.float(), share), torch.logaddexp(lse, some_lse)
+    return result
 
 
 def attend(
@@ -54,7 +66,7 @@ def attend(
         group = heads // k.shape[1]
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    elif kind in refused or not prefers_cudnn(q, k, v, is_causal, scale):
+    elif rows % REGULAR or k.shape[2] % REGULAR or kind in refused or not prefers_cudnn(q, k, v, is_causal, scale):
         out, lse = flash(q, k, v, is_causal, scale)
     else:
         try:

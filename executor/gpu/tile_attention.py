@@ -168,6 +168,8 @@ def attend_tile(
         slot = slots_of_keys(table, at, at < high, BLOCK_SIZE)
         for _ in range(low, high, BLOCK_N):
             there = at < high
+            if WINDOW > 0:
+                there = there & (at > begin - WINDOW)  # nobody's keys may be NaN, and 0 * NaN is NaN
             # The next step's slots are looked up here: keys are read ahead as soon as their slots are known.
             at_after = at + BLOCK_N
             slot_after = slots_of_keys(table, at_after, at_after < high, BLOCK_SIZE)

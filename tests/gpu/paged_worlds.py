@@ -29,10 +29,19 @@ class PagedWorld:
             torch.full((slots, kv_heads, width), float("nan"), dtype=dtype, device=device) for width in widths
         )
         self.kv = [[self.draw(length, kv_heads, width) for width in widths] for length in lengths]
-        for (key, value), first, n in zip(self.kv, self.first, tables, strict=True):
-            table = self.blocks[first : first + n, None] * block_size
-            into = (table + torch.arange(block_size, device=device)).flatten()[: len(key)]
+        for sequence, (key, value) in enumerate(self.kv):
+            into = self.slots(sequence, len(key))
             self.keys[into], self.values[into] = key, value
+
+    def slots(self, sequence: int, n: int) -> torch.Tensor:
+        """Of the first `n` positions."""
+        table = self.blocks[self.first[sequence] :, None] * self.block_size
+        return (table + torch.arange(self.block_size, device=self.device)).flatten()[:n]
+
+    def forget(self, sequence: int, n: int) -> None:
+        """The first `n` positions hold NaN from now on, as where another has had their blocks."""
+        slots = self.slots(sequence, n)
+        self.keys[slots] = self.values[slots] = float("nan")
 
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.random).to(self.device, self.dtype)

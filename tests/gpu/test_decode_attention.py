@@ -60,6 +60,8 @@ def test_a_decode_row_is_what_plain_attention_gives_and_padding_is_zero(case, pa
     world, options = case
     n = len(world.kv)
     q = world.draw(n, world.heads, world.widths[0])
+    for row, (key, _) in enumerate(world.kv):
+        world.forget(row, max(0, len(key) - (options["window"] or len(key))))
     out = decode(world, q, list(range(n)), padding, **options)
     for row in range(n):
         wanted = world.attend(q[row], row, len(world.kv[row][0]) - 1, **options)

@@ -18,12 +18,14 @@ def wanted(q, k, v, scale):
 
 @given(st.integers(1, 40), st.integers(0, 40), st.sampled_from([(1, 1), (2, 2), (1, 4)]), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_a_block_is_what_plain_attention_gives_with_and_without_keys_before_it(rows, before, heads, large):
+def test_a_block_is_what_plain_attention_gives_however_it_is_cut_for_cudnn(rows, before, heads, large):
     kv_heads, group = heads
     q = torch.randn(rows, kv_heads * group, 8)
     k, v = torch.randn(2, rows + before, kv_heads, 8) * (20 if large else 1)  # large: one side weighs nothing
     out = torch.full_like(q, float("nan"))
-    attend_block(q, k, v, out, 0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_blocks, "REGULAR", 8)
+        attend_block(q, k, v, out, 0.3)
     torch.testing.assert_close(out, wanted(q, k, v, 0.3), atol=1e-4, rtol=1e-4)
 
 
@@ -49,7 +51,7 @@ def test_only_equal_widths_of_eights_in_half_precision_suit():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("width", [64, 80, 128, 256])
-@pytest.mark.parametrize(("rows", "before"), [(700, 0), (700, 1), (513, 2000)])
+@pytest.mark.parametrize(("rows", "before"), [(700, 1), (513, 2000), (2048, 0), (4100, 2050)])
 def test_on_a_gpu_a_block_is_what_plain_attention_gives_whoever_computes_it(width, rows, before, monkeypatch):
     q, k, v = (
         torch.randn(n, heads, width, device="cuda").bfloat16() for n, heads in ((rows, 8), *[(rows + before, 2)] * 2)

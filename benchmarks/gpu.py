@@ -150,7 +150,8 @@ class Report:
         self._save()
 
     def table(self) -> str:
-        return "\n".join(map(self._line, self._figures))
+        head = f"{'':33} {'value':>9} {'unit':8} {'goal':9} {'verdict':10} note"
+        return "\n".join([head, *map(self._line, self._figures)])
 
     @property
     def bad(self) -> bool:

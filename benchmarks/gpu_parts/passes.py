@@ -26,8 +26,11 @@ def build(world: World) -> None:
     _ = world.model
     made = time.monotonic()
     world.say("build_s", made - start)
-    world.engine()
+    engine = world.engine()
     world.say("engine_s", time.monotonic() - made)
+    recorded, splitter = engine.call(lambda loop: (getattr(loop.runner, "recorded", {}), loop.runner.splitter))
+    world.fact("recorded_passes", sum(map(len, recorded.values())))
+    world.fact("splitter", str(splitter))
 
 
 def passes(world: World) -> None:
@@ -114,7 +117,7 @@ def points(world: World) -> None:
             ratios.append(on / without)
             found["on"].append(on)
             found["off"].append(without)
-    kind = type(runners["on"]).__name__
+    kind = "graphs" if getattr(runners["on"], "recorded", None) else "eager"
     told = f"{kind}; {statistics.median(found['on'][2:]):.2f} and {statistics.median(found['off'][2:]):.2f} ms"
     world.say("points_on_off", middle(ratios), told)
 

@@ -15,16 +15,15 @@ from qllm.executor.calibration.stopwatch import (
     Entries,
     Entry,
     PassTimes,
-    Stopwatch,
     fill_cache,
     measure,
     preceding_pass,
     random_entries,
     rewound,
     seconds_of,
-    timed,
 )
 from qllm.executor.calibration.store import MeasurementStore
+from qllm.executor.engine.hook_clock import Stopwatch, timed
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
 

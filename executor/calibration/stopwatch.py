@@ -1,4 +1,4 @@
-"""Times the parts of real passes: a clock is read where the hooks begin and end. They are wrapped, not copied.
+"""Times the parts of real passes, with a clock that is read where the hooks begin and end.
 
 start - first attention     lead       (batch, embedding, and the first layer's norm and QKV)
 experts' end - attention    pre        norm and QKV of the next layer
@@ -11,29 +11,22 @@ logits - tokens             sample
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface
 
+from qllm.executor.engine.hook_clock import Stopwatch
 from qllm.executor.engine.sampling import SamplingParams, sample
-from qllm.executor.model.attention import attention_forward
-from qllm.executor.model.experts import ExpertsModule, experts_forward
-from qllm.executor.model.hooks import NAME
 from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
-from qllm.executor.model.passes import RunningPass, current_pass
+from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
 
-TIMED = "qllm_timed"
 PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
 DECODING = 4  # sequences that decode before a prompt
 #: a sequence of a pass, and how many of its tokens are new in it
@@ -52,71 +45,6 @@ class PassTimes:
     def seconds(self) -> float:
         """The whole pass, from the batch to the sampled tokens."""
         return sum(seconds for _, seconds in self.parts)
-
-
-class Stopwatch:
-    """Reads a device's clock inside passes: a monotonic clock on a CPU, timed events on an accelerator."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.marks: list[tuple[str, Any]] = []
-        self.forced_experts = 0  #: all tokens go to so many experts; 0 leaves them to the router
-
-    def mark(self, name: str) -> None:
-        """Read the clock."""
-        if self.device.type == "cpu":
-            self.marks.append((name, time.perf_counter()))
-            return
-        event = torch.Event(self.device, enable_timing=True)
-        event.record()
-        self.marks.append((name, event))
-
-    def intervals(self) -> list[float]:
-        """Seconds between each mark and the next; with events, whatever the device waited for, the host included."""
-        stamps = [stamp for _, stamp in self.marks]
-        if self.device.type == "cpu":
-            return [after - before for before, after in itertools.pairwise(stamps)]
-        stamps[-1].synchronize()
-        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(stamps)]
-
-    def attention(self, *args: Any, **kwargs: Any) -> Any:
-        """The attention hook between two readings."""
-        self.mark("attention")
-        out = attention_forward(*args, **kwargs)
-        self.mark("attended")
-        return out
-
-    def experts(
-        self, module: ExpertsModule, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The experts hook between two readings."""
-        if self.forced_experts and current_pass() is not None:
-            index = forced(index, self.forced_experts)
-        self.mark("experts")
-        out = experts_forward(module, hidden, index, weights)
-        self.mark("routed")
-        return out
-
-
-@contextmanager
-def timed(model: PreTrainedModel) -> Iterator[Stopwatch]:
-    """Times the passes over `model` that run inside the block, with the Stopwatch that it gives."""
-    watch = Stopwatch(model.device)
-    AttentionInterface.register(TIMED, watch.attention)
-    ExpertsInterface.register(TIMED, watch.experts)
-    try:
-        model.set_attn_implementation(TIMED)
-        model.set_experts_implementation(TIMED)
-        yield watch
-    finally:
-        model.set_attn_implementation(NAME)
-        model.set_experts_implementation(NAME)
-
-
-def forced(index: torch.Tensor, experts: int) -> torch.Tensor:
-    """Top-k indices like `index` `[T, k]` that send all tokens to the first `experts` in turn."""
-    flat = torch.arange(index.numel(), device=index.device, dtype=index.dtype)
-    return (flat % experts).view(index.shape)
 
 
 def fill_cache(runner: Runner) -> None:

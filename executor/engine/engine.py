@@ -26,6 +26,7 @@ from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream
 from qllm.executor.engine.sampling import SamplingParams
+from qllm.executor.engine.step_costs import measured_splitter
 from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
 from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
@@ -78,7 +79,8 @@ class Engine:
         limits: what the scheduler may use; without `kv_blocks`, as many as fit a share of the free memory.
         kv_memory: bytes for KV, in place of `limits.kv_blocks`.
         clock: real time by default.
-        splitter: how passes are split (`qllm.executor.model.split`), unless the clock's step model does it.
+        splitter: how passes are split (`qllm.executor.model.split`), unless the clock's step model does it. By default
+            by linear step times: a CPU's, and on a GPU those that it takes, measured here.
         max_step: seconds that no step should exceed, for the default splitter.
         seed: of requests that bring none.
         graphs: on a GPU, when short passes are recorded as CUDA graphs: "load": here; "use": each size at its first
@@ -123,11 +125,15 @@ class Engine:
         if blocks is None or kv_memory is not None:
             blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
         self.limits = given = dataclasses.replace(given, kv_blocks=blocks)
-        if splitter is None:
-            splitter = LinearSplitter(facts["experts"], facts["top_k"], max_step=max_step)
+        shape = facts["experts"], facts["top_k"]
         self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
-        self._runner = GraphRunner(model, blocks, given.block_size, splitter, graphs=graphs, max_seqs=given.max_seqs)
+        splits = splitter or LinearSplitter(*shape, max_step=max_step)
+        self._runner = GraphRunner(model, blocks, given.block_size, splits, graphs=graphs, max_seqs=given.max_seqs)
         make_cache(self._runner, facts["kv_bytes_per_token"])
+        if splitter is None and self.clock.steps is None and self._runner.device.type == "cuda":
+            self._runner.splitter = measured_splitter(
+                self._runner, *shape, max_step, most_rows=given.max_batched_tokens
+            )
         if not (self.scheduler.policy.merge or self.clock.asks_queues):  # then no pass is replayed
             self._runner.record_all(progress)
         self._stop_ids = stop_ids(model, tokenizer)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.executor.calibration import engine_overhead, stopwatch
+from qllm.executor.calibration import engine_overhead
 from qllm.executor.calibration.calibrate import CalibrationWarning, Extent, calibrate
 from qllm.executor.calibration.engine_overhead import LoopSeconds, loop_seconds, wake_seconds
 from qllm.executor.calibration.environment import device_name
@@ -22,9 +22,11 @@ from qllm.executor.calibration.fit import query_block_seconds
 from qllm.executor.calibration.grid import PassKind, mixed_lengths, pass_kinds
 from qllm.executor.calibration.profiler import OFTEN, ROUNDS, Profiler, spread
 from qllm.executor.calibration.routing import count_routing, write_popularity
-from qllm.executor.calibration.stopwatch import PassTimes, timed
+from qllm.executor.calibration.stopwatch import PassTimes
 from qllm.executor.calibration.store import Samples
+from qllm.executor.engine import hook_clock
 from qllm.executor.engine.clock import RealClock
+from qllm.executor.engine.hook_clock import timed
 from qllm.executor.errors import CalibrationError, LoadError
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import LoadedModel, load, prepare_model, with_layers
@@ -62,7 +64,7 @@ def trace(subject, tmp_path_factory) -> Path:
 def counting(monkeypatch) -> None:
     """Every reading of the clock inside a pass comes one millisecond after the last."""
     readings = iter(range(1_000_000_000))
-    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: next(readings) * 1e-3))
+    monkeypatch.setattr(hook_clock, "time", SimpleNamespace(perf_counter=lambda: next(readings) * 1e-3))
 
 
 def test_the_written_trace_covers_the_extent_and_loads(subject, trace):

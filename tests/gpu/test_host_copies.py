@@ -77,8 +77,13 @@ def made_cache(copies):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.integers(1, 3), st.integers(0, 2))
-def test_kv_comes_back_whenever_the_copies_run(data, buffers, pieces):
+@given(st.data(), st.integers(1, 3), st.integers(0, 2), st.booleans())
+def test_kv_comes_back_whenever_the_copies_run(data, buffers, pieces, inference):
+    with torch.inference_mode(inference):
+        check_that_kv_comes_back(data, buffers, pieces)
+
+
+def check_that_kv_comes_back(data, buffers, pieces):
     side, pool = LateSide(), pool_of(pieces)
     cache = made_cache(HostCopies(torch.device("cpu"), pool, side, buffers))
     rng = np.random.default_rng(0)

@@ -182,14 +182,14 @@ def _combine(
     # all loads first, so that they wait for memory together
     weighed = ()
     for j in tl.static_range(TOP_K):
-        weighed += (tl.load(weights + token * TOP_K + j),)
+        weighed += (tl.load(weights + token * TOP_K + j),)  # type: ignore[assignment]
     rows = ()
     for j in tl.static_range(TOP_K):
-        rows += (tl.load(place + token * TOP_K + j),)
+        rows += (tl.load(place + token * TOP_K + j),)  # type: ignore[assignment]
     read = ()
     for j in tl.static_range(TOP_K):
         at = outputs + rows[j] * row_stride + column * column_stride
-        read += (tl.load(at, mask=inside & (rows[j] < end), other=0.0),)
+        read += (tl.load(at, mask=inside & (rows[j] < end), other=0.0),)  # type: ignore[assignment]
     total = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
         weight = tl.where(rows[j] < end, weighed[j].to(tl.float32), 0.0)  # it may be anything

@@ -60,9 +60,9 @@ def fuse_norms(model: nn.Module, device_type: str = "cuda") -> int:
         weight = getattr(module, "weight", None)
         if "forward" in vars(module) or not isinstance(weight, torch.Tensor) or weight.device.type != device_type:
             continue
-        form = norm_form(module, check_kernel=True)
-        if form is not None:
-            module.forward = partial(_forward, module, module.forward, form, _eps(module), device_type)
+        form, eps = norm_form(module, check_kernel=True), _eps(module)
+        if form is not None and eps is not None:
+            module.forward = partial(_forward, module, module.forward, form, eps, device_type)
             fused += 1
     return fused
 

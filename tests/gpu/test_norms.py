@@ -24,13 +24,15 @@ def tensor(*shape, dtype=torch.float32, seed=0):
     width=st.sampled_from([2, 16, 50, 128]),
     form=st.sampled_from([LLAMA, GPT_OSS, GEMMA]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    view=st.sampled_from(["contiguous", "columns", "permuted", "spread"]),
+    view=st.sampled_from(["contiguous", "columns", "permuted", "spread", "heads"]),
 )
 def test_a_norm_is_that_of_its_formula_for_any_shape_and_strides(shape, width, form, dtype, view):
     x = tensor(*shape, 2 * width, dtype=dtype)
     x = {"columns": x[..., 1 : width + 1], "spread": x[..., ::2]}.get(view, x[..., :width].contiguous())
     if view == "permuted" and len(shape) > 1:
         x = x.transpose(0, -2)
+    if view == "heads":  # some of what lies together for a token
+        x = tensor(*shape[:-1], shape[-1] + 2, width, dtype=dtype)[..., : shape[-1], :]
     weight = tensor(width, dtype=dtype, seed=1)
     got, expected = rms_norm(x, weight, 1e-5, form), FORMS[form](x, weight, 1e-5)
     assert got.is_contiguous()
@@ -101,8 +103,17 @@ class PairNorm(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [GroupedNorm, OtherEpsNorm, PairNorm])
-def test_what_is_not_quite_a_norm_is_left_alone(kind):
-    assert fuse_norms(nn.Sequential(kind()), device_type="cpu") == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_quite_a_norm_is_left_alone(kind, dtype):
+    assert norm_form(kind().to(dtype)) is None
+
+
+def test_a_norm_with_which_the_kernel_does_not_agree_is_left_alone(monkeypatch):
+    norm = nn.Sequential(nn.RMSNorm(32, eps=1e-6))
+    assert fuse_norms(norm, device_type="cpu") == 1
+    unfuse_norms(norm)
+    monkeypatch.setattr("qllm.executor.gpu.norms.rms_norm", lambda *arguments: rms_norm(*arguments) * 1.001)
+    assert fuse_norms(norm, device_type="cpu") == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "minimax_m3_vl_text"])

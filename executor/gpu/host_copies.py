@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -52,7 +52,7 @@ class SideStream:
         self._stream = torch.cuda.Stream(device)
         self._device = device
 
-    def copy(self, to: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+    def copy(self, to: torch.Tensor, source: torch.Tensor, after: Any) -> Event:
         """See Side."""
         with torch.cuda.stream(self._stream):
             if after is not None:
@@ -66,7 +66,7 @@ class SideStream:
         moment: Event = torch.cuda.current_stream(self._device).record_event()
         return moment
 
-    def wait(self, event: Event | None) -> None:
+    def wait(self, event: Any) -> None:
         """See Side."""
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)

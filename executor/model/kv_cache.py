@@ -85,9 +85,10 @@ class PagedKVCache:
         On CUDA to pinned memory, while passes and the host go on; `blocks` may be given to others at once.
         """
         slots, stores = self._slots(blocks, tokens), (*self.keys, *self.values)
-        copies = self._host_copies()
-        if copies is not None:
-            return HostKV(tokens, copies.offload(stores, slots))
+        if self._copies is None and self.device.type == "cuda":
+            self._copies = HostCopies.on(self.device)
+        if self._copies is not None:
+            return HostKV(tokens, self._copies.offload(stores, slots))
         return HostKV(tokens, tuple(gather(store, slots).to("cpu") for store in stores))
 
     def restore(self, host: HostKV, blocks: Sequence[int]) -> None:
@@ -96,21 +97,15 @@ class PagedKVCache:
         On CUDA the next pass waits for the copy, the host does not; `host` may be dropped at once.
         """
         slots, stores = self._slots(blocks, host.tokens), (*self.keys, *self.values)
-        copies = self._host_copies()
-        if copies is not None and isinstance(host.kept, HostRows):
-            copies.restore(host.kept, stores, slots)
-            return
-        for store, kept in zip(stores, host.kept, strict=True):
-            store.flatten(1).index_copy_(0, slots, kept.to(self.device).flatten(1))
+        if isinstance(host.kept, tuple):
+            for store, kept in zip(stores, host.kept, strict=True):
+                store.flatten(1).index_copy_(0, slots, kept.to(self.device).flatten(1))
+        elif self._copies is not None:
+            self._copies.restore(host.kept, stores, slots)
 
     def _slots(self, blocks: Sequence[int], tokens: int) -> torch.Tensor:
         slots = torch.from_numpy(slots_of(blocks, self.block_size, 0, tokens))
         return (slots.pin_memory() if self.device.type == "cuda" else slots).to(self.device, non_blocking=True)
-
-    def _host_copies(self) -> HostCopies | None:
-        if self._copies is None and self.device.type == "cuda":
-            self._copies = HostCopies.on(self.device)
-        return self._copies
 
 
 def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

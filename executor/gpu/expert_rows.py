@@ -63,11 +63,11 @@ def sort_rows(top_k_index: torch.Tensor, n_experts: int, slots: torch.Tensor | N
 
 
 def _sort_many(ids: torch.Tensor, top_k: int, n_experts: int, slots: torch.Tensor | None) -> SortedRows:
-    held = (ids >= 0) & (ids < n_experts)
+    foreign = (ids < 0) | (ids >= n_experts)
     if slots is not None:
-        held &= (slots >= 0).repeat_interleave(top_k, output_size=len(ids))
+        foreign = (foreign.view(-1, top_k) | (slots < 0)[:, None]).view(-1)
     # short keys: a radix sort's time goes with their bits
-    keys = torch.where(held, ids, n_experts).to(torch.int16 if n_experts < 2**15 else torch.int32)
+    keys = ids.masked_fill(foreign, n_experts).to(torch.int16 if n_experts < 2**15 else torch.int32)
     keys, order = torch.sort(keys, stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(ids), device=ids.device))
     experts = torch.arange(n_experts, device=ids.device, dtype=keys.dtype)

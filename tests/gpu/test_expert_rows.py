@@ -119,3 +119,19 @@ def test_a_gpu_sorts_and_combines_like_a_cpu(tokens):
         held = (places[:, j] < expected.offsets[-1])[:, None]
         total += torch.where(held, outputs[places[:, j]] * weights[:, j, None], 0)
     assert torch.equal(got, total.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [32, 3000])
+def test_a_recorded_graph_follows_a_new_routing(tokens):
+    index, slots = torch.randint(0, 130, (tokens, 8), device="cuda"), torch.arange(tokens, device="cuda") - 2
+    sort_rows(index, 128, slots)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = sort_rows(index, 128, slots)
+    index.random_(0, 130)
+    slots.neg_()
+    graph.replay()
+    for a, b in zip(rows, sorted_plainly(index.cpu(), 128, slots.cpu()), strict=True):
+        assert torch.equal(a.cpu(), b)

@@ -142,7 +142,7 @@ def programs_on(device: torch.device, groups: int) -> int:
         return INTERPRETED_PROGRAMS
     properties = torch.cuda.get_device_properties(device)
     resident = max(1, min(3, properties.shared_memory_per_multiprocessor // (2 * TILE_BYTES + 8192)))
-    return triton.cdiv(properties.multi_processor_count * resident, groups)
+    return -(-properties.multi_processor_count * resident // groups)
 
 
 @triton.jit(
@@ -197,7 +197,7 @@ def attend_parts(
     values += kv_head * values_head
     total = tl.load(parts).to(tl.int32)
     for part in range(tl.program_id(0), total, tl.num_programs(0)):
-        row = -1
+        row = tl.full([], -1, tl.int32)  # the last that begins at this part or before
         for r in range(0, rows, 128):
             index = r + tl.arange(0, 128)
             begins = tl.load(first_part + index, mask=index < rows, other=total)

@@ -38,7 +38,7 @@ class Logits:
 
 def padded(width: int) -> int:
     """The power of two, at least 16, in which a head's width is computed."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def keys_in_tile(key_width: int, value_width: int, dtype: torch.dtype, most: int, budget: int) -> int:

@@ -58,17 +58,22 @@ def grouped_product(
 
 def takes_torch(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch has a kernel for these. For others its `grouped_mm` waits for the host, or refuses them."""
-    if rows.device.type != "cuda" or not rows.dtype == weight.dtype == torch.bfloat16 or not hasattr(F, "grouped_mm"):
+    if rows.device.type != "cuda" or not hasattr(F, "grouped_mm"):
         return False
-    if torch.cuda.get_device_capability(rows.device)[0] not in (9, 10):  # not those of consumer cards, 12.0
-        return False
+    major = torch.cuda.get_device_capability(rows.device)[0]
+    return major in (9, 10) and fits_torch(rows, weight)  # not 12, consumers' cards
+
+
+def fits_torch(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch's kernel takes these types, shapes and strides: 16-byte steps in both operands and the result."""
     n_experts, depth, columns = weight.shape
     row_major = weight.stride(2) == 1 and weight.stride(1) >= columns
     lead = weight.stride(1) if row_major else weight.stride(2)
     whole = row_major or (weight.stride(1) == 1 and lead >= depth)
     aligned = all(n % 8 == 0 for n in (depth, columns, rows.stride(0), lead, weight.stride(0)))
     pointers = rows.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return whole and aligned and pointers and rows.stride(1) == 1 and rows.stride(0) >= depth and n_experts < 1024
+    layout = whole and aligned and pointers and rows.stride(1) == 1 and rows.stride(0) >= depth
+    return layout and rows.dtype == weight.dtype == torch.bfloat16 and n_experts < 1024
 
 
 def triton_product(

@@ -4,10 +4,18 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.executor.gpu.grouped_product import _add_bias, grouped_product, takes_torch, tile_rows, triton_product
+from qllm.executor.gpu.grouped_product import (
+    _add_bias,
+    fits_torch,
+    grouped_product,
+    takes_torch,
+    tile_rows,
+    triton_product,
+)
 from qllm.executor.gpu.launch import launch
 
 NO_DEADLINE = settings(deadline=None, max_examples=15)
@@ -110,6 +118,38 @@ def test_a_bias_after_the_product_reaches_the_rows_that_experts_have():
 
 def test_tiles_grow_with_the_rows_an_expert_has():
     assert [tile_rows(rows, 128) for rows in (8, 256, 4096, 65536)] == [16, 16, 64, 128]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 8, 12, 16]), st.sampled_from([1, 8, 12, 16])),
+    first=st.integers(0, 2),
+    transposed=st.booleans(),
+    wider=st.sampled_from([0, 0, 4, 8]),
+    shifted=st.sampled_from([0, 0, 4, 8]),
+)
+def test_what_fits_torchs_kernel_torch_takes(shape, first, transposed, wider, shifted):
+    n_experts, depth, columns = shape
+    inner = depth if transposed else columns
+    outer = columns if transposed else depth
+    weight = tensor(n_experts + 2, outer, inner + wider, dtype=torch.bfloat16)[first : first + n_experts, :, :inner]
+    weight = weight.transpose(1, 2) if transposed else weight
+    rows = tensor(9, depth + shifted, dtype=torch.bfloat16)[:, shifted:]
+    if fits_torch(rows, weight):
+        offsets = ends([3] * n_experts)
+        got = F.grouped_mm(rows, weight, offs=offsets)[: 3 * n_experts]  # which checks the same on a CPU
+        assert torch.allclose(got.float(), one_by_one(rows, weight, offsets), atol=0.2)
+        assert got.stride() == (columns, 1)
+        assert rows.data_ptr() % 16 == 0
+
+
+def test_the_experts_of_a_served_model_fit_torchs_kernel():
+    weight, rows = tensor(4, 48, 32, dtype=torch.bfloat16), tensor(1, 32, dtype=torch.bfloat16)
+    assert fits_torch(rows, weight.transpose(1, 2))
+    assert fits_torch(rows, weight[1:3].transpose(1, 2))
+    assert fits_torch(rows, tensor(4, 32, 48, dtype=torch.bfloat16))
+    assert not fits_torch(rows.float(), weight.float().transpose(1, 2))
+    assert not fits_torch(rows[:, :30], weight[:, :, :30].transpose(1, 2))
 
 
 def test_no_row_is_no_work_and_a_cpu_has_no_kernel_of_torch():

@@ -111,7 +111,7 @@ def test_lack_of_memory_never_ends_the_engine(model, monkeypatch, where):
         if where in ("offload", "restore"):
             monkeypatch.setattr(cache, where, once(getattr(cache, where)))
         elif where == "advance":
-            monkeypatch.setattr(engine._runner, "_forward", once(engine._runner._forward))
+            monkeypatch.setattr(engine._runner, "forward", once(engine._runner.forward))
         else:
             monkeypatch.setattr("qllm.executor.engine.execution.sample", once(sample))
         streams = [engine.submit([5] * 13, max_new_tokens=16, priority=1 - i % 2, stop=()) for i in range(6)]

@@ -17,8 +17,9 @@ import torch
 
 CHUNK = 8 << 20  #: bytes of a chunk: copied in 150 microseconds, against some ten to launch a copy
 CHUNKS_IN_PIECE = 32
-SHARE = 0.5  # of the memory that the host has free, pinned at most
+SHARE = 0.5  # of the memory that the host could give, pinned at most
 KEPT_SHARE = 0.25  # of what may be pinned, kept while nobody uses it
+MEMORY_INFO = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 log = logging.getLogger(__name__)
@@ -135,9 +136,17 @@ def unpin() -> None:
 
 
 def host_pool() -> HostPool:
-    """A pool that may pin a share of the memory that the host has free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        free = min(free, int(CONTAINER_LIMIT.read_text()))
-    most = int(free * SHARE)
+    """A pool that may pin a share of the memory that the host could give now."""
+    most = int(available_bytes() * SHARE)
     return HostPool(most, int(most * KEPT_SHARE))
+
+
+def available_bytes() -> int:
+    """Memory that the host, or the container, could give, what it keeps of files included: checkpoints were read."""
+    found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, StopIteration):
+        lines = MEMORY_INFO.read_text().splitlines()
+        found = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        found = min(found, int(CONTAINER_LIMIT.read_text()))
+    return found

@@ -220,13 +220,17 @@ def test_a_device_without_memory_for_a_buffer_uses_those_that_it_has(monkeypatch
     assert torch.equal(back[3:8], tensor[:5])
 
 
-def test_a_pool_may_pin_a_share_of_what_is_free(monkeypatch, tmp_path):
-    limit = tmp_path / "memory.max"
-    limit.write_text("1000000000\n")
+def test_a_pool_may_pin_a_share_of_what_the_host_or_its_container_could_give(monkeypatch, tmp_path):
+    limit, info = tmp_path / "memory.max", tmp_path / "meminfo"
     monkeypatch.setattr(host_memory, "CONTAINER_LIMIT", limit)
-    assert host_memory.host_pool()._most <= 5e8
+    monkeypatch.setattr(host_memory, "MEMORY_INFO", info)
+    assert host_memory.available_bytes() > 0
+    info.write_text("MemTotal: 9000000 kB\nMemAvailable:    2000000 kB\n")
+    assert host_memory.available_bytes() == 2_048_000_000
     limit.write_text("max\n")
-    assert host_memory.host_pool()._most > 0
+    assert host_memory.host_pool()._most == 1_024_000_000
+    limit.write_text("1000000000\n")
+    assert host_memory.host_pool()._most == 500_000_000
 
 
 @pytest.mark.gpu

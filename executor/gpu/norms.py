@@ -126,7 +126,7 @@ def _same(got: torch.Tensor, expected: torch.Tensor) -> bool:
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     step = torch.finfo(got.dtype).eps
-    if not torch.allclose(got.float(), expected.float(), rtol=8 * step if step < 1e-6 else step, atol=0):
+    if not torch.allclose(got.float(), expected.float(), rtol=(8 if step < 1e-6 else 2) * step, atol=0):
         return False
     return step < 1e-6 or float((got != expected).float().mean()) < 0.02
 

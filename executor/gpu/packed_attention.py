@@ -60,7 +60,8 @@ class Chunks:
         size = self._layer.block_size
         blocks = self._inputs.blocks[table : table - (-n // size)]
         each = torch.arange(size, device=blocks.device)
-        return (blocks[:, None] * size + each).flatten()[:n]
+        slots: torch.Tensor = (blocks[:, None] * size + each).flatten()[:n]
+        return slots
 
 
 def attend(

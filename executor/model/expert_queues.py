@@ -84,8 +84,9 @@ def sort_by_expert(top_k_index: torch.Tensor, n_experts: int) -> tuple[torch.Ten
     if flat.device.type == "cpu":  # numpy: a tenth of the overhead per call for the few rows of a decode
         ids = flat.numpy()
         return torch.from_numpy(ids.argsort(kind="stable")), np.bincount(ids, minlength=n_experts)[:n_experts].tolist()
-    ids, order = flat.sort(stable=True)
-    ends = torch.searchsorted(ids, torch.arange(n_experts, device=ids.device, dtype=ids.dtype), right=True)
+    ordered, order = flat.sort(stable=True)
+    experts = torch.arange(n_experts, device=flat.device, dtype=flat.dtype)
+    ends = torch.searchsorted(ordered, experts, right=True)
     host = torch.empty(n_experts, dtype=ends.dtype, pin_memory=True)
     host.copy_(ends, non_blocking=True)
     ready = torch.Event(flat.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,14 @@ import typer
 
 from qllm.cli.options import ANY_SIZE, FORCE, SET
 from qllm.cli.table import Format, print_table, records
+
+
+class GraphsChoice(StrEnum):
+    """`qllm.executor.graphs.runner.GRAPHS`, here without loading PyTorch."""
+
+    load = "load"
+    use = "use"
+    off = "off"
 
 
 def run(
@@ -24,6 +33,9 @@ def run(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint")
     ] = False,
+    graphs: Annotated[
+        GraphsChoice, typer.Option(help="On a GPU: when short passes are recorded as CUDA graphs")
+    ] = GraphsChoice.load,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: out/<name of the config>-engine")
     ] = None,
@@ -59,7 +71,7 @@ def run(
 
         target = engine_run.load_target(model, device, dtype, trust_remote_code)
         typer.echo(engine_run.describe(target), err=True)
-        results, shown = engine_run.run(loaded, target, update)
+        results, shown = engine_run.run(loaded, target, update, graphs.value)
         update.phase("drawing figures")
         results.save(folder)
         caption = engine_run.caption(target)

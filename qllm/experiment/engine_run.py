@@ -20,13 +20,14 @@ from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
 from qllm.executor.calibration.environment import device_name, versions
 from qllm.executor.errors import RequestError
+from qllm.executor.graphs.runner import Graphs
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
 from qllm.executor.testing import DEMO, demo_model
 from qllm.experiment.progress import Update
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
-from qllm.scheduler import Limits, RequestTooLarge
+from qllm.scheduler import Limits, Policy, RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
@@ -72,9 +73,9 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
 
 
 def run(
-    config: Config, target: LoadedModel, update: Update | None = None
+    config: Config, target: LoadedModel, update: Update | None = None, graphs: Graphs = "load"
 ) -> tuple[Results, list[tuple[Run, RunResult]]]:
-    """Run each point, policy and seed on the engine in turn; `update` is told how far it is.
+    """Run each point, policy and seed on the engine in turn; `update` is told how far it is. `graphs`: see Engine.
 
     Returns the results, and the runs at the last point with the first seed, for a timeline. Raises ConfigError,
     TraceError, SchedulerError, ExecutorError.
@@ -93,9 +94,9 @@ def run(
         if key not in alone or not np.isin(lengths, alone[key][0]).all():
             known = alone.get(key, (np.empty(0), np.empty(0)))
             update.phase(f"isolated TTFT, for {name}: lone requests", len(lengths) * ISOLATED_REPEATS)
-            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths, update))
+            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths, update, graphs))
         update.phase(f"{name}: requests", len(trace))
-        result = replay_run(this, trace, target, limits, update)
+        result = replay_run(this, trace, target, limits, update, graphs)
         tables.append(sweep_rows(this, request_table(this, trace, result, _between(trace.prompt_tokens, *alone[key]))))
         if this.point == last and this.seed == config.seed_list[0]:
             shown.append((this, result))
@@ -103,13 +104,38 @@ def run(
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def replay_run(this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits, update: Update) -> RunResult:
+def make_engine(
+    config: Config, target: LoadedModel, policy: Policy | str, limits: Limits, update: Update, graphs: Graphs
+) -> Engine:
+    """An engine for a run; on a GPU `update` is told how far it is with recording passes, before its phase begins."""
+    phase = update.doing, update.total
+
+    def recorded(done: int, total: int) -> None:
+        if done == 0:
+            update.phase("recording passes", total)
+        update(done, total)
+        if done == total:
+            update.phase(*phase)
+
+    return Engine(
+        target.model,
+        policy=policy,
+        limits=limits,
+        clock=engine_clock(target, config),
+        max_step=config.max_step,
+        graphs=graphs,
+        progress=recorded,
+    )
+
+
+def replay_run(
+    this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits, update: Update, graphs: Graphs
+) -> RunResult:
     """One policy at one point. An exception of a user's policy becomes a ConfigError with file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
     try:
-        clock, max_step = engine_clock(target, this.config), this.config.max_step
-        with Engine(target.model, policy=policy.build(), limits=limits, clock=clock, max_step=max_step) as engine:
+        with make_engine(this.config, target, policy.build(), limits, update, graphs) as engine:
             warm_up(engine, trace)
             return replay(engine, trace, priorities=priorities, seed=this.seed, watch=update.watch)
     except Exception as error:
@@ -125,14 +151,13 @@ def warm_up(engine: Engine, trace: RequestTrace) -> None:
 
 
 def isolated_ttft(
-    config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray, update: Update
+    config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray, update: Update, graphs: Graphs
 ) -> np.ndarray:
     """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64.
 
     NaN for a length that can never be served.
     """
-    clock = engine_clock(target, config)
-    with Engine(target.model, policy="fcfs", limits=limits, clock=clock, max_step=config.max_step) as engine:
+    with make_engine(config, target, "fcfs", limits, update, graphs) as engine:
         for n in lengths[[0, -1]].tolist():
             _lone_ttft(engine, n, 2)
         found = np.empty((len(lengths), ISOLATED_REPEATS))

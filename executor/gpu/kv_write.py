@@ -45,7 +45,7 @@ def write_kv(
         KEY_BLOCK=key_block,
         VALUE_BLOCK=value_block,
         HEADS=block_heads,
-        num_warps=4,
+        num_warps=max(1, min(8, block_heads * max(key_block, value_block) // 256)),  # 8 elements a thread
     )
 
 

@@ -1,9 +1,9 @@
 """Attention of long blocks of a prompt by PyTorch's own kernels, in few calls without a mask of their own.
 
 cuDNN's kernel is the fastest on some GPUs, but it prepares a plan for every shape that it has not seen, which keeps the
-host busy for long. So it gets rows and keys in multiples of `REGULAR` alone, of which there are few; FlashAttention-2,
-which needs no plan, gets the rest, and the results are merged by their log-sum-exp. A row's bits depend on the block
-that it is computed in: on its rows, its keys and its place.
+host busy for long. So it gets rows and keys in multiples of `REGULAR` alone, of which there are few. FlashAttention-2,
+which needs no plan, gets the rest, and results over different keys are merged by their log-sum-exp. A row's bits depend
+on the block that it is computed in: on its rows, its keys and its place.
 """
 
 from __future__ import annotations
@@ -34,19 +34,29 @@ def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.T
     k and v are `[L, kv_heads, D]`, L at least `rows`. Which kernels compute it follows from shapes, dtype and device.
     """
     rows, before = q.shape[0], k.shape[0] - q.shape[0]
-    cut = rows // REGULAR * REGULAR
+    on_cpu = q.device.type == "cpu"
+    cut = rows // REGULAR * REGULAR if on_cpu or prefers_cudnn(*in_heads(q, k, v), scale) else 0
     for first, last in ((0, cut), (cut, rows)):
         if first < last:
-            seen = slice(0, before + last)
-            out[first:last] = attend_rows(q[first:last], k[seen], v[seen], scale)
+            attend_rows = by_pieces if on_cpu or last == cut else at_once
+            out[first:last] = attend_rows(q[first:last], k[: before + last], v[: before + last], scale)
 
 
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """The same for rows that are fewer than `REGULAR` or multiples of it; one result, merged in float32."""
-    rows, length = q.shape[0], k.shape[0]
-    before = length - rows
-    regular = 0 if rows % REGULAR else before // REGULAR * REGULAR
-    queries, keys, values = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # [1, heads, L, D]
+def in_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """`[L, heads, D]` as `[1, heads, L, D]`."""
+    return [t.transpose(0, 1).unsqueeze(0) for t in tensors]
+
+
+def at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`attend_block` on a GPU by FlashAttention-2, for which causal means that the rows are the last of the keys."""
+    return flash(*in_heads(q, k, v), True, scale)[0][0].transpose(0, 1)
+
+
+def by_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """`attend_block` for rows of a regular number: over their own keys, a regular number before them, and the rest."""
+    before = k.shape[0] - q.shape[0]
+    regular = before // REGULAR * REGULAR
+    queries, keys, values = in_heads(q, k, v)
     result, lse = attend(queries, keys[:, :, before:], values[:, :, before:], True, scale)
     for first, last in ((regular, before), (0, regular)):
         if first < last:
@@ -59,14 +69,17 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `[1, heads, rows, D]` as `[rows, heads, D]`, and its log-sum-exp (float32 `[rows, heads]`)."""
+    """Attention of q `[1, heads, rows, D]` as `[rows, heads, D]`, and its log-sum-exp (float32 `[rows, heads]`).
+
+    k and v are `[1, kv_heads, L, D]`; where causal, L is the number of rows.
+    """
     _, heads, rows, _ = q.shape
     kind = (q.device, q.dtype, q.shape, k.shape, is_causal)
     if q.device.type == "cpu":
         group = heads // k.shape[1]
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
-    elif rows % REGULAR or k.shape[2] % REGULAR or kind in refused or not prefers_cudnn(q, k, v, is_causal, scale):
+    elif k.shape[2] % REGULAR or kind in refused:
         out, lse = flash(q, k, v, is_causal, scale)
     else:
         try:
@@ -90,8 +103,8 @@ def flash(
     return out, lse
 
 
-def prefers_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float) -> bool:
-    """Whether `scaled_dot_product_attention` would take cuDNN for such a call on this device."""
+def prefers_cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
+    """Whether `scaled_dot_product_attention` would take cuDNN for such tensors on their device."""
     grouped = q.shape[1] != k.shape[1]
-    choice: int = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    choice: int = torch._fused_sdp_choice(q, k, v, None, 0.0, False, scale=scale, enable_gqa=grouped)
     return choice == SDPBackend.CUDNN_ATTENTION.value

@@ -14,8 +14,6 @@ from typing import cast
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qllm.executor.cpu.hugepages import collapse_anonymous
-from qllm.executor.cpu.linear import pack_model
 from qllm.executor.errors import LoadError, UnsupportedModelError
 from qllm.executor.model.checks import (
     auto_class,
@@ -26,6 +24,7 @@ from qllm.executor.model.checks import (
     expand_weights,
     words,
 )
+from qllm.executor.model.hooks import speed_up
 from qllm.executor.model.info import blocks_in, memory_bytes, model_facts
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,8 +90,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     check_config(model.config)
     check_model(model)
-    if pack_model(model):
-        collapse_anonymous()
+    speed_up(model)
     log.info("model loaded: %s, %s, on %s", model.config.model_type, str(model.dtype)[6:], model.device)
     return model
 

@@ -66,6 +66,8 @@ class Runner:
             then: called with the logits, as the pass's last part, which may stop at points too.
             queues: whether `RunningPass.queues` is asked for; with partners it is.
         """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # of this thread: where Triton launches
         batch = Batch(entries, self.cache, max_positions=self.max_positions)
         split = self.splitter(batch) if split is None else split
         queues = queues or partners != ()

@@ -8,7 +8,7 @@ from unittest import mock
 from transformers import PreTrainedModel
 
 from qllm.executor.graphs.runner import GraphRunner
-from qllm.executor.model import loading
+from qllm.executor.model import hooks, loading
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.testing import tiny_model
 from tests.gpu.tape import TapeRecorder
@@ -16,7 +16,7 @@ from tests.gpu.tape import TapeRecorder
 
 def unpacked(model_type: str = "qwen3_moe", **overrides: Any) -> PreTrainedModel:
     """A tiny model prepared without the packed weights of CPUs, which kernels of a GPU cannot read."""
-    with mock.patch.object(loading, "pack_model", return_value=0):
+    with mock.patch.object(hooks, "pack_model", return_value=0):
         return loading.prepare_model(tiny_model(model_type, **overrides))
 
 

@@ -19,7 +19,7 @@ from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padd
 SPLIT = 256  #: keys of a part
 GROUP_BLOCK = 16  # query heads of one KV head in one product: tensor cores take no fewer rows
 TILE_BYTES = 32768  # of K and V in one step of a part; two steps are read ahead
-MERGED = 16  # parts that the merge adds at a time
+MERGED = 8  # parts that the merge adds at a time: a warp holds so many results and reads ahead as many again
 INTERPRETED_PROGRAMS = 3  # where there is no GPU
 
 
@@ -131,7 +131,7 @@ def decode_attention(
         PARTS=MERGED,
         WINDOW=window or 0,
         SINKS=sinks is not None,
-        num_warps=4,
+        num_warps=1,
     )
 
 
@@ -289,11 +289,11 @@ def merge_parts(
     biggest = float("-inf")
     weight = 0.0
     sums = tl.zeros([VALUE_BLOCK], tl.float32)
-    for start in range(low // PARTS * PARTS, last, PARTS):
+    for start in tl.range(low // PARTS * PARTS, last, PARTS, num_stages=3):
         part = start + tl.arange(0, PARTS)
         there = (part >= low) & (part < last)
         place = (mine + part) * HEADS + head
-        x = tl.load(stats + place * 2, mask=there, other=float("-inf"))
+        x = tl.where(there, tl.load(stats + place * 2, mask=there, other=0.0), float("-inf"))
         weights = tl.load(stats + place * 2 + 1, mask=there, other=0.0)
         results = tl.load(
             partial + place[:, None] * VALUE_WIDTH + d[None, :],

@@ -44,8 +44,9 @@ ARROWS = {
     "sim": {"scheduler", "traces"},
     "executor": {"executor/engine", "executor/model"},
     "executor/cpu": set(),
-    "executor/gpu": set(),
-    "executor/model": {"executor", "executor/cpu", "executor/gpu"},
+    "executor/gpu": {"executor/gpu/fused"},
+    "executor/gpu/fused": {"executor/gpu"},
+    "executor/model": {"executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"},
     "executor/graphs": {"executor", "executor/gpu", "executor/model"},
     "executor/engine": {
         "executor",
@@ -54,7 +55,7 @@ ARROWS = {
         "traces",
     },
     "executor/calibration": {
-        *("executor", "executor/engine", "executor/graphs", "executor/model"),
+        *("executor", "executor/engine", "executor/gpu", "executor/graphs", "executor/model"),
         *("scheduler", "traces"),
     },
     "qllm": {"qllm/cli", "qllm/config", "qllm/experiment", "qllm/plots", "executor", "scheduler", "traces"},

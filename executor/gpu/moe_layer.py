@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qllm.executor.gpu.expert_rows import combine, sort_rows
-from qllm.executor.gpu.gate import is_plain_gate, silu_and_mul
+from qllm.executor.gpu.fused.gate import is_plain_gate, silu_and_mul
 from qllm.executor.gpu.grouped_product import grouped_product
 
 

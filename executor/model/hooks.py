@@ -35,8 +35,8 @@ def speed_up(model: torch.nn.Module) -> None:
     if pack_model(model):
         collapse_anonymous()
     if has_kernels(next(model.parameters()).device):
-        from qllm.executor.gpu.norms import fuse_norms  # Triton, which is there with a GPU only
-        from qllm.executor.gpu.rotary import fuse_rotary
+        from qllm.executor.gpu.fused.norms import fuse_norms  # Triton, which is there with a GPU only
+        from qllm.executor.gpu.fused.rotary import fuse_rotary
 
         norms, rotary = fuse_norms(model), fuse_rotary(model)
         log.info("%d norms and %d rotary functions are one launch each", norms, rotary)

@@ -6,10 +6,10 @@ from functools import partial
 import torch
 
 from qllm.executor.gpu.expert_rows import SortedRows, combine, sort_rows
-from qllm.executor.gpu.gate import silu_and_mul
+from qllm.executor.gpu.fused.gate import silu_and_mul
+from qllm.executor.gpu.fused.norms import rms_norm
+from qllm.executor.gpu.fused.rotary import rotate
 from qllm.executor.gpu.grouped_product import _add_bias, triton_product
-from qllm.executor.gpu.norms import rms_norm
-from qllm.executor.gpu.rotary import rotate
 
 
 def ends(n_experts: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qllm.executor.gpu.norms import FORMS, fuse_norms, norm_form, rms_norm, unfuse_norms
+from qllm.executor.gpu.fused.norms import FORMS, fuse_norms, norm_form, rms_norm, unfuse_norms
 from qllm.executor.testing import tiny_model
 
 LLAMA, GPT_OSS, GEMMA = range(3)
@@ -112,7 +112,7 @@ def test_a_norm_with_which_the_kernel_does_not_agree_is_left_alone(monkeypatch):
     norm = nn.Sequential(nn.RMSNorm(32, eps=1e-6))
     assert fuse_norms(norm, device_type="cpu") == 1
     unfuse_norms(norm)
-    monkeypatch.setattr("qllm.executor.gpu.norms.rms_norm", lambda *arguments: rms_norm(*arguments) * 1.001)
+    monkeypatch.setattr("qllm.executor.gpu.fused.norms.rms_norm", lambda *arguments: rms_norm(*arguments) * 1.001)
     assert fuse_norms(norm, device_type="cpu") == 0
 
 

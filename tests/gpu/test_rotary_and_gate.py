@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from qllm.executor.gpu.gate import is_plain_gate, silu_and_mul
-from qllm.executor.gpu.rotary import FusedRotary, _namespaces, _plain, fuse_rotary, rotate, unfuse_rotary
+from qllm.executor.gpu.fused.gate import is_plain_gate, silu_and_mul
+from qllm.executor.gpu.fused.rotary import FusedRotary, _namespaces, _plain, fuse_rotary, rotate, unfuse_rotary
 from qllm.executor.testing import tiny_model
 
 

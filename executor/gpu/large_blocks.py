@@ -42,9 +42,9 @@ def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.T
             out[first:last] = attend_rows(q[first:last], k[: before + last], v[: before + last], scale)
 
 
-def in_heads(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def in_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`[L, heads, D]` as `[1, heads, L, D]`."""
-    return [t.transpose(0, 1).unsqueeze(0) for t in tensors]
+    return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
 def at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -62,7 +62,8 @@ def by_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
         if first < last:
             some, some_lse = attend(queries, keys[:, :, first:last], values[:, :, first:last], False, scale)
             share = torch.sigmoid(some_lse - lse).unsqueeze(-1)  # of these keys in the sum of exponentials
-            result, lse = torch.lerp(result.float(), some.float(), share), torch.logaddexp(lse, some_lse)
+            result = result.float().lerp_(some.float(), share)
+            lse = torch.logaddexp(lse, some_lse)
     return result
 
 

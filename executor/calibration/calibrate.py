@@ -25,6 +25,7 @@ from qllm.executor.calibration.fit import (
     host_seconds,
     launch_points,
     query_block_seconds,
+    steadiness,
     wide,
 )
 from qllm.executor.calibration.grid import pass_kinds
@@ -79,6 +80,8 @@ def calibrate(
             f"--max-tokens {extent.max_tokens} over --max-context {extent.max_context} is beyond the model's "
             f"{limit} positions"
         )
+    if model.device.type == "cuda":
+        torch.cuda.set_device(model.device)  # kernels go to the current device
     device = device_name(model.device)
     kv_tokens = extent.kv_tokens(int(KV_SHARE * memory_bytes(model.device)[0] / facts["kv_bytes_per_token"]))
     kinds = pass_kinds(**vars(extent), kv_tokens=kv_tokens, experts=facts["experts"], top_k=facts["top_k"])
@@ -177,6 +180,7 @@ def _timings(
             "precision": f"repeated until 95 % intervals are within {PRECISION:.0%}, {ROUNDS[0]} to {ROUNDS[1]} rounds",
             "worst_interval": round(max(found.uncertainty() for found in measured.values()), 4),
             **fit_quality(fit),
+            **steadiness(measured),
         },
         modelled=modelled,
     )

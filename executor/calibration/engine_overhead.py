@@ -9,21 +9,23 @@ from __future__ import annotations
 import statistics
 import time
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qllm.executor.calibration.stopwatch import random_entries, sample_greedily
+from qllm.executor.calibration.stopwatch import random_entries
 from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.execution import Execution, RealExecution
 from qllm.executor.engine.replay import replay
 from qllm.executor.engine.requests import EngineRequest
+from qllm.executor.graphs.runner import GraphRunner
 from qllm.executor.model.info import embedding
 from qllm.executor.model.passes import RunningPass
-from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.runner import run_to_end
+from qllm.executor.model.split import whole
 from qllm.scheduler import Limits, Pass
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCost
@@ -63,33 +65,44 @@ class _TimedClock(RealClock):
 class _TimedExecution(RealExecution):
     """A pass in real time that knows how long it ran, without the loop around it."""
 
-    ran = 0.0
+    ran = 0.0  #: seconds inside its steps
+    span = 0.0  #: seconds from the begin of its first step to the end of its last
+    _began: float | None = None
 
     def advance(self) -> bool:
         start = time.perf_counter()
+        self._began = start if self._began is None else self._began
         goes_on = super().advance()
-        self.ran += time.perf_counter() - start
+        end = time.perf_counter()
+        self.ran += end - start
+        self.span = end - self._began
         return goes_on
 
 
 def loop_seconds(model: PreTrainedModel, sequences: int) -> LoopSeconds:
     """Medians over the passes of an engine that decodes `sequences` requests together."""
-    # From one pass's start to the next's, without what the pass ran, and without making its batch and sampling, which a
-    # pass alone takes too.
+    # From one pass's start to the next's, without what the pass ran, sampling included, and without making its batch,
+    # which a pass alone takes too. Between two steps the loop costs an accelerator nothing: it works meanwhile.
+    accelerated = model.device.type != "cpu"
     zeros = np.zeros(sequences)
     trace = RequestTrace(zeros, zeros.astype(int) + PROMPT, zeros.astype(int) + OUTPUT, zeros.astype(int), ("all",))
     blocks = sequences * -(-(PROMPT + OUTPUT) // BLOCK) + 1
     limits = Limits(max_seqs=sequences, max_batched_tokens=sequences * PROMPT, kv_blocks=blocks, block_size=BLOCK)
     clock = _TimedClock()
-    with Engine(model, limits=limits, clock=clock) as engine:
+    with Engine(model, limits=limits, clock=clock, **as_served(model)) as engine:
         slices = replay(engine, trace, priorities={"all": 0}).slices or []
     pairs = list(pairwise(slices))
     around = statistics.median(
-        after.start - before.start - execution.ran
+        after.start - before.start - (execution.span if accelerated else execution.ran)
         for (before, after), execution in zip(pairs, clock.executions[:-1], strict=True)
     )
     between = statistics.median(after.start - before.end for before, after in pairs)
-    return LoopSeconds(max(0.0, around - _batch_and_sampling(model, sequences)), max(0.0, between))
+    return LoopSeconds(max(0.0, around - _batch_seconds(model, sequences)), max(0.0, between))
+
+
+def as_served(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of an engine that runs small passes as an accelerator serves them: replayed, recorded at first use."""
+    return {} if model.device.type == "cpu" else {"graphs": "use", "splitter": whole}
 
 
 def wake_seconds(model: PreTrainedModel) -> float:
@@ -101,7 +114,7 @@ def wake_seconds(model: PreTrainedModel) -> float:
         max_seqs=1, max_batched_tokens=WAKE_PROMPT, kv_blocks=2 * (WAKE_PROMPT // BLOCK + 1), block_size=BLOCK
     )
     found = []
-    with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True)) as engine:
+    with Engine(model, policy="fcfs", limits=limits, clock=RealClock(polls=True), **as_served(model)) as engine:
         for _ in range(PAUSES):
             time.sleep(PAUSE_S)
             prompts = rng.integers(vocabulary, size=(2, WAKE_PROMPT)).tolist()
@@ -111,18 +124,16 @@ def wake_seconds(model: PreTrainedModel) -> float:
     return max(0.0, statistics.median(found))
 
 
-def _batch_and_sampling(model: PreTrainedModel, sequences: int) -> float:
-    """Median seconds of what a decode pass does before its first and after its last step."""
-    runner = Runner(model, 1 + 2 * sequences, BLOCK)
+def _batch_seconds(model: PreTrainedModel, sequences: int) -> float:
+    """Median seconds of what the host does for a decode pass before its first step."""
+    runner = GraphRunner(model, 1 + 2 * sequences, BLOCK, graphs="use", max_seqs=sequences)
+    runner.make_cache()
     found = []
     with torch.inference_mode():
         for number in range(OUTPUT):
             entries = random_entries(runner, [(1, PROMPT + number)] * sequences, number)
             start = time.perf_counter()
             running = runner.begin(entries)
-            begun = time.perf_counter()
+            found.append(time.perf_counter() - start)
             run_to_end(running)
-            ended = time.perf_counter()
-            sample_greedily(running)
-            found.append(begun - start + time.perf_counter() - ended)
     return statistics.median(found)

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from qllm.executor.calibration.grid import ALL, PassKind
+from qllm.executor.calibration.stopwatch import HOST
 from qllm.executor.calibration.store import Samples
 from qllm.executor.errors import CalibrationError
 from qllm.traces.step_times.expert_fit import ExpertFit, fit_routed
 from qllm.traces.step_times.file_format import Point
 
+LEAD = (HOST, "lead")  # of a pass: what comes before its first attention, on the host and on the device
 PARABOLA_FROM = 64  # tokens between two sizes from where the curve between them counts
 FORCED_WEIGHT = 0.2  # of layers whose tokens are forced onto few experts, in the fit: caching makes them too fast
+SCATTER = 0.1  # an interquartile range above this share of the mean is counted
 WIDE = 0.2  # an interquartile range above this share of the median is worth a warning
 
 Measured = Mapping[PassKind, Samples]
@@ -33,14 +36,14 @@ def host_seconds(measured: Measured) -> float:
     """Host time of a pass: how much longer the way to the first attention is than to the others, for one token."""
     one = measured[PassKind(1, 1, 0)]
     following = one.each("pre")
-    return max(0.0, one.total("lead") - (float(following.mean()) if len(following) else 0.0))
+    return max(0.0, one.total(*LEAD) - (float(following.mean()) if len(following) else 0.0))
 
 
 def dense_points(measured: Measured, layers: int, host_s: float) -> list[Point]:
     """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context."""
     mine = baselines(measured)
     alone = {kind.new: found for kind, found in mine.items() if kind.sequences == 1 and kind.context == 0}
-    lead = {tokens: found.total("lead") for tokens, found in alone.items()}
+    lead = {tokens: found.total(*LEAD) for tokens, found in alone.items()}
     heads = _heads(mine, lead)
     points = []
     for tokens, found in sorted(alone.items()):
@@ -62,7 +65,7 @@ def _heads(measured: Measured, lead: dict[int, float]) -> dict[int, Point]:
     for rows in sorted({kind.sequences for kind in measured if kind.new == 1}):
         found = [samples for kind, samples in measured.items() if kind.new == 1 and kind.sequences == rows]
         single = float(np.interp(rows, sorted(lead), [lead[tokens] for tokens in sorted(lead)]))
-        beyond = max(0.0, float(np.median([samples.total("lead") for samples in found])) - single)
+        beyond = max(0.0, float(np.median([samples.total(*LEAD) for samples in found])) - single)
         seconds = beyond + float(np.median([samples.total("tail", "sample") for samples in found]))
         spread = float(np.median([samples.spread("tail", "sample") for samples in found]))
         heads[rows] = Point("head", rows, None, seconds, spread, sum(samples.repeats for samples in found))
@@ -101,14 +104,27 @@ def beyond_steps(
     return beyond
 
 
+def longer(split: Samples, whole: Samples, part: str) -> float:
+    """Seconds that a split pass takes longer than the whole one, of which only `part` is split."""
+    # A split pass is never replayed. Where the whole one is, every part of the split one takes longer.
+    if split.replayed == whole.replayed:
+        return split.total(part) - whole.total(part)
+    return split.total() - whole.total()
+
+
 def query_block_seconds(measured: Measured, layers: int) -> float | None:
     """What each group of query blocks of a split attention costs beyond its share; None where none was measured."""
-    # Split against whole, least squares of relative errors: the difference of two long passes says little.
-    pairs = [(found, measured.get(kind.baseline), kind.query_blocks) for kind, found in measured.items()]
+    # Split against whole, least squares of relative errors: the difference of two long passes says little. Where a
+    # whole pass is replayed and a split one is not, that is another difference: such pairs count for want of others.
+    pairs = [
+        (found, whole, kind.query_blocks)
+        for kind, found in measured.items()
+        if kind.query_blocks > 1 and (whole := measured.get(kind.baseline)) is not None
+    ]
+    alike = [pair for pair in pairs if pair[0].replayed == pair[1].replayed]
     rows = [
-        (blocks * layers / whole.total(), (split.total("attention") - whole.total("attention")) / whole.total())
-        for split, whole, blocks in pairs
-        if blocks > 1 and whole is not None
+        (blocks * layers / whole.total(), longer(split, whole, "attention") / whole.total())
+        for split, whole, blocks in alike or pairs
     ]
     if not rows:
         return None
@@ -207,7 +223,7 @@ def launch_points(measured: Measured, share: float) -> list[Point]:
         firsts = np.arange(0, found.routing.shape[-1], kind.experts_per_group)
         further = np.count_nonzero(np.add.reduceat(found.routing, firsts, axis=-1)[..., 1:]) / found.repeats
         if further:
-            more = found.total("experts") - measured[kind.baseline].total("experts")
+            more = longer(found, measured[kind.baseline], "experts")
             extra.setdefault(kind.tokens, []).append((more, further, found.repeats))
     points = []
     for tokens, pairs in sorted(extra.items()):
@@ -230,6 +246,13 @@ def wide(measured: Measured) -> list[tuple[PassKind, float]]:
     """Passes whose interquartile range is above WIDE of their mean, widest first, with that share."""
     shares = [(kind, found.spread() / found.total()) for kind, found in measured.items()]
     return sorted((pair for pair in shares if pair[1] > WIDE), key=lambda pair: -pair[1])
+
+
+def steadiness(measured: Measured) -> dict[str, int]:
+    """Kinds of passes: all, those that were replayed, and those that scatter by more than SCATTER."""
+    scattering = sum(found.spread() > SCATTER * found.total() for found in measured.values())
+    replayed = sum(found.replayed for found in measured.values())
+    return {"kinds": len(measured), "kinds_replayed": replayed, "kinds_scattering": scattering}
 
 
 def fit_quality(fit: ExpertFit) -> dict[str, Any]:

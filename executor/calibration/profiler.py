@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -23,8 +24,9 @@ from qllm.executor.calibration.stopwatch import (
     seconds_of,
 )
 from qllm.executor.calibration.store import MeasurementStore
+from qllm.executor.calibration.timed_runner import TimedRunner
 from qllm.executor.engine.hook_clock import Stopwatch, timed
-from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.runner import run_to_end
 from qllm.executor.model.split import Split
 
 BLOCK = 16  # KV slots in a block
@@ -32,7 +34,10 @@ ROUND_S = 0.3  # a round repeats a pass about so long in all ...
 OFTEN = 8  # ... and at most so many times; short passes vary more and are cheap to repeat
 ROUNDS = (2, 12)  # at least, at most
 PRECISION = 0.02  # half the 95 % interval of the median; further rounds until it is below for all kinds of passes ...
-SAMPLING_S = 115.0  # ... or until so much time was spent
+SAMPLING_S = 115.0  # ... or until so much time was spent, of which an accelerator ...
+ACCELERATOR_S = 45.0  # ... gets so much: its times scatter less, and it compiles and records before
+MOVED = 1024  # tokens whose KV is moved to the host and back ...
+ACCELERATOR_MOVED = 16384  # ... from an accelerator, which takes less for the KV of a few layers than for the launch
 SHORT = 5  # repeats of what is measured once
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -41,10 +46,13 @@ Progress = Callable[[int, int], None]
 
 
 class Profiler:
-    """Measures passes over random prompts on one model, up to `max_batch` sequences in `kv_tokens` KV slots."""
+    """Measures passes over random prompts on one model, up to `max_batch` sequences in `kv_tokens` KV slots.
+
+    They run as they are served: by an accelerator's kernels where there are some, those that fit a bucket replayed.
+    """
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
-        self.runner = Runner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK)
+        self.runner = TimedRunner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, max_batch)
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
@@ -64,7 +72,11 @@ class Profiler:
         # How often a round repeats a kind is settled beforehand by how long it takes. A further round repeats all
         # kinds, not only those that scatter: re-measuring only slow samples biases the mean. What `store` holds is not
         # repeated.
-        with torch.inference_mode(), timed(self.model) as watch:
+        limit = SAMPLING_S if self.runner.device.type == "cpu" else min(SAMPLING_S, ACCELERATOR_S)
+        with torch.inference_mode(), self.timed() as watch:
+            if self.runner.kernels:  # what is compiled and recorded at a first use says nothing about later ones
+                for kind in kinds:
+                    self.sample(kind, watch)
             took = {kind: self.sample(kind, watch).seconds for kind in kinds}  # kernels are made at their first use
             often = {kind: max(1, min(OFTEN, int(ROUND_S / took.get(kind.baseline, took[kind])))) for kind in kinds}
             order = spread(often)
@@ -76,7 +88,7 @@ class Profiler:
                 for kind, turn in order:
                     if store.repeats(kind) > number * often[kind] + turn:
                         continue
-                    if further and spent > SAMPLING_S:
+                    if further and spent > limit:
                         return
                     start = time.perf_counter()
                     store.add(kind, self.sample(kind, watch))
@@ -84,6 +96,16 @@ class Profiler:
                     done += 1
                     if progress is not None:
                         progress(done, max(ROUNDS[0], number + 1) * len(order))
+
+    @contextmanager
+    def timed(self) -> Iterator[Stopwatch]:
+        """The clock of `qllm.executor.engine.hook_clock.timed`, also in passes that are replayed."""
+        with timed(self.model) as watch:
+            self.runner.watch = watch
+            try:
+                yield watch
+            finally:
+                self.runner.watch = None
 
     def sample(self, kind: PassKind, watch: Stopwatch) -> PassTimes:
         """A repeat of a kind of pass, after one that may run before it in serving (`preceding_pass`)."""
@@ -103,6 +125,8 @@ class Profiler:
         new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
         long, short = self.sequences(PassKind(1, new, 0))[0], self.sequences(PassKind(1, 1, new))[0]
         short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]
+        for entry in (long, short):  # what is made at a first use is made here
+            self._run(entry)
         stops = 0
 
         def interleaved() -> None:
@@ -129,7 +153,8 @@ class Profiler:
     def bandwidth(self) -> float:
         """Bytes per second at which the KV of a sequence moves between the device and host memory."""
         cache = self.runner.cache
-        tokens = min(1024, cache.n_blocks * BLOCK)
+        most = MOVED if self.runner.device.type == "cpu" else ACCELERATOR_MOVED
+        tokens = min(most, cache.n_blocks * BLOCK)
         blocks = list(range(-(-tokens // BLOCK)))
         rates = []
         for _ in range(SHORT + 1):

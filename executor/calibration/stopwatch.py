@@ -7,6 +7,10 @@ attention's end - experts   post       output projection, norm, router; the whol
 experts                     experts    all groups of one layer
 last layer's end - logits   tail       final norm and LM head
 logits - tokens             sample
+
+A replayed pass has one part more: `begin`, what the host takes for the batch and the first launch, by its own clock.
+The lead is then the device's alone. Where operators are launched one by one, the host may be slower than the device all
+along: there each part is what passes between two moments of the device, as it does in serving.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qllm.executor.calibration.timed_runner import TimedRunner
 from qllm.executor.engine.hook_clock import Stopwatch
 from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.info import embedding
@@ -28,6 +33,8 @@ from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
 
 PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
+HOST = "begin"  # the part that the host's clock tells
+HOLD_CYCLES = 2_000_000  # about a millisecond: the host begins a pass and launches its first piece in less
 DECODING = 4  # sequences that decode before a prompt
 #: a sequence of a pass, and how many of its tokens are new in it
 Entry = tuple[Sequence, int]
@@ -49,8 +56,7 @@ class PassTimes:
 
 def fill_cache(runner: Runner) -> None:
     """Fill the KV cache with random values: memory that was never written is read faster than KV ever is in serving."""
-    entry = Sequence([0], [0])
-    run_to_end(runner.begin([(entry, 1)]))  # layers are made at their first write
+    runner.make_cache()
     for store in (*runner.cache.keys, *runner.cache.values):
         store[: runner.cache.zero_slot].normal_()
 
@@ -112,18 +118,33 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(runner: Runner, watch: Stopwatch, entries: Entries, split: Split | None = None) -> PassTimes:
+def hold(device: torch.device) -> None:
+    """Keep an accelerator busy for about a millisecond, with nothing: it waits for nothing launched meanwhile."""
+    if device.type == "cuda":
+        torch.cuda._sleep(HOLD_CYCLES)
+
+
+def measure(runner: TimedRunner, watch: Stopwatch, entries: Entries, split: Split | None = None) -> PassTimes:
     """Run one pass over `entries` to its end and time its parts. The sequences stand afterwards where they stood."""
     with rewound(entries):
         watch.marks = []
+        start = time.perf_counter()
         watch.mark("start")
         running = runner.begin(entries, split)
+        parts: list[tuple[str, float]] = []
+        if runner.replays:
+            begun = time.perf_counter()
+            hold(runner.device)
+            watch.marks = []
+            watch.mark("start")
+            first = time.perf_counter()
+            running.advance()  # launches, and waits for nothing
+            parts.append((HOST, begun - start + time.perf_counter() - first))
         run_to_end(running)
         watch.mark("logits")
         sample_greedily(running)
         watch.mark("end")
     names = [name for name, _ in watch.marks]
-    parts = []
     for name, following, seconds in zip(names, names[1:], watch.intervals(), strict=False):
         part = {"logits": "tail", "end": "sample"}.get(following) or PARTS[name]
         parts.append((part, seconds))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qllm.executor.calibration.grid import PassKind
-from qllm.executor.calibration.stopwatch import PassTimes
+from qllm.executor.calibration.stopwatch import HOST, PassTimes
 from qllm.executor.errors import CalibrationError
 
 STALLED = 3.0  # times the median: a pass that took longer counts as if it had taken that; the machine stood still
@@ -26,9 +26,16 @@ class Samples:
     routing: np.ndarray  #: rows of each expert, int64[repeats, MoE layers, experts]
 
     def joined(self, other: Samples) -> Samples:
-        """The repeats of both."""
+        """The repeats of both. CalibrationError where they ran in other ways: only some were replayed."""
+        if self.parts != other.parts:
+            raise CalibrationError("measurements of another kind of passes; remove the file to start anew")
         seconds = np.concatenate([self.seconds, other.seconds])
         return Samples(self.parts, seconds, np.concatenate([self.routing, other.routing]))
+
+    @property
+    def replayed(self) -> bool:
+        """Whether the passes were replayed, so that the host's part is told apart from the device's."""
+        return HOST in self.parts
 
     @property
     def layers(self) -> list[np.ndarray]:

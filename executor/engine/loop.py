@@ -250,7 +250,7 @@ class Loop:
             self._end(sequence, "stop" if r in ended else "length")
             self._release(sequence)
         if self.recorder is not None:
-            self.recorder.routing[p.id] = execution.running.routing
+            self.recorder.routing[p.id] = execution.running.kept_routing()
 
     def _fail_pass(self, p: Pass, error: Exception) -> None:
         """An exception in `p`: its requests end with it, and nobody else notices."""

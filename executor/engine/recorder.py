@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from qllm.scheduler import Pass
 from qllm.traces.results import PassSlice
@@ -17,7 +18,8 @@ class RunRecorder:
     origin: float  #: seconds on the engine's clock at that moment
     passes: int  #: launched until then
     slices: list[PassSlice] = field(default_factory=list)  #: in seconds since `origin`
-    routing: dict[int, list[list[int]]] = field(default_factory=dict)  #: by pass id, tokens [MoE layers][experts]
+    #: by pass id, see `RunningPass.kept_routing`
+    routing: dict[int, list[list[int]] | torch.Tensor] = field(default_factory=dict)
 
     def record(
         self,
@@ -50,4 +52,10 @@ class RunRecorder:
 
     def counts(self) -> list[np.ndarray]:
         """Tokens per expert of each finished pass, int64[MoE layers, experts], in the order of their launches."""
-        return [np.array(self.routing[id], dtype=np.int64) for id in sorted(self.routing)]
+        return [_counts(self.routing[id]) for id in sorted(self.routing)]
+
+
+def _counts(kept: list[list[int]] | torch.Tensor) -> np.ndarray:
+    if isinstance(kept, torch.Tensor):
+        return np.diff(kept.cpu().numpy().astype(np.int64), axis=1, prepend=0)
+    return np.array(kept, dtype=np.int64)

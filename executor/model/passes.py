@@ -76,6 +76,14 @@ class RunningPass:
         """Rows of each expert, for each MoE layer begun so far. Waits for the device where only that knows them."""
         return [rows if isinstance(rows, list) else counts_of(rows) for rows in self.routed]
 
+    def kept_routing(self) -> list[list[int]] | torch.Tensor:
+        """`routing` for later, without a wait: where only the device knows it, where rows end `[layers, experts]`.
+
+        It is a copy: the next pass that the same pieces replay writes where this one did.
+        """
+        ends = [rows for rows in self.routed if isinstance(rows, torch.Tensor)]
+        return torch.stack(ends) if ends and len(ends) == len(self.routed) else self.routing
+
     @property
     def done(self) -> bool:
         """True once the pass ended, by its end, by an exception or by `close()`."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from qllm.executor.gpu.launch import launch
-from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, slots_of_keys
+from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, shared_memory, slots_of_keys
 
 SPLIT = 256  #: keys of a part
 GROUP_BLOCK = 16  # query heads of one KV head in one product: tensor cores take no fewer rows
@@ -140,9 +140,8 @@ def programs_on(device: torch.device, groups: int) -> int:
     """Programs for each of `groups` of query heads, so that all of them run at the same time on `device`."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
-    properties = torch.cuda.get_device_properties(device)
-    resident = max(1, min(3, properties.shared_memory_per_multiprocessor // (2 * TILE_BYTES + 8192)))
-    return -(-properties.multi_processor_count * resident // groups)
+    resident = max(1, min(3, shared_memory(device) // (2 * TILE_BYTES + 8192)))
+    return -(-torch.cuda.get_device_properties(device).multi_processor_count * resident // groups)
 
 
 @triton.jit(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+HOPPER_SHARED = 233472  # bytes of a multiprocessor
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -48,3 +51,11 @@ def keys_in_tile(key_width: int, value_width: int, dtype: torch.dtype, most: int
     while keys > 16 and keys * bytes_of_key > budget:
         keys //= 2
     return keys
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of one multiprocessor; where there is no GPU, as many as a Hopper has."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)

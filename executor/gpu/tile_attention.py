@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from qllm.executor.gpu.launch import launch
-from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, slots_of_keys
+from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, shared_memory, slots_of_keys
 
 TILE_ROWS = 64  #: most rows of a tile
 TILE_BYTES = 32768  # of K and V in one step
-SHARED_BYTES = 98304  # of the tile's queries and the steps read ahead: what every GPU since Ampere has
+RESERVED_BYTES = 1024  # of shared memory, in each program
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def tile_attention(
     block_n = keys_in_tile(key_width, value_width, q.dtype, 64, TILE_BYTES)
     step_bytes = block_n * (padded(key_width) + padded(value_width)) * q.dtype.itemsize
     row_bytes = rows * padded(key_width) * q.dtype.itemsize
+    # Two steps are read ahead where two programs then still fit on a multiprocessor.
+    two_programs = 2 * (row_bytes + 3 * step_bytes + RESERVED_BYTES)
     launch(
         attend_tile,
         (heads, tiles * (TILE_ROWS // rows)),
@@ -95,7 +97,7 @@ def tile_attention(
         CAPPED=logits.capped,
         SINKS=sinks is not None,
         num_warps=8 if padded(value_width) > 128 else 4,
-        num_stages=3 if row_bytes + 3 * step_bytes <= SHARED_BYTES else 2,
+        num_stages=3 if two_programs <= shared_memory(q.device) else 2,
     )
 
 

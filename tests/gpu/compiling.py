@@ -18,7 +18,7 @@ from qllm.executor.gpu.tile_attention import TileWork, tile_attention
 from tests.gpu.expert_cases import EXPERT_CASES
 
 CAPABILITIES = (80, 90, 100)
-SHARED_BYTES = 99 * 1024  # a block's, on the smallest of these generations' GPUs
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a block's, on a generation's smallest GPU
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1",
     torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
@@ -91,7 +91,9 @@ def main() -> None:
             compiled = compile_launch(kernel, arguments, constants, capability)
             shared = compiled.metadata.shared
             print(f"{kernel.__name__} on {capability}: {shared} bytes of shared memory", flush=True)
-            assert shared <= SHARED_BYTES, f"{kernel.__name__}: more shared memory than {SHARED_BYTES} bytes"
+            assert shared <= SHARED_BYTES[capability], (
+                f"{kernel.__name__}: {shared} bytes of shared memory are too many"
+            )
 
 
 if __name__ == "__main__":

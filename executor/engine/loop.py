@@ -80,6 +80,12 @@ class Loop:
                 raise self._closed_error("request")
             self.inbox.put(message)
 
+    def serve_by(self, scheduler: Scheduler, clock: Clock) -> None:
+        """Go on by another scheduler, of the same limits, and another clock. Raises ExecutorError unless idle."""
+        if self.sequences or self.scheduled:
+            raise ExecutorError("an engine that serves requests keeps its scheduler")
+        self.scheduler, self.clock, self.partners = scheduler, clock, MergePartners(scheduler)
+
     def stop(self) -> None:
         """End the loop at the next preemption point."""
         self._stopping = True

@@ -32,6 +32,7 @@ def validate(
     from qllm.experiment.results import write_config
     from qllm.experiment.run import runs
     from qllm.traces.step_times.timings import Timings
+    from qllm.validation.engines import Engines
     from qllm.validation.results import report, save
     from qllm.validation.validate import compare
 
@@ -45,9 +46,10 @@ def validate(
     checked = {key: facts[key] for key in ("layers", "hidden", "experts", "top_k", "dtype")}
     trace.check_matches(device=device_name(subject.model.device), **checked)
     compared = []
-    for number, run in enumerate(todo := runs(loaded), start=1):
-        typer.echo(f"{number}/{len(todo)}: {run}", err=True)
-        compared.append(compare(run, subject))
+    with Engines(subject) as engines:
+        for number, run in enumerate(todo := runs(loaded), start=1):
+            typer.echo(f"{number}/{len(todo)}: {run}", err=True)
+            compared.append(compare(run, subject, engines))
     save(compared, folder)
     named = f"validation: {trace.name}; {device_name(subject.model.device)}; {subject.name}"
     write_config(loaded.model_copy(update={"provenance": {"timings": named}}), folder)

@@ -11,7 +11,6 @@ import pandas as pd
 
 from qllm.config.from_config import load_timings, request_trace
 from qllm.executor.engine.clock import RealClock
-from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.replay import replay
 from qllm.executor.model.loading import LoadedModel
 from qllm.experiment.engine_run import engine_limits
@@ -22,6 +21,7 @@ from qllm.sim import ResampledRouting, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
+from qllm.validation.engines import Engines
 
 METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
@@ -89,13 +89,13 @@ def request_rows(run: Run, trace: RequestTrace, result: RunResult, world: str) -
     return per_request(table.assign(policy=run.title, world=world))[list(COLUMNS)]
 
 
-def compare(run: Run, loaded: LoadedModel) -> Comparison:
-    """Replay one run of a configuration on the real engine, then simulate it.
+def compare(run: Run, loaded: LoadedModel, engines: Engines | None = None) -> Comparison:
+    """Replay one run of a configuration on the real engine, then simulate it. `engines`: see `replay_run`.
 
     The configuration's timing trace splits the engine's passes and gives the simulator its times. Each simulated pass
     is routed like a real one of this run. Raises as `replay` and the configuration do.
     """
-    real = replay_run(run, loaded)
+    real = replay_run(run, loaded, engines)
     simulated = simulate(
         real.trace,
         priorities=run.config.priorities,
@@ -109,15 +109,18 @@ def compare(run: Run, loaded: LoadedModel) -> Comparison:
     return Comparison(real, simulated)
 
 
-def replay_run(run: Run, loaded: LoadedModel) -> EngineRun:
-    """Replay one run on the real clock. The engine polls while idle, as in a calibration."""
+def replay_run(run: Run, loaded: LoadedModel, engines: Engines | None = None) -> EngineRun:
+    """Replay one run on the real clock, on one of the `engines` for this model or on an engine of its own.
+
+    The engine polls while idle, as in a calibration. What it records for a GPU it has recorded before.
+    """
     config = run.config
     trace = request_trace(config, run.seed)
     limits = engine_limits(loaded, config)
     steps = RecordingCostModel(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     policy = config.policies[run.policy].build()
     clock = RealClock(steps, polls=True)
-    with Engine(loaded.model, policy=policy, limits=limits, clock=clock, seed=run.seed) as engine:
+    with (engines or Engines(loaded, kept=False)).engine(policy, limits, clock, run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         steps.calls.clear()
         result = replay(engine, trace, priorities=config.priorities, seed=run.seed)

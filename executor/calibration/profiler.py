@@ -35,9 +35,9 @@ OFTEN = 8  # ... and at most so many times; short passes vary more and are cheap
 ROUNDS = (2, 12)  # at least, at most
 PRECISION = 0.02  # half the 95 % interval of the median; further rounds until it is below for all kinds of passes ...
 SAMPLING_S = 115.0  # ... or until so much time was spent, of which an accelerator ...
-ACCELERATOR_S = 45.0  # ... gets so much: its times scatter less, and it compiles and records before
+ACCELERATOR_S = 35.0  # ... gets so much: its times scatter less, and it compiles and records before
 MOVED = 1024  # tokens whose KV is moved to the host and back ...
-ACCELERATOR_MOVED = 16384  # ... from an accelerator, which takes less for the KV of a few layers than for the launch
+ACCELERATOR_MOVED = 1 << 27  # ... from an accelerator at least so many bytes: a few layers' KV takes less than a launch
 SHORT = 5  # repeats of what is measured once
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -153,7 +153,8 @@ class Profiler:
     def bandwidth(self) -> float:
         """Bytes per second at which the KV of a sequence moves between the device and host memory."""
         cache = self.runner.cache
-        most = MOVED if self.runner.device.type == "cpu" else ACCELERATOR_MOVED
+        of_token = sum(store[0].nbytes for store in (*cache.keys, *cache.values))
+        most = MOVED if self.runner.device.type == "cpu" else max(MOVED, ACCELERATOR_MOVED // of_token)
         tokens = min(most, cache.n_blocks * BLOCK)
         blocks = list(range(-(-tokens // BLOCK)))
         rates = []

@@ -289,6 +289,7 @@ class TestOnAGpu:
             return stopwatch.seconds_of(made.runner.device, run)
 
     def test_a_calibration_leaves_out_no_kind_of_pass(self, model, tmp_path, monkeypatch):
+        monkeypatch.setattr(profiler, "ACCELERATOR_S", 5.0)
         monkeypatch.setattr(engine_overhead, "PAUSES", 3)
         monkeypatch.setattr(engine_overhead, "PAUSE_S", 0.02)
         path = tmp_path / "tiny.csv"

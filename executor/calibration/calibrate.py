@@ -131,7 +131,7 @@ def _timings(
     dense = dense_points(measured, layers, host_s)
     attention = attention_points(measured, layers, beyond_steps(measured, dense, fit, layers, host_s))
     launches = launch_points(measured, share)
-    points = dense + attention + expert_points(fit, share)
+    points = dense_points(measured, layers, host_s, loaded.layers) + attention + expert_points(fit, share)
     for optional in (launches, after_prefill_points(measured)):
         if len(optional) > 1:  # one size makes no curve: `launch_s` says it, and a pass after a prompt is like others
             points += optional

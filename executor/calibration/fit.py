@@ -39,8 +39,11 @@ def host_seconds(measured: Measured) -> float:
     return max(0.0, one.total(*LEAD) - (float(following.mean()) if len(following) else 0.0))
 
 
-def dense_points(measured: Measured, layers: int, host_s: float) -> list[Point]:
-    """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context."""
+def dense_points(measured: Measured, layers: int, host_s: float, assumed: int | None = None) -> list[Point]:
+    """dense_pre, dense_post and head. Passes of as many tokens are pooled whatever their context.
+
+    `assumed`: layers of the model that the points are for, over which what lies outside of layers is shared out.
+    """
     mine = baselines(measured)
     alone = {kind.new: found for kind, found in mine.items() if kind.sequences == 1 and kind.context == 0}
     lead = {tokens: found.total(*LEAD) for tokens, found in alone.items()}
@@ -52,7 +55,9 @@ def dense_points(measured: Measured, layers: int, host_s: float) -> list[Point]:
         pre = float(np.median([other.total("pre") for other in pooled]))
         post = float(np.median([other.total("post") for other in pooled]))
         norm = max(0.0, found.total("tail", "sample") - heads[1].seconds)
-        pre = max(0.0, lead[tokens] - host_s + pre + norm) / layers
+        first = lead[tokens] - host_s  # what comes before the first attention, which is more than a layer's
+        layer = pre / (layers - 1) if layers > 1 else first
+        pre = max(0.0, layer + (first - layer + norm) / (assumed or layers))
         spread = found.spread("lead", "pre") / layers
         points.append(Point("dense_pre", tokens, None, pre, spread, repeats))
         points.append(Point("dense_post", tokens, None, post / layers, found.spread("post") / layers, repeats))

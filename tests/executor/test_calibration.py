@@ -18,7 +18,7 @@ from qllm.executor.calibration import engine_overhead
 from qllm.executor.calibration.calibrate import CalibrationWarning, Extent, calibrate
 from qllm.executor.calibration.engine_overhead import LoopSeconds, loop_seconds, wake_seconds
 from qllm.executor.calibration.environment import device_name
-from qllm.executor.calibration.fit import query_block_seconds
+from qllm.executor.calibration.fit import dense_points, query_block_seconds
 from qllm.executor.calibration.grid import PassKind, mixed_lengths, pass_kinds
 from qllm.executor.calibration.profiler import OFTEN, ROUNDS, Profiler, spread
 from qllm.executor.calibration.routing import count_routing, write_popularity
@@ -365,6 +365,18 @@ def test_a_model_that_does_not_fit_is_measured_by_a_few_layers(tmp_path, monkeyp
     assert timings.layers == 4
     assert timings.kv_bytes_per_token == 2 * model_facts(found.model)["kv_bytes_per_token"]
     assert "2 layers with random weights" in timings.modelled["layers"]
+
+
+def test_what_lies_outside_of_layers_is_not_multiplied_by_those_that_are_assumed():
+    def passed(lead: float) -> Samples:
+        names = ("lead", "attention", "post", "experts", "pre", "attention", "post", "experts", "tail", "sample")
+        return Samples(names, np.array([[lead] + [1.0] * 9] * 3), np.ones((3, 2, 4), dtype=int))
+
+    measured = {PassKind(1, 1, 0): passed(1.0), PassKind(1, 8, 0): passed(5.0)}
+    for assumed, each in ((2, 3.0), (4, 2.0)):
+        pre = {p.tokens: p.seconds for p in dense_points(measured, 2, 0.0, assumed) if p.step == "dense_pre"}
+        assert pre == pytest.approx({1: 1.0, 8: each})
+        assert assumed * pre[8] == pytest.approx(assumed * 1.0 + 4.0)
 
 
 def test_leading_dense_layers_are_left_out_of_a_few_layers():

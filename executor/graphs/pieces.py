@@ -45,9 +45,8 @@ class GraphRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """On a stream of its own, as capturing needs; without garbage collection, which may free what is captured."""
+        """On a stream of its own, as capturing needs; without garbage collection, which may destroy a graph meanwhile."""
         torch.cuda.synchronize(self._stream.device)
-        gc.collect()
         collects = gc.isenabled()
         gc.disable()
         try:

@@ -193,14 +193,17 @@ class RunAhead:
     def __init__(self, device: torch.device, depth: int = 1):
         self._depth = depth
         self._events: list[torch.Event] | None = [] if device.type != "cpu" else None
+        self._reached: list[torch.Event] = []  # recorded anew at the next points
         self._device = device
 
     def mark(self) -> None:
         """The host is at a point: wait until the device is at most `depth` points behind."""
         if self._events is None:
             return
-        event = torch.Event(self._device)
+        event = self._reached.pop() if self._reached else torch.Event(self._device)
         event.record()
         self._events.append(event)
         if len(self._events) > self._depth:
-            self._events.pop(0).synchronize()
+            oldest = self._events.pop(0)
+            oldest.synchronize()
+            self._reached.append(oldest)

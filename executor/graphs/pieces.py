@@ -45,7 +45,7 @@ class GraphRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """On a stream of its own, as capturing needs; without garbage collection, which may destroy a graph meanwhile."""
+        """On a stream of its own, as capturing needs; without garbage collection, which may destroy graphs."""
         torch.cuda.synchronize(self._stream.device)
         collects = gc.isenabled()
         gc.disable()

@@ -47,7 +47,7 @@ def measured_splitter(
         n_experts: of each MoE layer.
         top_k: experts that each token goes to.
         max_step: of the splitter, in seconds.
-        most_rows: of a pass in serving. Where there can be but few rows in a pass, nothing is measured.
+        most_rows: of a pass in serving. Where there can be but few rows in a pass, nothing is measured, nor cut.
         timer: reads the device's clock; by default events on an accelerator.
     """
     room = runner.cache.n_blocks * runner.cache.block_size
@@ -68,7 +68,7 @@ def measured_splitter(
             *(1e6 * splitter.expert, 1e6 * splitter.row, 1e6 * (splitter.launch or 0.0), 1e9 * splitter.cell),
         )
         return splitter
-    return LinearSplitter(n_experts, top_k, max_step=max_step)
+    return LinearSplitter(n_experts, top_k, max_step=max_step, expert=1e-12, row=1e-15, cell=0.0)
 
 
 class _Layers:

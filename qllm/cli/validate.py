@@ -28,11 +28,11 @@ def validate(
     from qllm.executor.calibration.environment import device_name
     from qllm.executor.model.info import model_facts
     from qllm.executor.model.loading import load
+    from qllm.experiment.engines import Engines
     from qllm.experiment.folders import claim
     from qllm.experiment.results import write_config
     from qllm.experiment.run import runs
     from qllm.traces.step_times.timings import Timings
-    from qllm.validation.engines import Engines
     from qllm.validation.results import report, save
     from qllm.validation.validate import compare
 

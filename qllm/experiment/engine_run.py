@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,11 @@ from qllm.executor.graphs.runner import Graphs
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
 from qllm.executor.testing import DEMO, demo_model
+from qllm.experiment.engines import Engines
 from qllm.experiment.progress import Update
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
-from qllm.scheduler import Limits, Policy, RequestTooLarge
+from qllm.scheduler import Limits, RequestTooLarge, make_policy
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
@@ -85,57 +87,55 @@ def run(
     tables, shown = [], []
     alone: dict[Limits, tuple[np.ndarray, np.ndarray]] = {}
     last = config.points()[-1]
-    for number, this in enumerate(todo, start=1):
-        name = f"run {number} of {len(todo)}, {this}"
-        trace = request_trace(this.config, this.seed)
-        limits = engine_limits(target, this.config)
-        key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)
-        lengths = _lengths(trace)
-        if key not in alone or not np.isin(lengths, alone[key][0]).all():
-            known = alone.get(key, (np.empty(0), np.empty(0)))
-            update.phase(f"isolated TTFT, for {name}: lone requests", len(lengths) * ISOLATED_REPEATS)
-            alone[key] = _joined(known, lengths, isolated_ttft(this.config, target, limits, lengths, update, graphs))
-        update.phase(f"{name}: requests", len(trace))
-        result = replay_run(this, trace, target, limits, update, graphs)
-        tables.append(sweep_rows(this, request_table(this, trace, result, _between(trace.prompt_tokens, *alone[key]))))
-        if this.point == last and this.seed == config.seed_list[0]:
-            shown.append((this, result))
+    with Engines(target, graphs=graphs, progress=recording(update)) as engines:
+        for number, this in enumerate(todo, start=1):
+            name = f"run {number} of {len(todo)}, {this}"
+            trace = request_trace(this.config, this.seed)
+            limits = engine_limits(target, this.config)
+            key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)
+            lengths = _lengths(trace)
+            if key not in alone or not np.isin(lengths, alone[key][0]).all():
+                known = alone.get(key, (np.empty(0), np.empty(0)))
+                update.phase(f"isolated TTFT, for {name}: lone requests", len(lengths) * ISOLATED_REPEATS)
+                alone[key] = _joined(
+                    known, lengths, isolated_ttft(this.config, target, limits, lengths, update, engines)
+                )
+            update.phase(f"{name}: requests", len(trace))
+            result = replay_run(this, trace, target, limits, update, engines)
+            tables.append(
+                sweep_rows(this, request_table(this, trace, result, _between(trace.prompt_tokens, *alone[key])))
+            )
+            if this.point == last and this.seed == config.seed_list[0]:
+                shown.append((this, result))
     requests = pd.concat(tables, ignore_index=True)
     return Results.of(requests, config.model_copy(update={"provenance": provenance(target)})), shown
 
 
-def make_engine(
-    config: Config, target: LoadedModel, policy: Policy | str, limits: Limits, update: Update, graphs: Graphs
-) -> Engine:
-    """An engine for a run; on a GPU `update` is told how far it is with recording passes, before its phase begins."""
+def recording(update: Update) -> Callable[[int, int], None]:
+    """Tells `update` how far an engine is with recording passes, as a phase of its own within the one that is told."""
     phase = update.doing, update.total
 
-    def recorded(done: int, total: int) -> None:
+    def told(done: int, total: int) -> None:
+        nonlocal phase
         if done == 0:
+            phase = update.doing, update.total
             update.phase("recording passes", total)
         update(done, total)
         if done == total:
             update.phase(*phase)
 
-    return Engine(
-        target.model,
-        policy=policy,
-        limits=limits,
-        clock=engine_clock(target, config),
-        max_step=config.max_step,
-        graphs=graphs,
-        progress=recorded,
-    )
+    return told
 
 
 def replay_run(
-    this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits, update: Update, graphs: Graphs
+    this: Run, trace: RequestTrace, target: LoadedModel, limits: Limits, update: Update, engines: Engines
 ) -> RunResult:
     """One policy at one point. An exception of a user's policy becomes a ConfigError with file and line."""
     policy = this.config.policies[this.policy]
     priorities = this.config.priorities
     try:
-        with make_engine(this.config, target, policy.build(), limits, update, graphs) as engine:
+        clock, max_step = engine_clock(target, this.config), this.config.max_step
+        with engines.engine(policy.build(), limits, clock, max_step=max_step) as engine:
             warm_up(engine, trace)
             return replay(engine, trace, priorities=priorities, seed=this.seed, watch=update.watch)
     except Exception as error:
@@ -151,13 +151,14 @@ def warm_up(engine: Engine, trace: RequestTrace) -> None:
 
 
 def isolated_ttft(
-    config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray, update: Update, graphs: Graphs
+    config: Config, target: LoadedModel, limits: Limits, lengths: np.ndarray, update: Update, engines: Engines
 ) -> np.ndarray:
     """Seconds from submission to first token of a lone request at each prompt length, the median of a few, float64.
 
     NaN for a length that can never be served.
     """
-    with make_engine(config, target, "fcfs", limits, update, graphs) as engine:
+    clock = engine_clock(target, config)
+    with engines.engine(make_policy("fcfs"), limits, clock, max_step=config.max_step) as engine:
         for n in lengths[[0, -1]].tolist():
             _lone_ttft(engine, n, 2)
         found = np.empty((len(lengths), ISOLATED_REPEATS))

@@ -14,6 +14,7 @@ from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.replay import replay
 from qllm.executor.model.loading import LoadedModel
 from qllm.experiment.engine_run import engine_limits
+from qllm.experiment.engines import Engines
 from qllm.experiment.metrics import per_request, percentile
 from qllm.experiment.run import Run, request_table
 from qllm.scheduler import Limits
@@ -21,7 +22,6 @@ from qllm.sim import ResampledRouting, simulate
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
-from qllm.validation.engines import Engines
 
 METRICS = ("ttft_s", "tpot_s", "turnaround_s")
 STATISTICS = ("mean", "p50", "p95", "p99")
@@ -120,7 +120,7 @@ def replay_run(run: Run, loaded: LoadedModel, engines: Engines | None = None) ->
     steps = RecordingCostModel(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)
     policy = config.policies[run.policy].build()
     clock = RealClock(steps, polls=True)
-    with (engines or Engines(loaded, kept=False)).engine(policy, limits, clock, run.seed) as engine:
+    with (engines or Engines(loaded, kept=False)).engine(policy, limits, clock, seed=run.seed) as engine:
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         steps.calls.clear()
         result = replay(engine, trace, priorities=config.priorities, seed=run.seed)

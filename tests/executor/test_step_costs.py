@@ -15,6 +15,7 @@ from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.step_costs import measured_splitter
 from qllm.executor.graphs.runner import GraphRunner
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import current_pass
 from qllm.executor.model.split import LinearSplitter, whole
 from qllm.executor.testing import tiny_model
@@ -63,9 +64,10 @@ def test_the_prices_of_a_clock_are_found_again(runner):
     assert runner.model.config._experts_implementation == "qllm"
 
 
-def test_where_passes_are_short_nothing_is_measured(runner):
-    default = LinearSplitter(EXPERTS, TOP_K, max_step=0.5)
-    assert measured_splitter(runner, EXPERTS, TOP_K, 0.5, most_rows=100) == default
+def test_where_passes_are_short_nothing_is_measured_nor_cut(runner):
+    splitter = measured_splitter(runner, EXPERTS, TOP_K, 1e-6, most_rows=100)
+    batch = Batch([(Sequence([5] * 100, [*range(25)]), 100)], runner.cache)
+    assert splitter(batch)[:2] == (EXPERTS, 1)
 
 
 def test_a_device_without_memory_for_many_rows_measures_fewer(runner, monkeypatch):

@@ -19,12 +19,12 @@ from qllm.executor.errors import EngineClosed, ExecutorError
 from qllm.executor.graphs.runner import GraphRunner
 from qllm.executor.model.loading import LoadedModel
 from qllm.executor.model.runner import Runner, run_to_end
+from qllm.experiment.engines import Engines
 from qllm.experiment.run import runs
 from qllm.scheduler import Limits, Scheduler, make_policy
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.testing import affine_timings
 from qllm.validation.attribution import by_pass
-from qllm.validation.engines import Engines
 from qllm.validation.validate import compare
 from tests.gpu.plain import plain_kernels
 from tests.gpu.tape import TapeRecorder
@@ -96,7 +96,7 @@ def test_one_engine_serves_the_runs_of_a_validation_and_records_once(model, runn
         for number, (policy, given) in enumerate([(merging, limits), (make_policy("fcfs"), limits), (merging, others)]):
             assert tokens_of(policy, given) == want
             assert len(runners) == 2 + number
-        with pytest.raises(KeyError), engines.engine(merging, others, clock, 0) as engine:
+        with pytest.raises(KeyError), engines.engine(merging, others, clock, seed=0) as engine:
             raise KeyError
         with pytest.raises(EngineClosed):
             engine.stats()
@@ -106,7 +106,7 @@ def test_one_engine_serves_the_runs_of_a_validation_and_records_once(model, runn
 
 def test_an_engine_that_serves_requests_keeps_its_scheduler(model, runners):
     limits = Limits(max_seqs=4, max_batched_tokens=48, kv_blocks=60, block_size=4)
-    with Engines(LoadedModel.of("tiny", model)).engine(make_policy("fcfs"), limits, RealClock(), 0) as engine:
+    with Engines(LoadedModel.of("tiny", model)).engine(make_policy("fcfs"), limits, RealClock(), seed=0) as engine:
         engine.submit([5, 6], max_new_tokens=50)
         with pytest.raises(ExecutorError, match="keeps its scheduler"):
             engine.call(lambda loop: loop.serve_by(Scheduler(make_policy("qllm"), engine.limits), RealClock()))

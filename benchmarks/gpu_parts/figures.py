@@ -44,7 +44,7 @@ def _part(name: str, share: float, needs: float, *figures: Figure) -> Part:
 
 F = Figure
 PARTS = (
-    _part("build", 90, 0, F("build_s", "making the model", "s"), F("engine_s", "starting the engine", "s")),
+    _part("build", 150, 0, F("build_s", "making the model", "s"), F("engine_s", "starting the engine", "s")),
     _part(
         *("passes", 15, 3),
         F("decode_1", "decode of 1 over 512 tokens", "ms", 8, by_layer=True),

@@ -25,7 +25,8 @@ from qllm.executor.model.split import Split, Splitter, whole
 Graphs = Literal["load", "use", "off"]
 GRAPHS: tuple[Graphs, ...] = ("load", "use", "off")
 COPIES = 2  # of a bucket: one may be suspended while another pass needs it
-MEMORY_SHARE = 0.05  # of the device's memory, for what recorded passes keep
+MEMORY_SHARE = 0.05  # of the device's memory, for what recorded passes keep ...
+FREE_SHARE = 0.4  # ... and of what is free before: passes that run eagerly need the rest
 
 log = logging.getLogger(__name__)
 
@@ -141,13 +142,14 @@ class GraphRunner(Runner):
             return
         todo = [*buckets(self._max_seqs)] * COPIES
         before, start = self._free_bytes(), time.monotonic()
+        most = min(MEMORY_SHARE * memory_bytes(self.device)[1], FREE_SHARE * before)
         for number, bucket in enumerate(todo):
             if progress is not None:
                 progress(number, len(todo))
             if not self._record_one(bucket):
                 break
             used = before - self._free_bytes()
-            if used > MEMORY_SHARE * memory_bytes(self.device)[1]:
+            if used > most:
                 log.warning("recorded passes keep %d MiB; the others run eagerly", used >> 20)
                 break
         if progress is not None:

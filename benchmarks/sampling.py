@@ -20,8 +20,8 @@ import torch
 from results_file import add_out, save, this_machine
 
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.sampling.sampling import SamplingParams, sample
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits
 

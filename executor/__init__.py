@@ -6,14 +6,17 @@
         for token in engine.submit("Hello", max_new_tokens=32, priority=0):
             print(token.text, end="")
 
-engine/         serves requests: the engine and its thread, clocks, sampling, replay of request traces
+engine/         serves requests: the engine and its thread, clocks, replay of request traces
+sampling/       chooses the next tokens from logits, on a CPU and on a device
+graphs/         replays short passes on a GPU, piece by piece from point to point
 model/          one model: loading and checks, the hooks, one pass in a greenlet, the KV cache
+gpu/            kernels for attention and experts, and what a pass's kernels read; fused/: norms, rotary, gates
 cpu/            what makes float32 on CPUs fast: packed weights, a kernel, huge pages
 calibration/    measures a model's passes and writes a timing trace
 errors.py       the errors of all of them
 testing.py      models without a checkpoint: tiny ones of any family, a demo, one to compare engines on
 
-Imports run downwards only: calibration, engine, model, cpu. Each folder's text says what lies in it.
+Imports run downwards only: calibration, engine, graphs, model, then gpu and cpu; sampling stands by itself. Each folder's text says what lies in it.
 """
 
 if __name__ != "qllm.executor":
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from qllm.executor.engine.requests import RequestTimes as RequestTimes
     from qllm.executor.engine.requests import Stream as Stream
     from qllm.executor.engine.requests import Token as Token
-    from qllm.executor.engine.sampling import SamplingParams as SamplingParams
     from qllm.executor.errors import EngineClosed as EngineClosed
     from qllm.executor.errors import ExecutorError as ExecutorError
     from qllm.executor.errors import KVMemoryError as KVMemoryError
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from qllm.executor.model.loading import prepare_model as prepare_model
     from qllm.executor.model.split import LinearSplitter as LinearSplitter
     from qllm.executor.model.split import Split as Split
+    from qllm.executor.sampling.sampling import SamplingParams as SamplingParams
 
 # GNU's OpenMP runtime reads it when PyTorch is imported. By default a waiting thread spins for some milliseconds, on
 # the very core that the thread it waits for may need; after 2,000 turns, about a tenth of one, it sleeps instead.
@@ -66,7 +69,7 @@ _WHERE = {
     "RequestFailed": "qllm.executor.errors",
     "RequestTimes": "qllm.executor.engine.requests",
     "SamplingError": "qllm.executor.errors",
-    "SamplingParams": "qllm.executor.engine.sampling",
+    "SamplingParams": "qllm.executor.sampling.sampling",
     "Split": "qllm.executor.model.split",
     "Stats": "qllm.executor.engine.engine",
     "Stream": "qllm.executor.engine.requests",

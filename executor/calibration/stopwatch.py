@@ -25,12 +25,12 @@ import torch
 
 from qllm.executor.calibration.timed_runner import TimedRunner
 from qllm.executor.engine.hook_clock import Stopwatch
-from qllm.executor.engine.sampling import SamplingParams, sample
 from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
+from qllm.executor.sampling.sampling import SamplingParams, sample
 
 PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
 HOST = "begin"  # the part that the host's clock tells

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qllm.executor.engine.sampling import SamplingParams, is_whole
 from qllm.executor.errors import ExecutorError, KVMemoryError, RequestError, SamplingError
 from qllm.executor.graphs.runner import GRAPHS
+from qllm.executor.sampling.sampling import SamplingParams, is_whole
 from qllm.scheduler import Limits, Policy, SchedulerError
 
 

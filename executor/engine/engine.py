@@ -25,7 +25,6 @@ from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream
-from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.engine.step_costs import measured_splitter
 from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
@@ -33,6 +32,7 @@ from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.split import LinearSplitter, Splitter
+from qllm.executor.sampling.sampling import SamplingParams
 from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")

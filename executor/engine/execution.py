@@ -14,9 +14,9 @@ import torch
 
 from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.engine.requests import EngineRequest
-from qllm.executor.engine.sampling import sample
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.passes import Point, RunningPass
+from qllm.executor.sampling.sampling import sample
 from qllm.scheduler import Pass, Scheduler
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 

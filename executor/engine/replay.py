@@ -12,8 +12,8 @@ from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.requests import EngineRequest
-from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.errors import ExecutorError, RequestError
+from qllm.executor.sampling.sampling import SamplingParams
 from qllm.scheduler import RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult

@@ -9,11 +9,11 @@ from math import isnan
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from qllm.executor.engine.sampling import SamplingParams
 from qllm.executor.engine.text import Detokenizer, Tokenizer
 from qllm.executor.errors import ExecutorError, RequestFailed
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.sampling.sampling import SamplingParams
 from qllm.scheduler import Request, State
 
 

@@ -7,10 +7,10 @@ import torch
 
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.requests import Stream
-from qllm.executor.engine.sampling import sample
 from qllm.executor.errors import KVMemoryError, RequestFailed
 from qllm.executor.model import info
 from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.sampling.sampling import sample
 from qllm.scheduler import Limits
 from tests.engine_worlds import LAYERS, make_model
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.executor.engine.sampling import SamplingParams, draw, largest_k, largest_of, sample, uniform
 from qllm.executor.errors import SamplingError
+from qllm.executor.sampling.sampling import SamplingParams, draw, largest_k, largest_of, sample, uniform
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
 

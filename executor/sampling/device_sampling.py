@@ -1,8 +1,8 @@
 """Sampling where the logits are on an accelerator: all rows of a batch together, with one copy each way.
 
-The rules are those of `qllm.executor.engine.sampling`. A weight is a whole number here, since sums of whole numbers do
-not depend on the order in which a kernel adds them: from the same logits a request draws the same token, whoever shares
-its batch. A token of less than 2**-40 of the likeliest one's probability is never drawn.
+The rules are those of `qllm.executor.sampling.sampling`. A weight is a whole number here, since sums of whole numbers
+do not depend on the order in which a kernel adds them: from the same logits a request draws the same token, whoever
+shares its batch. A token of less than 2**-40 of the likeliest one's probability is never drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qllm.executor.engine.sampling import SamplingParams, uniform
+from qllm.executor.sampling.sampling import SamplingParams, uniform
 
 ONE = 2.0**40  # the weight of a row's likeliest token; those of 2**22 tokens have a sum below 2**63
 AT_ONCE = 1 << 23  # logits drawn from at once: each takes some 40 bytes of temporary memory

@@ -7,7 +7,7 @@ token, whoever shares its batch. (The last bits of the logits may differ with th
 A filter keeps every token whose logit reaches a threshold, ties with the last one kept included, as transformers and
 vLLM do for top-k; which of them came first would depend on the kernel that sorts.
 
-This is how a CPU does it, a few rows at a time; for an accelerator see `qllm.executor.engine.device_sampling`.
+This is how a CPU does it, a few rows at a time; for an accelerator see `qllm.executor.sampling.device_sampling`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def sample(
 ) -> list[int | None]:
     """One token id per row of `logits` `[rows, vocab]`; None where the row holds NaN or inf, or allows nothing."""
     if logits.device.type != "cpu":
-        from qllm.executor.engine.device_sampling import sample_on_device  # here: it needs what this file defines
+        from qllm.executor.sampling.device_sampling import sample_on_device  # here: it needs what this file defines
 
         return sample_on_device(logits, params, generated, seeds)
     logits = forbid_stops(logits, params, generated)

@@ -1,0 +1,1 @@
+"""How the next token is chosen from logits: parameters of a request, on a CPU and on a device."""

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+if TYPE_CHECKING:  # most benchmarks bring rows of their own
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -62,7 +63,7 @@ def text(provenance: dict[str, Any], tables: dict[str, pd.DataFrame | list[dict[
     """The file's content: a line for each row, so that a change of one row is a change of one line."""
     parts = [f'"provenance": {json.dumps(provenance, indent=1, ensure_ascii=False)}']
     for name, given in tables.items():
-        rows = given.to_dict("records") if isinstance(given, pd.DataFrame) else given
+        rows = given if isinstance(given, list) else given.to_dict("records")
         columns = list(rows[0])
         lines = [json.dumps([_plain(row[column]) for column in columns], ensure_ascii=False) for row in rows]
         listed = ",\n".join(lines)

@@ -27,6 +27,7 @@ from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import EngineRequest, Stream
 from qllm.executor.engine.step_costs import measured_splitter
 from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
+from qllm.executor.engine.warm_up import warm_up
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError
 from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
@@ -83,8 +84,7 @@ class Engine:
             by linear step times: a CPU's, and on a GPU those that it takes, measured here.
         max_step: seconds that no step should exceed, for the default splitter.
         seed: of requests that bring none.
-        graphs: on a GPU, when short passes are recorded as CUDA graphs: "load": here; "use": each size at its first
-            use; "off": never.
+        graphs: when a GPU records short passes as CUDA graphs: "load": here; "use": at a first use; "off": never.
         progress: called while they are recorded here, with (passes recorded, passes to record).
 
     Attributes:
@@ -116,8 +116,7 @@ class Engine:
     ):
         check_settings(policy, limits, kv_memory, max_step, seed, graphs)
         model = model if model.config._attn_implementation == "qllm" else prepare_model(model)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.clock: Clock = clock or RealClock()
         facts = model_facts(model)
         given = limits or Limits()
@@ -131,9 +130,8 @@ class Engine:
         self._runner = GraphRunner(model, blocks, given.block_size, splits, graphs=graphs, max_seqs=given.max_seqs)
         make_cache(self._runner, facts["kv_bytes_per_token"])
         if splitter is None and self.clock.steps is None and self._runner.device.type == "cuda":
-            self._runner.splitter = measured_splitter(
-                self._runner, *shape, max_step, most_rows=given.max_batched_tokens
-            )
+            most = given.max_batched_tokens
+            self._runner.splitter = measured_splitter(self._runner, *shape, max_step, most_rows=most)
         if not (self.scheduler.policy.merge or self.clock.asks_queues):  # then no pass is replayed
             self._runner.record_all(progress)
         self._stop_ids = stop_ids(model, tokenizer)
@@ -157,6 +155,8 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run, name=THREAD, daemon=True)
         self._thread.start()
         _serving[self._thread] = self._loop
+        if self._runner.device.type == "cuda":
+            self.call(lambda loop: warm_up(loop.runner, given.max_batched_tokens))
 
     @classmethod
     def from_pretrained(

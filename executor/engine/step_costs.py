@@ -102,17 +102,21 @@ def _marks(runner: Runner, size: int, watch: Stopwatch) -> list[tuple[str, Any]]
     """Run the first layers of a pass over a prompt of `size` tokens, none of them split."""
     watch.marks = []
     vocabulary = embedding(runner.model).num_embeddings
-    tokens = random.Random(size).choices(range(vocabulary), k=size)
-    blocks = range(-(-size // runner.cache.block_size))
-    batch = Batch([(Sequence(tokens, [*blocks]), size)], runner.cache, max_positions=runner.max_positions)
+    run_first_layers(runner, random.Random(size).choices(range(vocabulary), k=size), LAYERS)
+    return watch.marks
+
+
+def run_first_layers(runner: Runner, prompt: list[int], layers: int) -> None:
+    """Run `layers` layers of a pass over `prompt`, not split and not replayed, with KV in the first blocks."""
+    blocks = range(-(-len(prompt) // runner.cache.block_size))
+    batch = Batch([(Sequence(prompt, [*blocks]), len(prompt))], runner.cache, max_positions=runner.max_positions)
     split = whole(batch)
     forward = Runner.place(runner, batch, split, queues=False)  # that of a plain runner: no hook runs in a replay
     running = RunningPass(batch, split, forward, RunAhead(torch.device("cpu")), runner.windows)
     while (point := running.advance()) is not None:
-        if point.layer >= LAYERS:
+        if point.layer >= layers:
             running.close()
             break
-    return watch.marks
 
 
 def fit(

@@ -16,7 +16,8 @@ calibration/    measures a model's passes and writes a timing trace
 errors.py       the errors of all of them
 testing.py      models without a checkpoint: tiny ones of any family, a demo, one to compare engines on
 
-Imports run downwards only: calibration, engine, graphs, model, then gpu and cpu; sampling stands by itself. Each folder's text says what lies in it.
+Imports run downwards only: calibration, engine, graphs, model, then gpu and cpu; sampling stands by itself. Each
+folder's text says what lies in it.
 """
 
 if __name__ != "qllm.executor":

@@ -102,14 +102,19 @@ def _marks(runner: Runner, size: int, watch: Stopwatch) -> list[tuple[str, Any]]
     """Run the first layers of a pass over a prompt of `size` tokens, none of them split."""
     watch.marks = []
     vocabulary = embedding(runner.model).num_embeddings
-    run_first_layers(runner, random.Random(size).choices(range(vocabulary), k=size), LAYERS)
+    tokens = random.Random(size).choices(range(vocabulary), k=size)
+    run_first_layers(runner, batch_of(runner, tokens), LAYERS)
     return watch.marks
 
 
-def run_first_layers(runner: Runner, prompt: list[int], layers: int) -> None:
-    """Run `layers` layers of a pass over `prompt`, not split and not replayed, with KV in the first blocks."""
+def batch_of(runner: Runner, prompt: list[int]) -> Batch:
+    """The batch of a pass over `prompt`, with KV in the first blocks."""
     blocks = range(-(-len(prompt) // runner.cache.block_size))
-    batch = Batch([(Sequence(prompt, [*blocks]), len(prompt))], runner.cache, max_positions=runner.max_positions)
+    return Batch([(Sequence(prompt, [*blocks]), len(prompt))], runner.cache, max_positions=runner.max_positions)
+
+
+def run_first_layers(runner: Runner, batch: Batch, layers: int) -> None:
+    """Run `layers` layers of a pass over `batch`, not split and not replayed."""
     split = whole(batch)
     forward = Runner.place(runner, batch, split, queues=False)  # that of a plain runner: no hook runs in a replay
     running = RunningPass(batch, split, forward, RunAhead(torch.device("cpu")), runner.windows)

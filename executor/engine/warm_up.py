@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from qllm.executor.engine.step_costs import run_first_layers
+from qllm.executor.engine.step_costs import batch_of, run_first_layers
 from qllm.executor.gpu.large_blocks import REGULAR
 from qllm.executor.model.runner import Runner
 
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 def warm_up(runner: Runner, most_rows: int) -> None:
     """Run the first layers of prompts of those lengths for which cuDNN prepares a plan of its attention.
 
-    It does so for each thread anew: call this in the thread that serves.
+    It does so for each thread anew: call this in the thread that serves. Prompts whose attention is cut are left out:
+    each length has other plans.
 
     Args:
         runner: its cache is made, nothing is served yet; the KV of its first blocks is overwritten.
@@ -26,10 +27,13 @@ def warm_up(runner: Runner, most_rows: int) -> None:
     """
     start, room = time.monotonic(), runner.cache.n_blocks * runner.cache.block_size
     most = min(most_rows, room, runner.max_positions or room)
-    lengths = [*range(REGULAR, most + 1, REGULAR), REGULAR + 1]  # the last one leaves a rest to FlashAttention
+    lengths = sorted([*range(REGULAR, most + 1, REGULAR), REGULAR + 1])  # one leaves a rest to FlashAttention
     for length in (n for n in lengths if n <= most):
+        batch = batch_of(runner, [0] * length)
+        if runner.splitter(batch).query_blocks > 1:
+            continue
         try:
-            run_first_layers(runner, [0] * length, LAYERS)
+            run_first_layers(runner, batch, LAYERS)
         except RuntimeError as error:  # such as too little memory: no reason not to serve
             log.warning("prompts of %d tokens could not be warmed up: %s", length, type(error).__name__)
             return

@@ -21,7 +21,8 @@ from results_file import add_out, save, this_machine
 
 from qllm.executor.engine.engine import Engine
 from qllm.executor.model.loading import prepare_model
-from qllm.executor.sampling.sampling import SamplingParams, sample
+from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.sampling import sample
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits
 

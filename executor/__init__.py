@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from qllm.executor.model.loading import prepare_model as prepare_model
     from qllm.executor.model.split import LinearSplitter as LinearSplitter
     from qllm.executor.model.split import Split as Split
-    from qllm.executor.sampling.sampling import SamplingParams as SamplingParams
+    from qllm.executor.sampling.grammar import Grammar as Grammar
+    from qllm.executor.sampling.params import SamplingParams as SamplingParams
 
 # GNU's OpenMP runtime reads it when PyTorch is imported. By default a waiting thread spins for some milliseconds, on
 # the very core that the thread it waits for may need; after 2,000 turns, about a tenth of one, it sleeps instead.
@@ -62,6 +63,7 @@ _WHERE = {
     "Engine": "qllm.executor.engine.engine",
     "EngineClosed": "qllm.executor.errors",
     "ExecutorError": "qllm.executor.errors",
+    "Grammar": "qllm.executor.sampling.grammar",
     "KVMemoryError": "qllm.executor.errors",
     "LinearSplitter": "qllm.executor.model.split",
     "LoadError": "qllm.executor.errors",
@@ -70,7 +72,7 @@ _WHERE = {
     "RequestFailed": "qllm.executor.errors",
     "RequestTimes": "qllm.executor.engine.requests",
     "SamplingError": "qllm.executor.errors",
-    "SamplingParams": "qllm.executor.sampling.sampling",
+    "SamplingParams": "qllm.executor.sampling.params",
     "Split": "qllm.executor.model.split",
     "Stats": "qllm.executor.engine.engine",
     "Stream": "qllm.executor.engine.requests",

@@ -16,7 +16,7 @@ from qllm.executor.errors import RequestFailed
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.split import Split
-from qllm.executor.sampling.sampling import SamplingParams
+from qllm.executor.sampling.params import SamplingParams
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits, Pass
 from qllm.traces.step_times.cost_model import PassCostModel

@@ -30,7 +30,8 @@ from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
-from qllm.executor.sampling.sampling import SamplingParams, sample
+from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.sampling import sample
 
 PARTS = {"start": "lead", "attention": "attention", "attended": "post", "experts": "experts", "routed": "pre"}
 HOST = "begin"  # the part that the host's clock tells

@@ -7,7 +7,7 @@ from typing import Any
 
 from qllm.executor.errors import ExecutorError, KVMemoryError, RequestError, SamplingError
 from qllm.executor.graphs.runner import GRAPHS
-from qllm.executor.sampling.sampling import SamplingParams, is_whole
+from qllm.executor.sampling.params import SamplingParams, is_whole
 from qllm.scheduler import Limits, Policy, SchedulerError
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.split import LinearSplitter, Splitter
-from qllm.executor.sampling.sampling import SamplingParams
+from qllm.executor.sampling.params import SamplingArguments, SamplingParams
 from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")
@@ -193,12 +193,8 @@ class Engine:
         *,
         max_new_tokens: int = 16,
         priority: int = 0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        min_tokens: int = 0,
         stop: Iterable[int] | None = None,
+        **sampling: Unpack[SamplingArguments],
     ) -> Stream:
         """Queue a request. Returns at once.
 
@@ -207,14 +203,11 @@ class Engine:
                 them, as that of a chat template does.
             max_new_tokens: tokens to generate, at most.
             priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship.
-            temperature: 0 is greedy.
-            top_k: draw from so many most likely tokens; 0 for all.
-            top_p: draw from the most likely tokens that together have this probability.
-            seed: of the draws; one of the engine's own by default.
-            min_tokens: tokens before which no stop token is chosen.
             stop: token ids that end the request, the last of its tokens. By default those of the checkpoint's
                 generation configuration (else of its config.json) and the tokenizer's; with an empty `stop` there are
                 none.
+            sampling: the other arguments of `SamplingParams`: temperature, top_k, top_p, seed and so on. By default
+                the likeliest token is chosen.
 
         Returns:
             The stream of its tokens.
@@ -226,8 +219,8 @@ class Engine:
         """
         try:
             stops = self._stop_ids if stop is None else frozenset(token_ids("stop", stop, self.vocabulary))
-            sampling = SamplingParams(temperature, top_k, top_p, seed, min_tokens, stops)
-            sequence = self.make_request(prompt, max_new_tokens, priority, sampling, self.clock.now())
+            params = SamplingParams(stop=stops, **sampling)
+            sequence = self.make_request(prompt, max_new_tokens, priority, params, self.clock.now())
         except (RequestError, SamplingError) as error:
             log.warning("request refused: %s", error)
             raise

@@ -13,7 +13,7 @@ from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError, RequestError
-from qllm.executor.sampling.sampling import SamplingParams
+from qllm.executor.sampling.params import SamplingParams
 from qllm.scheduler import RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult

@@ -13,7 +13,7 @@ from qllm.executor.engine.text import Detokenizer, Tokenizer
 from qllm.executor.errors import ExecutorError, RequestFailed
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
-from qllm.executor.sampling.sampling import SamplingParams
+from qllm.executor.sampling.params import SamplingParams
 from qllm.scheduler import Request, State
 
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qllm.executor.sampling.sampling import SamplingParams, uniform
+from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.sampling import uniform
 
 ONE = 2.0**40  # the weight of a row's likeliest token; those of 2**22 tokens have a sum below 2**63
 AT_ONCE = 1 << 23  # logits drawn from at once: each takes some 40 bytes of temporary memory

@@ -13,78 +13,16 @@ This is how a CPU does it, a few rows at a time; for an accelerator see `qllm.ex
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import TypeGuard
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from qllm.executor.errors import SamplingError
+from qllm.executor.sampling.params import SamplingParams
 
 FEW = 1024  #: tokens up to which a `top_k` looks at a row's largest logits alone
 TIES = 16  # tokens beyond the k-th, to see whether some tie with it
-COLDEST = 1e-6  # temperature: below, logits over it may be beyond float32
 BLOCK = 128  # tokens that are looked at together, by their maximum or their sum
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: draw from so many most likely tokens; 0 for all.
-        top_p: draw from the most likely tokens that together have this probability; above 0, at most 1.
-        seed: of the draws; None for one of the engine's own.
-        min_tokens: tokens before which no stop token is chosen.
-        stop: token ids that end the request.
-
-    Raises:
-        SamplingError: a value is outside its range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    min_tokens: int = 0
-    stop: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        _number(
-            "temperature",
-            self.temperature,
-            lambda t: t == 0 or COLDEST <= t < math.inf,
-            f"0 (greedy), or a number from {COLDEST:g}",
-        )
-        object.__setattr__(self, "temperature", float(self.temperature))  # torch divides by no Fraction
-        _number("top_p", self.top_p, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
-        _whole("top_k", self.top_k, lambda k: k >= 0, "a whole number, 0 (off) or more")
-        _whole("min_tokens", self.min_tokens, lambda n: n >= 0, "a whole number, 0 or more")
-        if self.seed is not None:
-            _whole("seed", self.seed, lambda n: 0 <= n < 2**64, "None, or a whole number between 0 and 2**64 - 1")
-
-
-def _number(name: str, value: object, fits: Callable[[float], bool], allowed: str) -> None:
-    number = math.nan
-    if isinstance(value, Real) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            number = float(value)
-    if not fits(number):
-        raise SamplingError(f"{name} is {value!r:.80}; allowed: {allowed}")
-
-
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether `value` is a whole number, of Python or of numpy; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: object, fits: Callable[[int], bool], allowed: str) -> None:
-    if not is_whole(value) or not fits(int(value)):
-        raise SamplingError(f"{name} is {value!r:.80}; allowed: {allowed}")
 
 
 def uniform(seed: int, step: int) -> float:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import qllm.executor.sampling.device_sampling as device_sampling
 from qllm.executor.engine.execution import sample_rows
 from qllm.executor.sampling.device_sampling import sample_on_device
-from qllm.executor.sampling.sampling import SamplingParams, sample, uniform
+from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.sampling import sample, uniform
 
 EDGE = 1e-5  # of a probability: what rounding may move
 

@@ -19,7 +19,7 @@ The kinds, and where each is guarded:
                      `check_points` there; what no GPU can do: roofline.py
     policies         files: qllm/config/policies.py, which also stops loops; answers and attributes: `ask` and
                      `checked_policy` of scheduler/policy.py; requests that nobody serves: sim/simulate.py
-    engine           arguments: executor/engine/checks.py and `SamplingParams` of sampling.py; limits:
+    engine           arguments: executor/engine/checks.py and `SamplingParams` of params.py; limits:
                      scheduler/memory.py
 """
 

@@ -13,6 +13,7 @@ from qllm.executor.engine.text import Detokenizer, Tokenizer
 from qllm.executor.errors import ExecutorError, RequestFailed
 from qllm.executor.model.kv_cache import HostKV
 from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.sampling.logprobs import Logprobs
 from qllm.executor.sampling.params import SamplingParams
 from qllm.scheduler import Request, State
 
@@ -24,10 +25,12 @@ class Token(NamedTuple):
         id: the token id.
         text: what the token adds to the output so far (may be empty inside a character); None where the engine has no
             tokenizer.
+        logprobs: where the request asked for them.
     """
 
     id: int
     text: str | None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,14 @@ class Completion:
         text: their text; None where the engine has no tokenizer.
         finish_reason: "stop", "length" or "cancelled".
         times: when what happened to the request.
+        logprobs: of each token, where the request asked for them.
     """
 
     tokens: list[int]
     text: str | None
     finish_reason: str
     times: RequestTimes
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,10 @@ class Stream:
         self.id = id
         self.prompt = prompt
         self.tokens: list[int] = []
+        self._logprobs: list[Logprobs] = []
         self._text = None if tokenizer is None else Detokenizer(tokenizer)
         self._cancel = cancel
-        self._queue: SimpleQueue[tuple[int, bool] | _End] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[int, bool, Logprobs | None] | _End] = SimpleQueue()
         self._end: _End | None = None
 
     def __iter__(self) -> Iterator[Token]:
@@ -117,9 +123,11 @@ class Stream:
         if self._end is None:
             item = self._queue.get()
             if isinstance(item, tuple):
-                token, last = item
+                token, last, logprobs = item
                 self.tokens.append(token)
-                return Token(token, None if self._text is None else self._text.add(token, last))
+                if logprobs is not None:
+                    self._logprobs.append(logprobs)
+                return Token(token, None if self._text is None else self._text.add(token, last), logprobs)
             self._end = item
         if self._end.error is not None:
             raise self._end.error
@@ -143,7 +151,7 @@ class Stream:
         if end is None:
             raise RuntimeError("the stream ended without an end")
         text = None if self._text is None else self._text.decode(self.tokens)
-        return Completion(self.tokens, text, end.reason, end.times)
+        return Completion(self.tokens, text, end.reason, end.times, self._logprobs or None)
 
     @property
     def finish_reason(self) -> str | None:
@@ -157,9 +165,9 @@ class Stream:
 
     # The engine's side, called in its thread.
 
-    def put(self, token: int, last: bool) -> None:
+    def put(self, token: int, last: bool, logprobs: Logprobs | None = None) -> None:
         """One more token; whether it is the last."""
-        self._queue.put((token, last))
+        self._queue.put((token, last, logprobs))
 
     def end(self, reason: str, times: RequestTimes, error: ExecutorError | ValueError | None = None) -> None:
         """The end; whatever is put after it is ignored."""

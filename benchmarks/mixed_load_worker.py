@@ -16,7 +16,7 @@ from typing import Any
 from processes import ANSWER
 
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.requests import Stream
+from qllm.executor.engine.stream import Stream
 from qllm.executor.model.loading import load_model
 from qllm.scheduler import Limits, make_policy
 

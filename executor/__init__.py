@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from qllm.executor.engine.engine import Engine as Engine
     from qllm.executor.engine.engine import Stats as Stats
     from qllm.executor.engine.replay import replay as replay
-    from qllm.executor.engine.requests import Completion as Completion
-    from qllm.executor.engine.requests import RequestTimes as RequestTimes
-    from qllm.executor.engine.requests import Stream as Stream
-    from qllm.executor.engine.requests import Token as Token
+    from qllm.executor.engine.stream import Completion as Completion
+    from qllm.executor.engine.stream import RequestTimes as RequestTimes
+    from qllm.executor.engine.stream import Stream as Stream
+    from qllm.executor.engine.stream import Token as Token
     from qllm.executor.errors import EngineClosed as EngineClosed
     from qllm.executor.errors import ExecutorError as ExecutorError
     from qllm.executor.errors import KVMemoryError as KVMemoryError
@@ -59,7 +59,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Loaded when first used: torch and transformers take seconds to import.
 _WHERE = {
-    "Completion": "qllm.executor.engine.requests",
+    "Completion": "qllm.executor.engine.stream",
     "Engine": "qllm.executor.engine.engine",
     "EngineClosed": "qllm.executor.errors",
     "ExecutorError": "qllm.executor.errors",
@@ -70,13 +70,13 @@ _WHERE = {
     "RealClock": "qllm.executor.engine.clock",
     "RequestError": "qllm.executor.errors",
     "RequestFailed": "qllm.executor.errors",
-    "RequestTimes": "qllm.executor.engine.requests",
+    "RequestTimes": "qllm.executor.engine.stream",
     "SamplingError": "qllm.executor.errors",
     "SamplingParams": "qllm.executor.sampling.params",
     "Split": "qllm.executor.model.split",
     "Stats": "qllm.executor.engine.engine",
-    "Stream": "qllm.executor.engine.requests",
-    "Token": "qllm.executor.engine.requests",
+    "Stream": "qllm.executor.engine.stream",
+    "Token": "qllm.executor.engine.stream",
     "UnsupportedModelError": "qllm.executor.errors",
     "VirtualClock": "qllm.executor.engine.clock",
     "load_model": "qllm.executor.model.loading",

@@ -24,8 +24,9 @@ from qllm.executor.engine.checks import check_request, check_settings, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.requests import EngineRequest, Stream
+from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.engine.step_costs import measured_splitter
+from qllm.executor.engine.stream import Stream
 from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
 from qllm.executor.engine.warm_up import warm_up
 from qllm.executor.errors import EngineClosed, RequestError, SamplingError

@@ -26,7 +26,8 @@ from qllm.executor.engine.execution import (
     sampled_by,
 )
 from qllm.executor.engine.recorder import RunRecorder
-from qllm.executor.engine.requests import EngineRequest, RequestTimes
+from qllm.executor.engine.requests import EngineRequest
+from qllm.executor.engine.stream import RequestTimes
 from qllm.executor.errors import EngineClosed, ExecutorError, UnusableLogits
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.requests import Stream
+from qllm.executor.engine.stream import Stream
 from qllm.executor.errors import KVMemoryError, RequestFailed
 from qllm.executor.model import info
 from qllm.executor.model.kv_cache import PagedKVCache

@@ -132,16 +132,20 @@ def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
 def run_tile(module: ExpertsModule, tile: Sequence[int], queues: Queues, others: Sequence[Queues] = ()) -> None:
     """Run what waits in `queues` at each expert of `tile`, and in the same launch what may be merged from `others`."""
     run = partial(run_group, tile=queues.tile) if queues.tile else run_experts
-    shares = [[queues, *(q for q in others if q.can_merge(e))] for e in tile]
+    merged = [q for q in others if any(map(q.can_merge, tile))]
+    own = [queues.waiting[e] for e in tile]
+    whole = slice(queues.span(tile[0]).start, queues.span(tile[-1]).stop)
+    if not merged and _length(whole) == sum(own):  # one after another; in few steps, since a GPU waits for them
+        queues.put(whole, run(module, tile, own, queues.rows(whole)))
+        for e in tile:
+            queues.waiting[e] = 0
+        return
+    shares = [[queues, *(q for q in merged if q.can_merge(e))] for e in tile]
     parts = [(q, q.span(e)) for e, of in zip(tile, shares, strict=True) for q in of]
     sizes = [sum(map(_length, [q.span(e) for q in of])) for e, of in zip(tile, shares, strict=True)]
-    whole = slice(parts[0][1].start, parts[-1][1].stop)
-    if len(parts) == len(tile) and _length(whole) == sum(sizes):  # nothing is merged: one after another
-        queues.put(whole, run(module, tile, sizes, queues.rows(whole)))
-    else:
-        out = run(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
-        for (q, span), part in zip(parts, out.split([_length(span) for _, span in parts]), strict=True):
-            q.put(span, part)
+    out = run(module, tile, sizes, torch.cat([q.rows(span) for q, span in parts]))
+    for (q, span), part in zip(parts, out.split([_length(span) for _, span in parts]), strict=True):
+        q.put(span, part)
     for e, of in zip(tile, shares, strict=True):
         for q in of:
             q.waiting[e] = 0

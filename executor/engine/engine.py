@@ -269,6 +269,11 @@ class Engine:
         self._loop.send(message)
         return answer.result()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it serves: not once it was closed, or broke."""
+        return self._thread.is_alive()
+
     def stats(self) -> Stats:
         """Where the engine stands, at its next preemption point. Raises EngineClosed."""
         return self.call(_stats)

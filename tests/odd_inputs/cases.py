@@ -167,7 +167,9 @@ def answer(case: Case) -> str:
     """The outcome of `case`, tried in a folder of its own."""
     home = os.getcwd()
     with tempfile.TemporaryDirectory(prefix="odd") as folder:
-        os.chdir(folder)
+        inside = Path(folder, "in")  # so that "../x" is nobody's file
+        inside.mkdir()
+        os.chdir(inside)
         try:
             return case.run()
         except Fault as fault:

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.executor.errors import UnsupportedModelError
+from qllm.executor.errors import PassError, UnsupportedModelError
 from qllm.executor.gpu import packed_attention
 from qllm.executor.graphs.buckets import Bucket, bucket_of, buckets
+from qllm.executor.graphs.runner import compare
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
@@ -239,3 +240,30 @@ def test_a_suspended_pass_tells_what_it_holds(model):
     hidden = 30 * 64 * 4
     assert running.held_bytes() > hidden
     running.close()
+
+
+def test_where_memory_ends_what_is_recorded_stays(model, caplog):
+    class Ends(TapeRecorder):
+        left = 3
+
+        def record(self, run):
+            if not self.recorded_any and not Ends.left:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            Ends.left -= not self.recorded_any
+            self.recorded_any = True
+            return super().record(run)
+
+        recorded_any = False
+
+    runner = replaying(model, 64, graphs="load", recorder=Ends)
+    runner.record_all()
+    assert sum(map(len, runner.recorded.values())) == 3
+    assert "no memory to record more passes" in caplog.text
+    assert run_batch(runner, sequences(4, 22, 1), 3) == run_batch(Runner(model, 64, 4), sequences(4, 22, 1), 3)
+
+
+def test_other_last_bits_are_told_and_kept(model, caplog):
+    compare(torch.tensor([1.0, 2.001]), torch.tensor([1.0, 2.0]))
+    assert "other last bits" in caplog.text
+    with pytest.raises(PassError, match="its logits are others"):
+        compare(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0]))

@@ -90,6 +90,15 @@ class DecodeBatch:
         r.preemptions += self.preemptions
         r.batch = None
 
+    def move(self, r: Request, level: int) -> None:
+        """Member `r` is of `level` from now on."""
+        levels = self.levels
+        levels[r.level] -= 1
+        if not levels[r.level]:
+            del levels[r.level]
+        levels[level] = levels.get(level, 0) + 1
+        r.level, self.level = level, min(levels)
+
     def blocks_needed(self) -> int:
         """KV blocks that the next pass takes: one for each member whose last block is full."""
         return self._phase[-self.passes % self.block_size]
@@ -158,11 +167,22 @@ class DecodePool:
         else:
             del self._idle[r.id]
 
+    def move(self, r: Request, level: int) -> None:
+        """`r`, ready or decoding in a pass, is of `level` from now on; places in the batch go to the most urgent."""
+        if r.batch is not None and r.batch is not self.batch:
+            r.batch.move(r, level)
+            self.refill()  # so that those who sit idle compete with it when the pass gives its batch back
+            return
+        self.remove(r)
+        self.refill()
+        r.level = level
+        self.add(r)
+
     def refill(self) -> None:
         """Idle requests take the free places in the batch."""
         while self._idle and len(self.batch) < self.size:
-            _, _, r = heappop(self._idle_heap)
-            if self._idle.pop(r.id, None) is not None:
+            level, _, r = heappop(self._idle_heap)
+            if level == r.level and self._idle.pop(r.id, None) is not None:  # else it left, or has moved since
                 self.batch.add(r)
 
     def trim(self, size: int) -> None:

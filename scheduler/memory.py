@@ -12,7 +12,7 @@ from numbers import Integral
 
 from qllm.scheduler.decode import DecodePool, rank
 from qllm.scheduler.passes import NEVER
-from qllm.scheduler.request import Request, SchedulerError, State
+from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 UNBOUNDED = 2**62  # KV blocks where nobody says how many there are
@@ -97,6 +97,15 @@ class KVBudget:
     def room(self, level: int) -> int:
         """Free blocks that a request of `level` may be admitted to."""
         return self.free if level <= self.urgent else self.free - self.reserve
+
+    def check_fits(self, r: Request, level: int) -> None:
+        """Raise RequestTooLarge where `r`, at `level`, could never have the blocks that it takes in the end."""
+        need, capacity = self.blocks(r.prompt_tokens + r.max_tokens - 1), self.capacity(level)
+        if need > capacity:
+            raise RequestTooLarge(
+                f"request {r.id}: {r.prompt_tokens} prompt and {r.max_tokens} output tokens take {need} KV blocks of "
+                f"{self.block_size} tokens; its class may use {capacity}"
+            )
 
     @property
     def peak(self) -> float:
@@ -229,15 +238,24 @@ class Memory:
     def _hold(self, r: Request) -> None:
         self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
 
+    def _let_go(self, level: int) -> None:
+        left = self._admitted[level] - 1
+        if left:
+            self._admitted[level] = left
+        else:
+            del self._admitted[level]
+
     def release(self, r: Request) -> None:
         """`r` gives its blocks back."""
         self.kv.give(r.blocks)
         r.blocks = 0
-        left = self._admitted[r.level] - 1
-        if left:
-            self._admitted[r.level] = left
-        else:
-            del self._admitted[r.level]
+        self._let_go(r.level)
+
+    def moved(self, r: Request, before: int) -> None:
+        """`r` was of level `before` until now."""
+        if r.blocks:
+            self._let_go(before)
+            self._hold(r)
 
     def forget(self, r: Request) -> None:
         """Offloaded `r` is not coming back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from qllm.scheduler.decode import DecodeBatch
@@ -72,15 +73,12 @@ class Pass:
         self.after_prefill = after_prefill
         self.prefill = prefill
         self.decode = decode
-        self.prefill_level: float = min([c.request.level for c in prefill]) if prefill else NEVER
         if decode is None:
             self.n_decode = self.decode_context = 0
-            self.level = self.prefill_level
         else:
             self.n_decode = len(decode.members)
             self.decode_context = decode.context
-            level = decode.level
-            self.level = level if level < self.prefill_level else self.prefill_level
+        self.find_levels()
         self.tokens = self.n_decode
         for c in prefill:
             self.tokens += c.tokens
@@ -94,6 +92,13 @@ class Pass:
         self.restored: list[Request] | None = None
         self.offloaded: list[Request] | None = None
         self.cursor: Any = None
+
+    def find_levels(self) -> None:
+        """Work out `level` and `prefill_level` from the requests in the pass."""
+        prefill, decode = self.prefill, self.decode
+        self.prefill_level: float = min([c.request.level for c in prefill]) if prefill else NEVER
+        level = NEVER if decode is None else decode.level
+        self.level: float = level if level < self.prefill_level else self.prefill_level
 
     @property
     def rows(self) -> int:
@@ -156,6 +161,14 @@ class Pass:
 
     def __repr__(self) -> str:
         return f"<Pass {self.id} level={self.level} prefill={len(self.prefill)} decode={self.n_decode}>"
+
+
+def longest_suspended(passes: Sequence[Pass], bound: float, now: float) -> Pass | None:
+    """The one of `passes` that was suspended for longest, if that is `bound` seconds or more (I8)."""
+    if bound == NEVER:
+        return None
+    longest = max(passes, key=lambda p: (p.suspended_for(now), -p.id))
+    return longest if longest.suspended_for(now) >= bound else None
 
 
 def time_spent(r: Request, p: Pass | None, now: float) -> tuple[float, float, int]:

@@ -41,7 +41,10 @@ class Policy:
         return r.priority
 
     def order(self, r: Request) -> tuple[Any, ...]:
-        """Return the sort key within a level's prefill queue, fixed at arrival: first come, first served."""
+        """Return the sort key within a level's prefill queue: first come, first served.
+
+        Asked at arrival, and where the priority changes.
+        """
         return (r.arrival, r.id)
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
@@ -95,6 +98,18 @@ def ask(policy: Policy, question: str, *args: Any) -> Any:
         raise
     except Exception as error:
         raise policy_error(policy, question, error) from error
+
+
+def classify(policy: Policy, r: Request) -> tuple[int, tuple[Any, ...]]:
+    """The level that the policy gives `r`, and its place in the queue. Raises PolicyError."""
+    before, level = r.level, ask(policy, "level", r)
+    if not isinstance(level, int):
+        raise PolicyError(f"{policy!r}: level gave {level!r}; allowed: a whole number")
+    r.level = level  # which `order` may ask for
+    try:
+        return level, ask(policy, "order", r)
+    finally:
+        r.level = before
 
 
 def policy_error(policy: Policy, question: str, error: Exception) -> PolicyError:

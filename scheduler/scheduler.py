@@ -29,9 +29,10 @@ from math import isnan
 from qllm.scheduler.decode import DecodePool
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
-from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policy import Policy, ask, checked_policy, policy_error
-from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State
+from qllm.scheduler.passes import Pass, longest_suspended
+from qllm.scheduler.policy import Policy, ask, checked_policy, classify, policy_error
+from qllm.scheduler.reprioritize import change_priority
+from qllm.scheduler.request import PolicyError, Request, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
@@ -72,22 +73,25 @@ class Scheduler:
         """
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
-        level = ask(self.policy, "level", r)
-        if not isinstance(level, int):
-            raise PolicyError(f"{self.policy!r}: level gave {level!r}; allowed: a whole number")
-        need, capacity = self.kv.blocks(r.prompt_tokens + r.max_tokens - 1), self.kv.capacity(level)
-        if need > capacity:
-            raise RequestTooLarge(
-                f"request {r.id}: {r.prompt_tokens} prompt and {r.max_tokens} output tokens take {need} KV blocks of "
-                f"{self.kv.block_size} tokens; its class may use {capacity}"
-            )
-        r.level = level
-        r.order = ask(self.policy, "order", r)
+        level, order = classify(self.policy, r)
+        self.kv.check_fits(r, level)
+        r.level, r.order = level, order
         try:
             self.waiting.push(r)
         except TypeError as error:
             raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
         self.requests[r.id] = r
+
+    def reprioritize(self, request_id: int, priority: int, now: float) -> None:
+        """Change a request's priority from the next decision on, wherever it stands; unknown ones are left alone.
+
+        Raises:
+            RequestTooLarge: With that priority it could never fit the KV budget; it keeps the old one.
+            PolicyError: The policy broke, or gave what cannot be used; the request keeps its old priority.
+        """
+        r = self.requests.get(request_id)
+        if r is not None and r.state is not State.ABORTED:
+            change_priority(self, r, priority)
 
     def abort(self, request_id: int, now: float) -> Pass | None:
         """Take a request out, at once or at the end of the pass that it runs in; unknown and ended ones are left alone.
@@ -146,7 +150,7 @@ class Scheduler:
             self.memory.restore_offloaded()
         candidate = None
         if self.suspended_passes:
-            due = self._due(now)
+            due = longest_suspended(self.suspended_passes, self.policy.max_suspended_s, now)
             if due is not None:
                 return self._resume(due, now)
             candidate = min(self.suspended_passes, key=_resume_order)
@@ -163,14 +167,6 @@ class Scheduler:
         if not batch.decode():  # whoever holds blocks goes first, whatever the policy left out (I6)
             batch.prefill(overcommit=True)
         return self._launch(batch, now) if batch else None
-
-    def _due(self, now: float) -> Pass | None:
-        """The suspended pass that is longest beyond the policy's bound, if any is (I8)."""
-        bound = self.policy.max_suspended_s
-        if bound == NEVER:
-            return None
-        longest = max(self.suspended_passes, key=lambda p: (p.suspended_for(now), -p.id))
-        return longest if longest.suspended_for(now) >= bound else None
 
     def should_yield(self, running: Pass, now: float) -> bool:
         """Return whether `running` gives way. Asked at each preemption point; O(1) unless memory is short."""

@@ -74,6 +74,18 @@ class WaitingQueues:
         r.state = state
         self._leave(r)
 
+    def move(self, r: Request, level: int, order: tuple[Any, ...]) -> None:
+        """Waiting `r` gets another place; it keeps the old one where `order` raises TypeError beside others'."""
+        before = r.level, r.order
+        self.discard(r, State.WAITING)
+        r.level, r.order = level, order
+        try:
+            self.push(r)
+        except TypeError:
+            r.level, r.order = before
+            self.push(r)
+            raise
+
     def _leave(self, r: Request) -> None:
         level = r.level
         r.entry_id = 0

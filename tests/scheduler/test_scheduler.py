@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from itertools import pairwise
 from math import isnan
@@ -52,9 +53,19 @@ def check(s: Scheduler) -> None:
     assert len(waiting) == len(s.waiting)
     assert len(ready) == len(s.ready)
     assert len(s.ready.batch) <= s.limits.max_seqs
-    assert sum(s.ready.levels.values()) == len(ready)
+    assert s.ready.levels == Counter(r.level for r in ready)
+    batches = [p.decode for p in passes if p.decode is not None]
+    for batch in (s.ready.batch, *batches):
+        assert batch.levels == Counter(r.level for r in batch.members.values())
+        assert batch.level == min(batch.levels, default=float("inf"))
+    for p in passes:
+        assert p.level == min(r.level for r in p.requests())
+        assert p.prefill_level == min((c.request.level for c in p.prefill), default=float("inf"))
     assert s.kv.free + held_blocks(s) == s.kv.total
-    assert s.memory.holders(float("inf")) == sum(1 for r in s.requests.values() if r.blocks or r.batch)
+    holders = [r for r in s.requests.values() if r.blocks or r.batch]
+    for level in range(4):
+        assert s.memory.holders(level) == sum(r.level <= level for r in holders)
+        assert s.waiting.count(level) == sum(r.level == level for r in waiting)
 
 
 @settings(max_examples=400, deadline=None)
@@ -72,7 +83,8 @@ def test_nobody_and_no_block_is_lost_whatever_happens(data, policy, limits):
 
     for _ in range(data.draw(st.integers(5, 60))):
         now += 0.01
-        choice = data.draw(st.sampled_from(["add", "add", "abort", "next", "next", "next", "end", "fail", "yield"]))
+        choices = ["add", "add", "abort", "reprioritize", "next", "next", "next", "end", "fail", "yield"]
+        choice = data.draw(st.sampled_from(choices))
         if choice == "add":
             r = Request(ids, data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)), ids % 3, now)
             ids += 1
@@ -85,6 +97,9 @@ def test_nobody_and_no_block_is_lost_whatever_happens(data, policy, limits):
             s.abort(victim, now)  # idempotent
             assert r.state is State.ABORTED
             assert dropped is None or dropped not in s.suspended_passes
+        elif choice == "reprioritize" and s.requests:
+            with suppress(RequestTooLarge):
+                s.reprioritize(data.draw(st.sampled_from(sorted(s.requests))), data.draw(st.integers(0, 3)), now)
         elif choice == "next" and running is None:
             running = s.next(now)
             assert (running is None) == (not s.requests), "I6: idle while somebody is in the system"

@@ -1,0 +1,41 @@
+"""Another priority for a request that is in the system, wherever it stands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qllm.scheduler.policy import classify, policy_error
+from qllm.scheduler.request import Request, SchedulerError, State
+
+if TYPE_CHECKING:
+    from qllm.scheduler.scheduler import Scheduler
+
+
+def change_priority(s: Scheduler, r: Request, priority: int) -> None:
+    """Give `r` another priority, and what follows from it: level, place in a queue, level of the pass that it is in.
+
+    What the running pass computes stays as it is; where `r` goes next, and who may stop the pass, follow the new level.
+
+    Raises:
+        RequestTooLarge: With that priority `r` could never fit the KV budget. Nothing has changed.
+        PolicyError: The policy broke, or gave what cannot be used. Nothing has changed.
+    """
+    (before, r.priority), was = (r.priority, priority), r.level
+    try:
+        level, order = classify(s.policy, r)
+        s.kv.check_fits(r, level)
+        if r.state is State.WAITING:
+            try:
+                s.waiting.move(r, level, order)
+            except TypeError as error:
+                raise policy_error(s.policy, f"order gave {order!r}; comparing it", error) from error
+    except SchedulerError:
+        r.priority = before
+        raise
+    p = s.pass_of(r)
+    if r.batch is not None or r.state is State.READY:
+        s.ready.move(r, level)
+    r.level, r.order = level, order
+    s.memory.moved(r, was)
+    if p is not None:
+        p.find_levels()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,10 +55,16 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
 
 
 class Detokenizer:
-    """Text from tokens one by one; a few are decoded together, as a token's text depends on its neighbours."""
+    """Text from tokens one by one; a few are decoded together, as a token's text depends on its neighbours.
 
-    def __init__(self, tokenizer: Tokenizer):
+    Args:
+        tokenizer: decodes.
+        skip_special_tokens: whether special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._ids: list[int] = []
         self._prefix = 0  # decoded again each time
         self._told = 0  # number of tokens whose text was given out
@@ -75,4 +82,48 @@ class Detokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of these tokens alone."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+class StopStrings:
+    """Text from tokens one by one, up to where it holds one of some strings.
+
+    Text that may be the beginning of such a string waits until it is known not to be.
+
+    Args:
+        decoder: gives the text.
+        strings: none of them empty.
+        min_tokens: a string that ends within the text of so many first tokens does not count.
+
+    Attributes:
+        found: whether the text holds one.
+    """
+
+    def __init__(self, decoder: Detokenizer, strings: Sequence[str], min_tokens: int = 0):
+        self.found = False
+        self._decoder = decoder
+        self._strings = strings
+        self._kept = max(map(len, strings)) - 1  # characters in which a string may begin that ends later
+        self._not_yet = min_tokens  # tokens
+        self._tail = ""  # these last characters of the text so far
+        self._held = 0  # how many of them wait
+
+    def add(self, token: int, last: bool) -> str:
+        """The text that `token` adds, before the first of the strings; nothing waits beyond the `last` one."""
+        text = self._tail + self._decoder.add(token, last)
+        searched = len(self._tail)
+        told = searched - self._held
+        self._not_yet -= 1
+        if self._not_yet < 0:
+            found = [text.find(string, max(0, searched - len(string) + 1)) for string in self._strings]
+            if begins := [at for at in found if at >= 0]:
+                self.found = True
+                return text[told : min(begins)]
+        self._held = 0 if last else max(_overlap(text, string) for string in self._strings)
+        self._tail = text[max(0, len(text) - self._kept) :]
+        return text[told : len(text) - self._held]
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `string`, not all of it."""
+    return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)

@@ -19,6 +19,10 @@ class SamplingError(ExecutorError, ValueError):
     """A sampling parameter outside its range; the message names the parameter and what is allowed."""
 
 
+class GrammarError(SamplingError):
+    """A grammar that cannot be compiled or followed; the message says why."""
+
+
 class PassError(ExecutorError, ValueError):
     """A pass that cannot be started: no tokens, too few KV blocks, positions beyond the model's."""
 

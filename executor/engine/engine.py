@@ -34,7 +34,9 @@ from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
 from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.split import LinearSplitter, Splitter
+from qllm.executor.sampling.grammar import Grammars
 from qllm.executor.sampling.params import SamplingArguments, SamplingParams
+from qllm.executor.sampling.row_state import prepared
 from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
 
 T = TypeVar("T")
@@ -137,6 +139,7 @@ class Engine:
             self._runner.record_all(progress)
         self._stop_ids = stop_ids(model, tokenizer)
         self.vocabulary = embedding(model).num_embeddings
+        self._grammars = Grammars(tokenizer, self.vocabulary, self._stop_ids)
         self._ids = itertools.count()
         self._seed = secrets.randbits(63) if seed is None else int(seed)
         self._loop = Loop(self._runner, self.scheduler, self.clock)
@@ -207,8 +210,7 @@ class Engine:
             stop: token ids that end the request, the last of its tokens. By default those of the checkpoint's
                 generation configuration (else of its config.json) and the tokenizer's; with an empty `stop` there are
                 none.
-            sampling: the other arguments of `SamplingParams`: temperature, top_k, top_p, seed and so on. By default
-                the likeliest token is chosen.
+            sampling: the other arguments of `SamplingParams`. By default the likeliest token is chosen.
 
         Returns:
             The stream of its tokens.
@@ -233,15 +235,14 @@ class Engine:
     ) -> EngineRequest:
         """A request, checked against the model but not queued. `arrival`: seconds on the engine's clock."""
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
             prompt = prompt_ids(self.tokenizer, prompt)
         tokens = token_ids("prompt", prompt, self.vocabulary)
         check_request(tokens, max_new_tokens, priority, sampling, self._runner.max_positions)
+        sampling, state = prepared(sampling, tokens, self._grammars)
         request = Request(next(self._ids), len(tokens), int(max_new_tokens), int(priority), arrival)
         seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
         stream = Stream(request.id, tokens.copy(), lambda: self._cancel(sequence), self.tokenizer)
-        sequence = EngineRequest(tokens, request=request, stream=stream, sampling=sampling, seed=seed)
+        sequence = EngineRequest(tokens, request=request, stream=stream, sampling=sampling, seed=seed, state=state)
         return sequence
 
     def _cancel(self, sequence: EngineRequest) -> None:

@@ -191,12 +191,16 @@ def sample_rows(running: RunningPass, logits: torch.Tensor) -> None:
     """The last part of a pass: draw the next token of each sequence, from logits `[len(running.sampled), vocab]`."""
     sequences = sampled_by(running)
     # An accelerator draws all rows together in less time than a step takes.
-    together = logits.device.type != "cpu" or all(s.sampling.temperature == 0 for s in sequences)
+    together = logits.device.type != "cpu" or all(s.sampling.temperature == 0 and s.state is None for s in sequences)
     rows = max(1, len(sequences)) if together else ROWS_AT_ONCE
     for first in range(0, len(sequences), rows):
         if not together:
             running.reach("head", first // rows)
         some = sequences[first : first + rows]
-        params, seeds, generated = zip(*((s.sampling, s.seed, s.generated) for s in some), strict=True)
-        for sequence, token in zip(some, sample(logits[first : first + rows], params, generated, seeds), strict=True):
+        params, seeds, generated, states = zip(*((s.sampling, s.seed, s.generated, s.state) for s in some), strict=True)
+        for sequence in some:
+            if sequence.state is not None:
+                sequence.state.follow(sequence.tokens)
+        tokens = sample(logits[first : first + rows], params, generated, seeds, states)
+        for sequence, token in zip(some, tokens, strict=True):
             sequence.drawn = token

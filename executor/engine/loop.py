@@ -25,10 +25,10 @@ from qllm.executor.engine.execution import (
     sample_rows,
     sampled_by,
 )
-from qllm.executor.engine.recorder import RunRecorder
+from qllm.executor.engine.recorder import ActivityRecorder, RunRecorder
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.engine.stream import RequestTimes
-from qllm.executor.errors import EngineClosed, ExecutorError, UnusableLogits
+from qllm.executor.errors import EngineClosed, ExecutorError
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split
 from qllm.scheduler import Pass, PolicyError, Request, Scheduler, SchedulerError
@@ -52,6 +52,7 @@ class Loop:
         self.sequences: dict[int, EngineRequest] = {}  #: everything in the system, by request id
         self.scheduled: deque[EngineRequest] = deque()  #: what arrives later, by arrival
         self.recorder: RunRecorder | None = None  #: records passes, if anything does
+        self.activity: ActivityRecorder | None = None  #: keeps the last ones, if anybody looks at them
         self.error: BaseException | None = None  #: what broke the loop
         self._stopping = False
         self._closed = False
@@ -240,8 +241,7 @@ class Loop:
         ended: list[Request] = []
         for sequence, token in tokens:
             if token is None:
-                unusable = UnusableLogits("its logits hold NaN or infinity, or leave no token to choose")
-                self._end(sequence, "error", sequence.failure(unusable))
+                self._end(sequence, "error", sequence.undrawn())
                 ended.append(sequence.request)
                 continue
             sequence.tokens.append(token)
@@ -251,7 +251,7 @@ class Loop:
         done = self.scheduler.finished(p, now, ended)
         for sequence, token in tokens:
             if token is not None and not sequence.ended:
-                sequence.stream.put(token, sequence.request in done)
+                sequence.stream.put(token, sequence.request in done, sequence.logprobs)
         for r in (*done, *aborted):
             sequence = self.sequences[r.id]
             self._end(sequence, "stop" if r in ended else "length")
@@ -271,8 +271,9 @@ class Loop:
             torch.accelerator.empty_cache()
 
     def _record(self, p: Pass, execution: Execution, start: float, first: tuple[int, int], suspended: bool) -> None:
-        if self.recorder is not None:
-            self.recorder.record(p, start, self.clock.now(), first, execution.done, execution.place(), suspended)
+        for recorder in (self.recorder, self.activity):
+            if recorder is not None:
+                recorder.record(p, start, self.clock.now(), first, execution.done, execution.place(), suspended)
 
     # ---- memory ------------------------------------------------------------------------------------------------
 

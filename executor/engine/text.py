@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from qllm.executor.errors import LoadError
+from qllm.executor.errors import LoadError, RequestError
 from qllm.executor.model.checks import words
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -25,12 +25,14 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, with the special tokens that the tokenizer adds, but once.
+def prompt_ids(tokenizer: Tokenizer | None, text: str) -> list[int]:
+    """Token ids of a prompt, with the special tokens that the tokenizer adds, but once. Raises RequestError.
 
     Text of a chat template begins with them already. vLLM's chat does not add them to such text either, and llama.cpp
     warns.
     """
+    if tokenizer is None:
+        raise RequestError("prompt is text, but the engine has no tokenizer; allowed: token ids")
     ids = tokenizer.encode(text)
     added = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(tokenizer.encode(""), ids, strict=False))]
     return ids[len(added) :] if ids[: 2 * len(added)] == added * 2 else ids

@@ -18,11 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from qllm.executor.sampling.largest import BLOCK, in_blocks, largest_k, largest_of, rising
+from qllm.executor.sampling.logprobs import logprobs_of
 from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.row_state import RowState
 
 FEW = 1024  #: tokens up to which a `top_k` looks at a row's largest logits alone
 TIES = 16  # tokens beyond the k-th, to see whether some tie with it
-BLOCK = 128  # tokens that are looked at together, by their maximum or their sum
 
 
 def uniform(seed: int, step: int) -> float:
@@ -31,14 +33,63 @@ def uniform(seed: int, step: int) -> float:
 
 
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    generated: Sequence[int],
+    seeds: Sequence[int],
+    states: Sequence[RowState | None] = (),
 ) -> list[int | None]:
-    """One token id per row of `logits` `[rows, vocab]`; None where the row holds NaN or inf, or allows nothing."""
+    """One token id per row of `logits` `[rows, vocab]`; None where the row holds NaN or inf, or allows nothing.
+
+    Rows whose parameters need a state (`SamplingParams.remembers`) have one in `states`, which has followed their
+    tokens. There they find the logprobs of the token, where they are wanted.
+    """
     if logits.device.type != "cpu":
         from qllm.executor.sampling.device_sampling import sample_on_device  # here: it needs what this file defines
 
-        return sample_on_device(logits, params, generated, seeds)
-    logits = forbid_stops(logits, params, generated)
+        return sample_on_device(logits, params, generated, seeds, states)
+    allowing = forbid_stops(logits, params, generated)
+    changed = [i for i, state in enumerate(states) if state is not None and state.changes]
+    if not changed:
+        tokens = _choose(allowing, params, generated, seeds)
+    else:
+        plain = [i for i, state in enumerate(states) if state is None or not state.changes]
+        shifted = _changed(allowing, changed, params, generated, states)
+        tokens = [None] * len(params)
+        for rows, values in ((plain, allowing[plain]), (changed, shifted)):
+            each = ([of[i] for i in rows] for of in (params, generated, seeds))
+            for i, token in zip(rows, _choose(values, *each), strict=True):
+                tokens[i] = token
+    for i, state in enumerate(states):
+        if state is not None and state.top is not None:
+            token = tokens[i]
+            state.logprobs = None if token is None else logprobs_of(logits[i], token, state.top)
+    return tokens
+
+
+def _changed(
+    logits: torch.Tensor,
+    rows: list[int],
+    params: Sequence[SamplingParams],
+    generated: Sequence[int],
+    states: Sequence[RowState | None],
+) -> torch.Tensor:
+    """Copies of these rows, float32, with penalties and biases, and without what a grammar does not allow."""
+    copies = logits[rows].float()
+    vocab = copies.shape[1]
+    for i, row in zip(rows, copies.numpy(), strict=True):
+        state = states[i]
+        if state is not None and state.shifts is not None:
+            state.shifts.apply(row)
+        if state is not None and state.matcher is not None:
+            bits = state.allowed(params[i], generated[i], vocab)
+            row[np.unpackbits(bits, count=vocab, bitorder="little") == 0] = -np.inf
+    return copies
+
+
+def _choose(
+    logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int], seeds: Sequence[int]
+) -> list[int | None]:
     tokens: list[int | None] = [None] * len(params)
     greedy = [i for i, p in enumerate(params) if p.temperature == 0]
     if greedy:
@@ -55,9 +106,14 @@ def sample(
     return tokens
 
 
+def forbids(p: SamplingParams, generated: int) -> bool:
+    """Whether no stop token may be chosen now; with a grammar, that sees to it (`RowState.allowed`)."""
+    return generated < p.min_tokens and bool(p.stop) and p.grammar is None
+
+
 def forbid_stops(logits: torch.Tensor, params: Sequence[SamplingParams], generated: Sequence[int]) -> torch.Tensor:
     """`logits` with the stop tokens of requests below their `min_tokens` at -inf; a copy where there are any."""
-    below = [(i, p) for i, (p, n) in enumerate(zip(params, generated, strict=True)) if n < p.min_tokens and p.stop]
+    below = [(i, p) for i, (p, n) in enumerate(zip(params, generated, strict=True)) if forbids(p, n)]
     if not below:
         return logits
     logits = logits.clone()
@@ -67,7 +123,7 @@ def forbid_stops(logits: torch.Tensor, params: Sequence[SamplingParams], generat
 
 
 def draw(logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]) -> list[int | None]:
-    """Token ids drawn at these uniform numbers, after temperature, top-k, top-p; None where nothing can be drawn."""
+    """Token ids drawn at these numbers, after temperature, min-p, top-k, top-p; None where nothing can be drawn."""
     # top-p keeps the fewest most likely tokens whose probability reaches p, the one that reaches it included.
     few = [i for i, p in enumerate(params) if 0 < p.top_k <= min(FEW, logits.shape[1])]
     tokens: dict[int, int | None] = {}
@@ -95,6 +151,9 @@ def _among_largest(
     values, ids = largest.double().numpy(), of.numpy()
     with np.errstate(invalid="ignore"):  # a row of inf or NaN comes out with a total that is neither
         weights = np.exp((values - values[:, :1]) / np.array([[p.temperature] for p in params]))
+        min_p = np.array([p.min_p for p in params])
+        if min_p.any():
+            weights[weights < min_p[:, None]] = 0.0
     each = np.arange(n)
     threshold = values[each, top_k - 1]
     known = (width == vocab) | ~(values[:, -1] >= threshold)
@@ -120,6 +179,8 @@ def _among_largest(
 def _among_all(row: torch.Tensor, p: SamplingParams, number: float) -> int | None:
     """Draw from a whole row of logits, float32 `[vocab]`. Its bits depend on nothing but the row."""
     weights = ((row - row.max()) / p.temperature).exp()  # probabilities but for their common factor
+    if p.min_p > 0:
+        weights = weights.where(weights >= p.min_p, 0.0)
     if 0 < p.top_k < len(row):
         weights = weights.where(row >= row.topk(p.top_k).values[-1], 0.0)
     sums = in_blocks(weights).sum(-1).double().cumsum(0)
@@ -148,36 +209,3 @@ def _place(cumulative: torch.Tensor, target: float) -> int:
     """The first place where the cumulative weights exceed `target`; rounding must not reach beyond the last."""
     last = int(torch.searchsorted(cumulative, cumulative[-1]))
     return min(int(torch.searchsorted(cumulative, target, right=True)), last)
-
-
-def rising(values: torch.Tensor) -> torch.Tensor:
-    """`values` sorted; numpy's sort is some ten times as fast as PyTorch's."""
-    return torch.from_numpy(np.sort(values.numpy()))
-
-
-def largest_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest value of each row of `[rows, vocab]` and its place, the first of several; NaN counts as largest."""
-    ids = torch.from_numpy(rows.float().numpy().argmax(axis=1))  # seven times as fast as PyTorch's
-    return rows.gather(1, ids[:, None])[:, 0], ids
-
-
-def largest_k(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.topk(k)` of `[rows, vocab]`; twice as fast for few of many."""
-    vocab = rows.shape[1]
-    if 4 * k * BLOCK > vocab:
-        values, ids = rows.topk(k)
-        return values, ids
-    # The k blocks of largest maximum hold the k largest values: each other value has k larger ones, or equal, in them.
-    blocks = in_blocks(rows)
-    which = blocks.amax(-1).topk(k).indices[:, :, None]
-    rest = torch.arange(blocks.shape[1] * BLOCK, vocab).expand(len(rows), -1)
-    ids = torch.cat([(which * BLOCK + torch.arange(BLOCK)).flatten(1), rest], dim=1)
-    values, at = rows.gather(1, ids).topk(k)
-    return values, ids.gather(1, at)
-
-
-def in_blocks(rows: torch.Tensor) -> torch.Tensor:
-    """A view of `[..., vocab]` as whole blocks, `[..., blocks, BLOCK]`; what is left of `vocab` is not in it."""
-    blocks = rows.shape[-1] // BLOCK
-    view: torch.Tensor = rows[..., : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
-    return view

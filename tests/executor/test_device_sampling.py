@@ -123,7 +123,7 @@ def test_logits_that_are_not_on_a_cpu_are_drawn_there():
 
 
 def test_an_accelerator_draws_all_rows_without_a_point_between():
-    sequences = [SimpleNamespace(sampling=SamplingParams(1.0), seed=i, generated=0, drawn=None) for i in range(9)]
+    sequences = [SimpleNamespace(sampling=SamplingParams(1.0), seed=i, generated=0, state=None) for i in range(9)]
     running = SimpleNamespace(sampled=[SimpleNamespace(seq=s) for s in sequences])  # it has no `reach`
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_sampling, "sample_on_device", lambda logits, params, *_: [*range(len(params))])

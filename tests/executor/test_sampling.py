@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.executor.errors import SamplingError
+from qllm.executor.sampling.largest import largest_k, largest_of
 from qllm.executor.sampling.params import SamplingParams
-from qllm.executor.sampling.sampling import draw, largest_k, largest_of, sample, uniform
+from qllm.executor.sampling.sampling import draw, sample, uniform
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.05, 0.25, 0.2]]))
 

@@ -1,5 +1,5 @@
 # `make demo`: simulate the paper's set-up on this machine. `make demo-engine`: run a small MoE on the real
-# engine. `make test`: install what the tests need and run them.
+# engine; `make demo-serve`: serve one by OpenAI's API. `make test`: install what the tests need and run them.
 # Both create .venv; PYTHON chooses the interpreter (>= 3.11).
 
 PYTHON ?= python3
@@ -10,13 +10,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 AS_INSTALLED = rm -rf build/typed && mkdir -p build/typed/qllm && \
 	ln -s $(foreach part,$(wildcard qllm/*) scheduler sim traces executor,$(CURDIR)/$(part)) build/typed/qllm
 
-.PHONY: demo demo-engine test test-all soak test-lowest test-newest lint types figures docs clean
+.PHONY: demo demo-engine demo-serve test test-all soak test-lowest test-newest lint types figures docs clean
 
 demo: .venv/.installed
 	$(BIN)/qllm simulate configs/paper.yaml --out out/paper
 
 demo-engine: .venv/.installed-executor
 	$(BIN)/qllm run configs/demo_engine.yaml --out out/demo_engine
+
+# A small random-weight MoE, made on the spot, at http://127.0.0.1:8000/v1.
+demo-serve: .venv/.installed-server
+	$(BIN)/qllm serve
 
 # Files of tests side by side, and a floor for how much of scheduler and simulator they reach (pyproject.toml).
 test: .venv/.installed-dev
@@ -32,7 +36,7 @@ soak: .venv/.installed-dev
 # The tests of `make test` with the lowest versions that pyproject.toml allows, and with today's newest, each in an
 # environment of its own; what these versions warn of is no error. Only torch keeps the version of constraints.txt in the
 # second: one of its builds is several GB.
-EVERYTHING := dev,docs,executor,timings,ray,dask,notebooks
+EVERYTHING := dev,docs,executor,server,timings,ray,dask,notebooks
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -m "not slow" -W default
@@ -78,13 +82,17 @@ clean:
 	$(PIP) -c constraints.txt -e '.[executor]'
 	touch $@ .venv/.installed
 
+.venv/.installed-server: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
+	$(PIP) -c constraints.txt -e '.[executor,server]'
+	touch $@ .venv/.installed .venv/.installed-executor
+
 .venv/.installed-docs: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@ .venv/.installed
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
-	$(PIP) -c constraints.txt -e '.[dev,executor,timings]'
-	touch $@ .venv/.installed .venv/.installed-executor
+	$(PIP) -c constraints.txt -e '.[dev,executor,server,timings]'
+	touch $@ .venv/.installed .venv/.installed-executor .venv/.installed-server
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt executor/cpu/packed_matmul.cpp
 	$(PYTHON) -m venv .venv-lowest

@@ -64,7 +64,18 @@ ARROWS = {
     "qllm/experiment": {"qllm", "qllm/config", "executor", "scheduler", "sim", "traces"},
     "qllm/plots": {"qllm", "qllm/config", "qllm/experiment", "sim", "traces"},
     "qllm/validation": {"qllm/config", "qllm/experiment", "executor", "scheduler", "sim", "traces"},
-    "qllm/cli": {"qllm", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation", "executor", "traces"},
+    "qllm/server": {
+        *("qllm", "qllm/config", "qllm/server/answers", "qllm/server/batches"),
+        *("executor", "scheduler", "traces"),
+    },
+    "qllm/server/answers": {"qllm/server", "executor"},
+    "qllm/server/batches": {"qllm", "qllm/server", "traces"},
+    "qllm/server/process": {"qllm/server", "executor"},
+    "qllm/cli": {
+        *("qllm", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation"),
+        *("qllm/server", "qllm/server/process"),
+        *("executor", "traces"),
+    },
 }
 #: What lies in a folder itself and may be imported from below: its errors and what its subfolders share.
 SHARED = {

@@ -16,6 +16,7 @@ from qllm.cli import calibrate as cli_calibrate
 from qllm.cli import config as cli_config
 from qllm.cli import report as cli_report
 from qllm.cli import run as cli_run
+from qllm.cli import serve as cli_serve
 from qllm.cli import simulate as cli_simulate
 from qllm.cli import timings as cli_timings
 from qllm.cli import trace as cli_trace
@@ -48,6 +49,7 @@ def _options(
 
 app.command("simulate")(cli_simulate.simulate)
 app.command("run")(cli_run.run)
+app.command("serve")(cli_serve.serve)
 app.command("report")(cli_report.report)
 app.command("calibrate")(cli_calibrate.calibrate)
 app.command("validate")(cli_validate.validate)

@@ -1,0 +1,67 @@
+"""qllm serve: an OpenAI-compatible server over one engine."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qllm.cli.run import GraphsChoice
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint: a folder or a model hub's name; without one, a small random MoE made on the spot",
+            show_default=False,
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy of the scheduler; default: the configuration's, else hybrid")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free")] = 8000,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the server's settings")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint")
+    ] = False,
+    graphs: Annotated[
+        GraphsChoice, typer.Option(help="On a GPU: when short passes are recorded as CUDA graphs")
+    ] = GraphsChoice.load,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log a line for each request")] = False,
+) -> None:
+    """Serve a model by OpenAI's API, urgent requests before running ones."""
+    from qllm.config.yaml_lines import ConfigError
+
+    needed = {"executor": ("torch", "transformers", "greenlet"), "server": ("fastapi", "uvicorn")}
+    for extra, names in needed.items():
+        missing = [name for name in names if find_spec(name) is None]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)}: not installed; the server needs: pip install 'qllm-moe[{extra}]'")
+    from qllm.server.process.load import load_engine
+    from qllm.server.process.serve import is_loopback, run
+    from qllm.server.settings import load_settings
+
+    settings = load_settings(config)
+    if policy is not None:
+        settings = settings.with_policy(policy)
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    engine, name = load_engine(
+        model, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code, graphs=graphs.value
+    )
+    with engine:
+        from qllm.server.app import make_app
+
+        app = make_app(engine, settings.model_copy(update={"model_name": settings.model_name or name}))
+        if not is_loopback(host) and not settings.api_keys:
+            typer.echo(f"warning: everybody who reaches {host} may use this server; api_keys asks for a key", err=True)
+        called = app.state.service.name
+        run(app, settings, host, port, lambda url: typer.echo(f"serving {called} at {url}/v1", err=True))

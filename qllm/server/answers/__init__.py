@@ -1,0 +1,1 @@
+"""What clients are answered: text completions and chat completions, and what both have in common (answer.py)."""

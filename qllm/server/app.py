@@ -1,0 +1,257 @@
+"""The routes of one server, and what surrounds each of them: ids, keys, errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qllm._version import __version__
+from qllm.executor import Engine
+from qllm.server.answers.answer import Answer, EventStream, respond
+from qllm.server.answers.chat import chat, templated
+from qllm.server.answers.completions import completion
+from qllm.server.body import parse, parse_object, read_body
+from qllm.server.errors import ApiError, from_engine
+from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from qllm.server.service import Caller, Service
+from qllm.server.settings import ApiKey, ServerSettings
+from qllm.server.streaming import Meter
+
+Starts = Callable[[Service, dict[str, Any], Caller], Awaitable[Answer]]
+
+log = logging.getLogger(__name__)
+
+#: Routes that need no key: they tell nothing about requests.
+OPEN = frozenset({"/health", "/version"})
+GENERATE: dict[str, tuple[Starts, type[BaseModel]]] = {
+    "/v1/completions": (completion, CompletionRequest),
+    "/v1/chat/completions": (chat, ChatRequest),
+}
+
+
+def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = None) -> FastAPI:
+    """The server's application over an engine, which its caller closes.
+
+    Args:
+        engine: with a tokenizer, unless all prompts are token ids.
+        settings: of the server.
+        meter: is told of every request, and makes /metrics.
+
+    Returns:
+        The application; `app.state.service` is what lies behind its routes.
+    """
+    name = settings.model_name or str(engine.model.config.name_or_path or engine.model.config.model_type)
+    service = Service(engine, settings, name, meter)
+    app = FastAPI(title="QLLM", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Surroundings, service=service)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(Exception, _any_error)
+    for path, (start, model) in GENERATE.items():
+        app.add_api_route(path, _generate(service, start), methods=["POST"], openapi_extra=_takes(model))
+    _model_routes(app, service)
+    _token_routes(app, service)
+    _state_routes(app, service)
+    return app
+
+
+async def answer(service: Service, path: str, data: dict[str, Any], request_id: str) -> tuple[int, dict[str, Any]]:
+    """The HTTP status and body that a line of a batch gets, in the class of batches."""
+    key = ApiKey(key="a batch's line", class_=service.settings.batch_class)
+    if path not in GENERATE:
+        error = ApiError(
+            404, f"url: {path!r:.80} is not served in batches; allowed: {', '.join(GENERATE)}", param="url"
+        )
+        return error.status, error.body()
+    try:
+        if data.get("stream"):
+            raise ApiError(400, "stream: not supported in a batch", param="stream", code="unsupported_parameter")
+        started = await GENERATE[path][0](service, data, Caller(request_id, key=key))
+        return 200, await started.whole()
+    except ApiError as error:
+        return error.status, error.body()
+
+
+def _generate(service: Service, start: Starts) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        answer = await start(service, await _body(service, request), request.state.caller)
+        found = await respond(answer, request.receive)
+        return found if isinstance(found, EventStream) else JSONResponse(found)
+
+    return endpoint
+
+
+def _model_routes(app: FastAPI, service: Service) -> None:
+    def entry(name: str) -> dict[str, Any]:
+        told = {"id": name, "object": "model", "created": service.started, "owned_by": "qllm"}
+        return told | {"root": service.name, "max_model_len": service.max_model_len}
+
+    names = [service.name, *(service.name + suffix for suffix in service.settings.model_suffixes)]
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [entry(name) for name in names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.class_hint(name)
+        return entry(name)
+
+
+def _token_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    async def tokenize(request: Request) -> dict[str, Any]:
+        asked = parse(TokenizeRequest, await _body(service, request))
+        service.class_hint(asked.model)
+        tokenizer = service.tokenizer()
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if asked.messages is not None:
+            opens = asked.add_generation_prompt is not False
+            ids = await templated(service, asked.messages, {"add_generation_prompt": opens})
+        else:
+            text, special = asked.prompt or "", asked.add_special_tokens is not False
+            ids = await service.in_thread(lambda: list(tokenizer.encode(text, add_special_tokens=special)))
+        told: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
+        if asked.return_token_strs:
+            told["token_strs"] = tokenizer.convert_ids_to_tokens(ids)
+        return told
+
+    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    async def detokenize(request: Request) -> dict[str, Any]:
+        asked = parse(DetokenizeRequest, await _body(service, request))
+        service.class_hint(asked.model)
+        tokenizer = service.tokenizer()
+        most = service.engine.vocabulary
+        if any(token >= most for token in asked.tokens):
+            raise ApiError(400, f"tokens: allowed are ids from 0 to {most - 1}", param="tokens")
+        return {"prompt": await service.in_thread(lambda: tokenizer.decode(asked.tokens))}
+
+
+def _state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        if not service.alive:
+            return JSONResponse({"status": "the engine does not serve"}, 503)
+        if service.admission.closed:
+            return JSONResponse({"status": "about to end"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        try:
+            stats = await service.in_background(service.engine.stats)
+        except Exception as error:
+            raise from_engine(error) from error
+        return Response(service.meter.scrape(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _body(service: Service, request: Request) -> dict[str, Any]:
+    settings = service.settings
+    return parse_object(await read_body(request, settings.max_body_bytes, settings.body_timeout))
+
+
+def _takes(model: type[BaseModel]) -> dict[str, Any]:
+    """The part of the API's description that tells of a body."""
+    schema = _inlined(model.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(schema: dict[str, Any]) -> Any:
+    """A schema with its definitions in their places."""
+    definitions = schema.pop("$defs", {})
+
+    def place(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return place(definitions[value["$ref"].split("/")[-1]])
+            return {key: place(item) for key, item in value.items()}
+        return [place(item) for item in value] if isinstance(value, list) else value
+
+    return place(schema)
+
+
+class Surroundings:
+    """What every request meets first: its id, and the look at its key. Its answer is logged, and holds the id."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app = app
+        self._service = service
+        self._keys = {sha256(key.key.encode()).digest(): key for key in service.settings.api_keys}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if re.fullmatch(r"[\w.:=+/@-]{1,128}", given, re.ASCII) else secrets.token_hex(16)
+        began, status = time.perf_counter(), 0
+
+        async def tell(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            key = self._key(headers, scope["path"])
+        except ApiError as error:
+            await JSONResponse(error.body(), error.status, error.headers())(scope, receive, tell)
+        else:
+            caller = Caller(request_id, headers.get(self._service.settings.class_header), key)
+            scope.setdefault("state", {})["caller"] = caller
+            await self._app(scope, receive, tell)
+        took = time.perf_counter() - began
+        log.info("%s %s %s: %d in %.3f s", request_id, scope["method"], scope["path"][:80].encode(), status, took)
+
+    def _key(self, headers: Headers, path: str) -> ApiKey | None:
+        if not self._keys or path in OPEN:
+            return None
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        digest = sha256(given.strip().encode()).digest()
+        found = [key for one, key in self._keys.items() if compare_digest(one, digest)]  # looks at all of them
+        if scheme.lower() != "bearer" or not found:
+            raise ApiError(
+                401, "the API key is missing or unknown", kind="authentication_error", code="invalid_api_key"
+            )
+        return found[0]
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """What the framework answers itself: no such route, no such method."""
+    if not isinstance(error, StarletteHTTPException):
+        raise error
+    told = ApiError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
+    return JSONResponse(told.body(), told.status, error.headers)
+
+
+async def _any_error(_: Request, error: Exception) -> Response:
+    log.error("internal error: %s", type(error).__name__, exc_info=error)
+    told = from_engine(error)
+    return JSONResponse(told.body(), told.status)

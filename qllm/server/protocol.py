@@ -1,0 +1,157 @@
+"""What a client may ask, field by field. A field that stands here is honoured; any other is refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+Text = Annotated[str, Field(min_length=1)]
+
+#: Fields of OpenAI's and vLLM's APIs that are known and not served: the values that ask for nothing are taken.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "chat_template": (None,),
+    "documents": (None,),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "length_penalty": (None, 1),
+    "metadata": (None, {}),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),
+    "prediction": (None,),
+    "prompt_logprobs": (None,),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "spaces_between_special_tokens": (None, True),
+    "skip_special_tokens": (None, True),
+    "store": (None, False),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class Message(BaseModel):
+    """A mapping with these keys and no others; a number written as text is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(Message):
+    """What a stream brings besides its text."""
+
+    include_usage: bool = False  #: a last chunk with the number of tokens
+    continuous_usage_stats: bool = False  #: the number of tokens so far in every chunk
+
+
+class Generate(Message):
+    """What text completions and chat completions have in common."""
+
+    model: str | None = None  #: the served model's name, with a suffix that names a class where one is configured
+    max_tokens: Tokens | None = None  #: tokens to generate, at most
+    temperature: Annotated[Number, Field(ge=0)] | None = None  #: 0 is greedy
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  #: 0 and -1: all tokens
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None  #: least share of the likeliest token's probability
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    #: added to the logits of these token ids
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]] | None
+    ) = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None  #: choice number i draws with seed + i
+    n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None  #: answers to each prompt
+    stop: Text | list[Text] | None = None  #: strings before which the text ends
+    stop_token_ids: list[TokenId] | None = None  #: token ids that end it, besides the model's own
+    include_stop_str_in_output: bool | None = None  #: leave the stop string that ended it in the text
+    ignore_eos: bool | None = None  #: the model's own stop tokens end nothing
+    min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None  #: tokens before which nothing ends it
+    stream: bool | None = None  #: answer by server-sent events
+    stream_options: StreamOptions | None = None  #: only where it streams
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None  #: lower is more urgent
+    service_tier: str | None = None  #: a tier of the server's configuration
+    return_token_ids: bool | None = None  #: the answer holds token ids too
+    user: str | None = None  #: stands in the log
+
+    @property
+    def top(self) -> int | None:
+        """Most likely tokens to report with each chosen one; None for no report."""
+        raise NotImplementedError
+
+
+class CompletionRequest(Generate):
+    """The body of /v1/completions."""
+
+    #: text or token ids, or a list of such prompts
+    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    add_special_tokens: bool | None = None  #: text gets those that the tokenizer adds
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  #: of each token, and of so many most likely ones
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+
+class TextPart(Message):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Message):
+    """One message of a conversation."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart]
+    name: str | None = None  #: for the chat template
+
+
+class ChatRequest(Generate):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Tokens | None = None  #: OpenAI's newer name of max_tokens
+    add_generation_prompt: bool | None = None  #: the template opens the answer
+    continue_final_message: bool | None = None  #: the last message is the beginning of the answer
+    chat_template_kwargs: dict[str, Any] | None = None  #: for the chat template
+    logprobs: bool | None = None  #: of each token
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  #: and of so many most likely ones
+
+    @property
+    def top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Message):
+    """The body of /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Message):
+    """The body of /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]

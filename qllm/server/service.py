@@ -1,0 +1,254 @@
+"""One engine behind the routes: prompts to token ids, limits, requests under way, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from qllm.executor import Completion, Engine, Stats
+from qllm.executor.model.info import stop_ids
+from qllm.executor.model.runner import max_positions
+from qllm.server.admission import Admission
+from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
+from qllm.server.protocol import Generate
+from qllm.server.settings import ApiKey, ServerSettings
+from qllm.server.streaming import Choice, Generation, Meter, StopStrings
+from qllm.server.urgency import Urgencies, Urgency
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class NoMeter:
+    """Counts nothing."""
+
+    def began(self, class_: str) -> None:
+        """A request was accepted."""
+
+    def token(self, class_: str, seconds_since_last: float) -> None:
+        """It has one more token."""
+
+    def ended(self, class_: str, outcome: Completion | Exception) -> None:
+        """It ended."""
+
+    def scrape(self, stats: Stats) -> bytes:
+        """Nothing."""
+        return b""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        request_id: the request's id, given by the client or made here.
+        class_header: the class that a header names.
+        key: the API key, where keys are asked for.
+    """
+
+    request_id: str
+    class_header: str | None = None
+    key: ApiKey | None = None
+
+
+class Service:
+    """What all routes need of one engine. Used by asyncio's thread alone.
+
+    Args:
+        engine: serves the requests; whoever made it closes it.
+        settings: of the server.
+        name: what clients call the model.
+        meter: is told of every request.
+
+    Attributes:
+        max_model_len: tokens of a prompt and its answer together.
+        started: when, in seconds since 1970.
+    """
+
+    def __init__(self, engine: Engine, settings: ServerSettings, name: str, meter: Meter | None = None):
+        self.engine = engine
+        self.settings = settings
+        self.name = name
+        self.meter: Meter = meter or NoMeter()
+        self.admission = Admission(settings)
+        self.urgencies = Urgencies(settings, engine.scheduler.policy)
+        self.started = int(time.time())
+        room = (engine.limits.kv_blocks or 0) * engine.limits.block_size
+        self.max_model_len = min(room, max_positions(engine.model.config) or room)
+        self._stop_ids = stop_ids(engine.model, engine.tokenizer)
+        self._defaults = _sampling_defaults(engine.model.generation_config)
+        self._generations: set[Generation] = set()
+        self._texts = ThreadPoolExecutor(1, "qllm-texts")  # tokenizers are not made for several threads
+
+    # ---- prompts -------------------------------------------------------------------------------------------------
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """What `function`, which works with the tokenizer for a while, gives."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, function)
+
+    async def in_background(self, function: Callable[[], T]) -> T:
+        """What `function`, which waits for the engine, gives."""
+        return await asyncio.get_running_loop().run_in_executor(None, function)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer. Raises ApiError where it has none."""
+        if self.engine.tokenizer is None:
+            raise ApiError(400, "the model has no tokenizer; allowed: prompts of token ids", code="no_tokenizer")
+        return self.engine.tokenizer
+
+    def class_hint(self, model: str | None) -> str | None:
+        """The suffix of a model's name that names a class. Raises ApiError where no such model is served."""
+        if model is None or model == self.name:
+            return None
+        for suffix in self.settings.model_suffixes:
+            if model == self.name + suffix:
+                return suffix
+        raise ApiError(404, f"model: {model!r:.200} is not served here", param="model", code="model_not_found")
+
+    def urgency(self, asked: Generate, caller: Caller) -> Urgency:
+        """The class of a request. Raises ApiError."""
+        return self.urgencies.resolve(
+            priority=asked.priority,
+            tier=asked.service_tier,
+            suffix=self.class_hint(asked.model),
+            header=caller.class_header,
+            key=caller.key,
+        )
+
+    # ---- requests ------------------------------------------------------------------------------------------------
+
+    def check(self, asked: Generate, urgency: Urgency, prompts: int = 1) -> None:
+        """Raise ApiError for what can be told before the prompts are token ids."""
+        settings = self.settings
+        n = asked.n or 1
+        if n > settings.max_choices:
+            raise ApiError(400, f"n is {n}; allowed: at most {settings.max_choices}", param="n")
+        if prompts > settings.max_prompts:
+            raise ApiError(400, f"{prompts} prompts; allowed: at most {settings.max_prompts}", param="prompt")
+        stops = _stops(asked)
+        if len(stops) > settings.max_stop_strings:
+            raise ApiError(
+                400, f"stop: {len(stops)} strings; allowed: at most {settings.max_stop_strings}", param="stop"
+            )
+        if any(len(stop) > settings.max_stop_characters for stop in stops):
+            raise ApiError(
+                400, f"stop: too long; allowed: at most {settings.max_stop_characters} characters", param="stop"
+            )
+        if stops and self.engine.tokenizer is None:
+            raise unsupported("stop", " by a model without a tokenizer")
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options: allowed only with stream: true", param="stream_options")
+        vocabulary = self.engine.vocabulary
+        for name, ids in (("stop_token_ids", asked.stop_token_ids), ("logit_bias", asked.logit_bias)):
+            if any(int(token) >= vocabulary for token in ids or ()):
+                raise ApiError(400, f"{name}: allowed are token ids from 0 to {vocabulary - 1}", param=name)
+        self.admission.check(urgency.class_, prompts * n)
+
+    def start(self, asked: Generate, prompts: list[list[int]], urgency: Urgency, max_tokens: int | None) -> Generation:
+        """Submit the requests of one HTTP request, all or none. `max_tokens`: None for what there is room for.
+
+        Raises:
+            ApiError: it cannot be served, or not now.
+        """
+        lengths = [self._length(prompt, max_tokens) for prompt in prompts]
+        n = asked.n or 1
+        tickets = self.admission.enter(urgency.class_, [len(prompt) for prompt in prompts for _ in range(n)])
+        choices: list[Choice] = []
+        try:
+            for index, ticket in enumerate(tickets):
+                stream = self.engine.submit(
+                    prompts[index // n],
+                    max_new_tokens=lengths[index // n],
+                    priority=urgency.priority,
+                    **self._sampling(asked, index % n),
+                )
+                stops = StopStrings(_stops(asked), bool(asked.include_stop_str_in_output))
+                choices.append(Choice(index, stream, ticket, stops, asked.min_tokens or 0, self.meter))
+        except Exception as error:
+            for choice in choices:
+                choice.close()
+            for ticket in tickets:
+                ticket.left()
+            raise from_engine(error) from error
+        generation = Generation(choices, sum(map(len, prompts)))
+        self._generations.add(generation)
+        return generation
+
+    def ended(self, generation: Generation) -> None:
+        """The HTTP request of that generation was answered, or its client is gone."""
+        generation.close()
+        self._generations.discard(generation)
+
+    def _length(self, prompt: list[int], max_tokens: int | None) -> int:
+        most = self.settings.max_prompt_tokens
+        room = self.max_model_len - len(prompt)
+        if not prompt:
+            raise ApiError(400, "the prompt is empty; allowed: at least one token", param="prompt")
+        if (most is not None and len(prompt) > most) or room < (max_tokens or 1):
+            asked = "" if max_tokens is None else f" and {max_tokens} to generate"
+            allowed = f"{self.max_model_len} together" + (f", {most} of them of the prompt" if most else "")
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens{asked}; allowed: {allowed}",
+                param="prompt" if room < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        return room if max_tokens is None else max_tokens
+
+    def _sampling(self, asked: Generate, choice: int) -> dict[str, Any]:
+        """What the engine is asked for, the checkpoint's defaults where the client gives nothing."""
+        given = {name: getattr(asked, name) for name in self._defaults}
+        chosen = {name: default if given[name] is None else given[name] for name, default in self._defaults.items()}
+        chosen["top_k"] = max(0, chosen["top_k"])
+        if asked.logit_bias:
+            chosen["logit_bias"] = {int(token): bias for token, bias in asked.logit_bias.items()}
+        chosen["logprobs"] = asked.top
+        stops = frozenset() if asked.ignore_eos else self._stop_ids
+        chosen["stop"] = [*stops, *(asked.stop_token_ids or ())]
+        chosen["min_tokens"] = asked.min_tokens or 0
+        if asked.seed is not None:
+            chosen["seed"] = (asked.seed + choice) % 2**64
+        return chosen
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine serves."""
+        return self.engine.alive
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._generations and self.admission.open == 0
+
+    def close_admission(self) -> None:
+        """Let nobody in any more; what was accepted goes on."""
+        self.admission.closed = True
+
+    def end_all(self) -> None:
+        """End what is under way: its clients get an error."""
+        error = unavailable("the server ended before the answer was complete")
+        for generation in list(self._generations):
+            generation.stop(error)
+
+
+def _stops(asked: Generate) -> list[str]:
+    return [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
+
+
+def _sampling_defaults(given: Any) -> dict[str, Any]:
+    """Of requests that say nothing: those of the checkpoint's generation configuration, else OpenAI's."""
+    defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    defaults |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    for name in defaults:
+        value = getattr(given, name, None)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            defaults[name] = value
+    return defaults

@@ -1,0 +1,105 @@
+"""The class of a request: what the client says of it, what its key allows, and what is answered."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qllm.scheduler import Fcfs, Policy
+from qllm.server.errors import ApiError
+from qllm.server.settings import ApiKey, ServerSettings
+
+
+class Urgency(NamedTuple):
+    """How urgent a request is.
+
+    Attributes:
+        class_: its class, whose limits it is counted in.
+        priority: for the scheduler; lower is more urgent.
+        tier: the service tier that it is served in; None where none stands for its class.
+    """
+
+    class_: str
+    priority: int
+    tier: str | None
+
+
+class Urgencies:
+    """The rules of one server. A client that says two different things, or asks for what it may not have, hears so."""
+
+    def __init__(self, settings: ServerSettings, policy: Policy):
+        self._settings = settings
+        self._ordered = not isinstance(policy, Fcfs)  # otherwise no priority is honoured
+
+    def resolve(
+        self,
+        *,
+        priority: int | None,
+        tier: str | None,
+        suffix: str | None = None,
+        header: str | None = None,
+        key: ApiKey | None = None,
+    ) -> Urgency:
+        """The urgency of a request that says this. Raises ApiError."""
+        settings = self._settings
+        if tier is not None and tier not in settings.tiers:
+            raise ApiError(
+                400,
+                f"service_tier: {tier!r:.40} is no tier of this server; allowed: {', '.join(settings.tiers)}",
+                param="service_tier",
+                code="unknown_tier",
+            )
+        if header is not None and header not in settings.classes:
+            raise ApiError(
+                400,
+                f"{settings.class_header}: no class is called {header!r:.40}; allowed: {', '.join(settings.classes)}",
+                param=settings.class_header,
+                code="unknown_class",
+            )
+        named: dict[str, str] = {}
+        if tier is not None and tier != "auto":
+            named["service_tier"] = settings.tiers[tier]
+        if suffix is not None:
+            named["model"] = settings.model_suffixes[suffix]
+        if header is not None:
+            named[settings.class_header] = header
+        if priority is not None:
+            named["priority"] = self._class_of(priority)
+        if len(set(named.values())) > 1:
+            told = ", ".join(f"{by} says {class_}" for by, class_ in named.items())
+            raise ApiError(400, f"the request names two classes: {told}", param=next(iter(named)), code="two_classes")
+        fallback = settings.default_class if key is None or key.class_ is None else key.class_
+        if tier == "auto" and (key is None or key.class_ is None):
+            fallback = settings.tiers["auto"]
+        class_ = next(iter(named.values()), fallback)
+        by = next(iter(named), None)
+        level = settings.classes[class_].priority if priority is None else priority
+        if key is not None and key.class_ is not None and level < settings.classes[key.class_].priority:
+            raise ApiError(
+                403,
+                f"{by}: this API key may use class {key.class_}, and nothing more urgent",
+                kind="permission_error",
+                param=by,
+                code="class_not_allowed",
+            )
+        usual = settings.classes[settings.default_class].priority
+        if not self._ordered and level != usual:
+            raise ApiError(
+                400,
+                f"{by or 'class'}: policy fcfs serves by arrival and honours no priority",
+                param=by,
+                code="priority_not_honoured",
+            )
+        return Urgency(class_, level, self._tier_of(class_, tier))
+
+    def _class_of(self, priority: int) -> str:
+        """The class whose priority is nearest, from the more urgent side; the most urgent one for what is above all."""
+        classes = sorted(self._settings.classes.items(), key=lambda pair: pair[1].priority)
+        fitting = [name for name, one in classes if one.priority <= priority]
+        return fitting[-1] if fitting else classes[0][0]
+
+    def _tier_of(self, class_: str, asked: str | None) -> str | None:
+        tiers = self._settings.tiers
+        if asked is not None and asked != "auto" and tiers[asked] == class_:
+            return asked
+        named = [tier for tier, one in tiers.items() if one == class_ and tier != "auto"]
+        return "default" if "default" in named else next(iter(named), None)

@@ -1,13 +1,17 @@
-"""What a run of the engine records of its passes, in the terms of the simulator's timeline."""
+"""What is recorded of the engine's passes, in the terms of the simulator's timeline: of a run, or of the last while."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from qllm.scheduler import Pass
+from qllm.executor.engine.execution import execution_of
+from qllm.scheduler import Pass, Request, Scheduler, State
 from qllm.traces.results import PassSlice
 
 
@@ -59,3 +63,141 @@ def _counts(kept: list[list[int]] | torch.Tensor) -> np.ndarray:
     if isinstance(kept, torch.Tensor):
         return np.diff(kept.cpu().numpy().astype(np.int64), axis=1, prepend=0)
     return np.array(kept, dtype=np.int64)
+
+
+class Standing(NamedTuple):
+    """Requests of one class.
+
+    Attributes:
+        running: in the pass that runs, or between two decode passes.
+        waiting: in a prefill queue, or in host memory.
+        suspended: in a suspended pass.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    suspended: int = 0
+
+
+class PassPlace(NamedTuple):
+    """Where a pass stands: layer, stage, and whether it is suspended; `since`: seconds on the engine's clock."""
+
+    pass_id: int
+    class_: str
+    prefills: int
+    decodes: int
+    tokens: int
+    layer: int
+    stage: str
+    suspended: bool
+    since: float
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the engine does and did, at one moment; seconds are those of its clock.
+
+    Attributes:
+        now: that moment.
+        classes: where the requests of each class stand.
+        passes: the one that runs, then those that are suspended.
+        slices: stretches that passes ran lately, the oldest first.
+        preemptions: passes suspended so far, by class and point: "layer" (before a layer), "attention", "experts" or
+            "head".
+        blocking_s: seconds that requests of a class waited, in no pass, while a less urgent pass ran; their sum.
+    """
+
+    now: float
+    classes: dict[str, Standing]
+    passes: list[PassPlace]
+    slices: list[PassSlice]
+    preemptions: dict[tuple[str, str], int]
+    blocking_s: dict[str, float]
+
+
+class ActivityRecorder:
+    """Keeps the last passes, and counts; used in the engine's thread.
+
+    Args:
+        scheduler: of the engine.
+        class_of: the name of a priority's class; there are few of them.
+        most: stretches of passes that are kept.
+    """
+
+    def __init__(self, scheduler: Scheduler, class_of: Callable[[int], str], most: int = 4096):
+        self._scheduler = scheduler
+        self._class_of = class_of
+        self._slices: deque[PassSlice] = deque(maxlen=most)
+        self._preemptions: Counter[tuple[str, str]] = Counter()
+        self._blocking_s: Counter[str] = Counter()
+        self._last = (0.0, 0.0, 0)  # start, end and priority of what ran last
+        self._newest = -1  # the highest id of a request that was in the system then
+
+    def record(
+        self,
+        p: Pass,
+        start: float,
+        end: float,
+        first: tuple[int, int],
+        last: int,
+        place: tuple[int, str],
+        suspended: bool,
+    ) -> None:
+        """As `RunRecorder.record`."""
+        priority = p.priority()
+        size = len(p.prefill), p.n_decode, p.tokens
+        steps = first[0], last, first[1]
+        self._slices.append(PassSlice(start, end, p.id, priority, *size, *steps, *place, suspended))
+        if suspended:
+            self._preemptions[self._class_of(priority), _point(p, place[1])] += 1
+        self._count_blocked(*self._last, self._newest)  # who came during the last step of what ran before
+        self._last = start, end, priority
+        self._count_blocked(start, end, priority)
+
+    def _count_blocked(self, start: float, end: float, priority: int, after: int = -1) -> None:
+        """A pass of that priority ran: more urgent requests, of ids above `after`, in no pass, waited meanwhile."""
+        requests = self._scheduler.requests
+        urgent = [r for r in requests.values() if r.priority < priority and r.id > after and r.arrival < end]
+        self._newest = max(self._newest, next(reversed(requests), -1))
+        if urgent:
+            held = {r.id for other in self._scheduler.suspended_passes for r in other.requests()}
+            for r in urgent:
+                if r.id not in held:
+                    self._blocking_s[self._class_of(r.priority)] += end - max(start, r.arrival)
+
+    def activity(self, now: float, since: float) -> Activity:
+        """What the engine does now, and the stretches that ended after `since`."""
+        scheduler = self._scheduler
+        passes = [p for p in (scheduler.running, *scheduler.suspended_passes) if p is not None]
+        counts: dict[str, Counter[str]] = {}
+        in_pass: dict[int, bool] = {}
+        for p in passes:
+            in_pass |= {r.id: p is not scheduler.running for r in p.requests()}
+        for r in scheduler.requests.values():
+            counts.setdefault(self._class_of(r.priority), Counter())[_standing(r, in_pass.get(r.id))] += 1
+        return Activity(
+            now=now,
+            classes={name: Standing(**count) for name, count in counts.items()},
+            passes=[self._place(p, p is not scheduler.running) for p in passes if p.cursor is not None],
+            slices=[one for one in self._slices if one.end > since],
+            preemptions=dict(self._preemptions),
+            blocking_s=dict(self._blocking_s),
+        )
+
+    def _place(self, p: Pass, suspended: bool) -> PassPlace:
+        size = len(p.prefill), p.n_decode, p.tokens
+        since = p.suspended_at if suspended else p.launched
+        return PassPlace(p.id, self._class_of(p.priority()), *size, *execution_of(p).place(), suspended, since)
+
+
+def _standing(r: Request, suspended: bool | None) -> str:
+    """The field of `Standing` that counts `r`; `suspended`: whether its pass is, None where it is in none."""
+    if suspended is None:
+        return "running" if r.state is State.READY else "waiting"
+    return "suspended" if suspended else "running"
+
+
+def _point(p: Pass, stage: str) -> str:
+    """Where a pass was suspended."""
+    point = execution_of(p).running.point
+    return "layer" if stage == "attention" and (point is None or point.number == 0) else stage

@@ -53,7 +53,6 @@ class Loop:
         self.scheduled: deque[EngineRequest] = deque()  #: what arrives later, by arrival
         self.recorder: RunRecorder | None = None  #: records passes, if anything does
         self.activity: ActivityRecorder | None = None  #: keeps the last ones, if anybody looks at them
-        self.activity: ActivityRecorder | None = None  #: keeps the last ones, if anybody looks at them
         self.error: BaseException | None = None  #: what broke the loop
         self._stopping = False
         self._closed = False

@@ -38,6 +38,9 @@ def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
     tokens = list(given)
     if len(tokens) == 1 and isinstance(tokens[0], list):  # a batch of one
         tokens = tokens[0]
+    # The engine waits while a client's thread is in here: the usual case is to be quick for long prompts.
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocabulary:
+        return list(tokens)
     for token in tokens:
         if not is_whole(token) or not 0 <= token < vocabulary:
             raise RequestError(f"{name} holds {token!r:.80}; allowed: token ids from 0 to {vocabulary - 1}")

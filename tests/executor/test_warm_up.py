@@ -24,6 +24,14 @@ def runner(one_thread, monkeypatch):
     return runner
 
 
+@pytest.fixture(autouse=True)
+def switch_intervals(monkeypatch):
+    """Those that are set; none is, since other tests follow."""
+    asked = []
+    monkeypatch.setattr(warm_up_file.sys, "setswitchinterval", asked.append)
+    return asked
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """Rows and layers of the passes that are closed."""
@@ -43,6 +51,14 @@ def test_the_first_layers_of_each_regular_length_run_once_and_one_that_leaves_a_
         warm_up(runner, most)
         assert ran == [(n, 2) for n in lengths]
         ran.clear()
+
+
+@torch.inference_mode()
+def test_other_threads_give_way_sooner_unless_they_do_already(runner, switch_intervals, monkeypatch):
+    warm_up(runner, 1)
+    monkeypatch.setattr(warm_up_file.sys, "getswitchinterval", lambda: 1e-5)
+    warm_up(runner, 1)
+    assert switch_intervals == [5e-4, 1e-5]
 
 
 @torch.inference_mode()

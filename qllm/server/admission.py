@@ -65,13 +65,15 @@ class Admission:
             ("prompt tokens", queued + tokens, limit.max_waiting_tokens),
         ):
             if many > most:
-                raise ApiError(
+                full = ApiError(
                     429,
                     f"too many {what} wait; allowed in class {class_}: {most}",
                     kind="rate_limit_error",
                     code="queue_full",
                     retry_after=1 + waiting // 64,
                 )
+                full.class_ = class_
+                raise full
 
     def enter(self, class_: str, prompts: Sequence[int]) -> list[Ticket]:
         """Places for requests with so many prompt tokens each: for all of them, or ApiError."""

@@ -8,6 +8,8 @@ from typing import Any
 from qllm.executor import EngineClosed, RequestError, RequestFailed, SamplingError
 from qllm.scheduler import SchedulerError
 
+GONE = 499  #: the status of a request whose client went away: nobody reads it
+
 
 class ApiError(Exception):
     """An answer that is no result.
@@ -19,7 +21,10 @@ class ApiError(Exception):
         param: the field that is wrong, where one is.
         code: a word for programs.
         retry_after: seconds after which another try makes sense.
+        class_: of the request, where that was known and made the difference; else empty.
     """
+
+    class_ = ""
 
     def __init__(
         self,
@@ -56,6 +61,11 @@ def unsupported(param: str, told: str = "") -> ApiError:
 def unavailable(message: str, retry_after: float | None = None) -> ApiError:
     """The error while the server ends, or once its engine did."""
     return ApiError(503, message, kind="service_unavailable_error", code="unavailable", retry_after=retry_after)
+
+
+def gone() -> ApiError:
+    """The error that ends what nobody waits for."""
+    return ApiError(GONE, "the client went away")
 
 
 def from_engine(error: Exception) -> ApiError:

@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from qllm.executor.engine.engine import Engine as Engine
     from qllm.executor.engine.engine import Stats as Stats
     from qllm.executor.engine.replay import replay as replay
+    from qllm.executor.engine.requests import RequestTimes as RequestTimes
+    from qllm.executor.engine.requests import Token as Token
     from qllm.executor.engine.stream import Completion as Completion
-    from qllm.executor.engine.stream import RequestTimes as RequestTimes
     from qllm.executor.engine.stream import Stream as Stream
-    from qllm.executor.engine.stream import Token as Token
+    from qllm.executor.engine.stream import Usage as Usage
+    from qllm.executor.errors import EngineBusy as EngineBusy
     from qllm.executor.errors import EngineClosed as EngineClosed
     from qllm.executor.errors import ExecutorError as ExecutorError
     from qllm.executor.errors import KVMemoryError as KVMemoryError
@@ -61,6 +63,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 _WHERE = {
     "Completion": "qllm.executor.engine.stream",
     "Engine": "qllm.executor.engine.engine",
+    "EngineBusy": "qllm.executor.errors",
     "EngineClosed": "qllm.executor.errors",
     "ExecutorError": "qllm.executor.errors",
     "Grammar": "qllm.executor.sampling.grammar",
@@ -70,14 +73,15 @@ _WHERE = {
     "RealClock": "qllm.executor.engine.clock",
     "RequestError": "qllm.executor.errors",
     "RequestFailed": "qllm.executor.errors",
-    "RequestTimes": "qllm.executor.engine.stream",
+    "RequestTimes": "qllm.executor.engine.requests",
     "SamplingError": "qllm.executor.errors",
     "SamplingParams": "qllm.executor.sampling.params",
     "Split": "qllm.executor.model.split",
     "Stats": "qllm.executor.engine.engine",
     "Stream": "qllm.executor.engine.stream",
-    "Token": "qllm.executor.engine.stream",
+    "Token": "qllm.executor.engine.requests",
     "UnsupportedModelError": "qllm.executor.errors",
+    "Usage": "qllm.executor.engine.stream",
     "VirtualClock": "qllm.executor.engine.clock",
     "load_model": "qllm.executor.model.loading",
     "prepare_model": "qllm.executor.model.loading",

@@ -35,6 +35,10 @@ class EngineClosed(ExecutorError):
     """The engine was closed, or broke, before the request was served."""
 
 
+class EngineBusy(ExecutorError):
+    """So many requests wait that the engine takes no more (`Engine(max_waiting=...)`)."""
+
+
 class RequestFailed(ExecutorError):
     """The pass that the request was in broke; the message says how, `__cause__` is the exception."""
 

@@ -90,7 +90,7 @@ def serve(
         engine.call(lambda loop: loop.scheduled.extend(served))
         for request in served:
             with suppress(RequestFailed):
-                request.stream.result()
+                engine.stream_of(request).result()
         stats = engine.stats()
         assert (stats.requests, stats.suspended_passes, stats.host_bytes) == (0, 0, 0)
         assert stats.free_blocks == stats.total_blocks

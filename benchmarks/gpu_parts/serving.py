@@ -13,7 +13,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from gpu_parts.world import FEWEST, World, middle
 from qllm.executor.engine.engine import Engine
-from qllm.executor.engine.stream import RequestTimes, Stream
+from qllm.executor.engine.requests import RequestTimes
+from qllm.executor.engine.stream import Stream
 from qllm.executor.model.hooks import NAME
 
 LS_EVERY_S = 0.5  # mean seconds between two LS requests ...

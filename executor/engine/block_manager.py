@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
-from qllm.scheduler import Scheduler, State
+from qllm.scheduler import Pass, Scheduler, State
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class BlockManager:
 
     def forget(self, sequence: EngineRequest) -> None:
         """The scheduler dropped the KV of `sequence`: it will be computed again."""
-        log.info("request %d evicted: its KV is dropped, to be computed again", sequence.request.id)
+        log.info("request %s evicted: its KV is dropped, to be computed again", sequence.request_id)
         self.release(sequence)
         sequence.computed = 0
 
@@ -65,7 +65,7 @@ class BlockManager:
             host = self._cache.offload(sequence.blocks, sequence.computed)
             self.release(sequence)
             sequence.host = host
-            log.info("request %d evicted: its KV is in host memory, %d bytes", sequence.request.id, host.nbytes)
+            log.info("request %s evicted: its KV is in host memory, %d bytes", sequence.request_id, host.nbytes)
 
     def restore(self, sequence: EngineRequest, others: Iterable[EngineRequest]) -> None:
         """Bring the KV of `sequence` back from host memory, unless the scheduler has decided otherwise since."""
@@ -73,6 +73,22 @@ class BlockManager:
             self.grow(sequence, sequence.computed, others)
             self._cache.restore(sequence.host, sequence.blocks)
             sequence.host = None
+
+    def move(self, p: Pass, sequences: Mapping[int, EngineRequest]) -> list[tuple[EngineRequest, Exception]]:
+        """Move KV to host memory and back, as was decided for `p`; where that breaks, the request and the error."""
+        broken: list[tuple[EngineRequest, Exception]] = []
+        for r, restored in [(r, False) for r in p.offloaded or ()] + [(r, True) for r in p.restored or ()]:
+            sequence = sequences.get(r.id)
+            if sequence is None or any(sequence is failed for failed, _ in broken):
+                continue  # it was aborted meanwhile
+            try:
+                if restored:
+                    self.restore(sequence, sequences.values())
+                else:
+                    self.offload(sequence)
+            except Exception as error:
+                broken.append((sequence, error))
+        return broken
 
     @property
     def _left(self) -> int:

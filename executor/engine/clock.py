@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from heapq import heappop, heappush
 from typing import Protocol
 
 from qllm.executor.engine.execution import Execution, RealExecution, VirtualExecution, cost_of
@@ -39,6 +40,24 @@ class Clock(Protocol):
         granularity: str,
     ) -> Execution:
         """How `p`, which begins now, moves on in this clock's time; nothing of it ran yet."""
+
+
+class Deadlines:
+    """When requests have to have ended."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int]] = []  # (seconds on the engine's clock, request's number)
+
+    def add(self, at: float, number: int) -> None:
+        """That request has until then."""
+        heappush(self._heap, (at, number))
+
+    def due(self, clock: Clock) -> list[int]:
+        """Numbers of the requests whose time is over, each once."""
+        out: list[int] = []
+        while self._heap and self._heap[0][0] <= clock.now():
+            out.append(heappop(self._heap)[1])
+        return out
 
 
 class RealClock:

@@ -4,46 +4,83 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import itertools
 import logging
-import secrets
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
-from qllm.executor.engine.checks import check_request, check_settings, token_ids
 from qllm.executor.engine.clock import Clock, RealClock
 from qllm.executor.engine.execution import execution_of
+from qllm.executor.engine.frontend import Frontend
 from qllm.executor.engine.loop import Loop
-from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.engine.step_costs import measured_splitter
-from qllm.executor.engine.stream import Stream
-from qllm.executor.engine.text import Tokenizer, load_tokenizer, prompt_ids
+from qllm.executor.engine.stream import check_seconds
+from qllm.executor.engine.text import Tokenizer, load_tokenizer
 from qllm.executor.engine.warm_up import warm_up
-from qllm.executor.errors import EngineClosed, RequestError, SamplingError
-from qllm.executor.graphs.runner import GraphRunner, Graphs, Progress
-from qllm.executor.model.info import blocks_in, embedding, make_cache, model_facts, stop_ids
+from qllm.executor.errors import EngineClosed, ExecutorError, KVMemoryError, SamplingError
+from qllm.executor.graphs.runner import GRAPHS, GraphRunner, Graphs, Progress
+from qllm.executor.model.info import blocks_in, make_cache, model_facts
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.split import LinearSplitter, Splitter
-from qllm.executor.sampling.grammar import Grammars
-from qllm.executor.sampling.params import SamplingArguments, SamplingParams
-from qllm.executor.sampling.row_state import prepared
-from qllm.scheduler import Limits, Policy, Request, Scheduler, make_policy
+from qllm.executor.sampling.params import SamplingParams, is_whole
+from qllm.scheduler import Limits, Policy, Scheduler, SchedulerError, make_policy
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 THREAD = "qllm-engine"  # the name of each engine's thread
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # as generation configurations call them
+
+
+def check_settings(
+    policy: Any, limits: Any, kv_memory: Any, max_step: Any, seed: Any, graphs: Any, max_waiting: Any
+) -> None:
+    """Raise a typed error for an argument of Engine that is of another type than allowed, or out of its range."""
+    if not isinstance(policy, str | Policy):
+        raise SchedulerError(f"policy is {policy!r:.80}; allowed: the name of a policy, or a Policy")
+    if limits is not None and not isinstance(limits, Limits):
+        raise SchedulerError(f"limits is {limits!r:.80}; allowed: None, or Limits")
+    if kv_memory is not None and (not is_whole(kv_memory) or not 1 <= kv_memory < 1 << 62):
+        raise KVMemoryError(f"kv_memory is {kv_memory!r:.80}; allowed: None, or a whole number of bytes")
+    if isinstance(max_step, bool) or not isinstance(max_step, int | float) or not 1e-9 <= max_step <= 1e9:
+        raise ExecutorError(f"max_step is {max_step!r:.80}; allowed: seconds from 1e-9 to 1e9")
+    if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**64):
+        raise SamplingError(f"seed is {seed!r:.80}; allowed: None, or a whole number between 0 and 2**64 - 1")
+    if max_waiting is not None and (not is_whole(max_waiting) or max_waiting < 1):
+        raise ExecutorError(f"max_waiting is {max_waiting!r:.80}; allowed: None, or a whole number, 1 or more")
+    if graphs not in GRAPHS:
+        raise ExecutorError(f"graphs is {graphs!r:.80}; allowed: {', '.join(GRAPHS)}")
+
+
+def sampling_defaults(model: PreTrainedModel) -> dict[str, Any]:
+    """What the checkpoint's generation configuration says of sampling, where it does not say `do_sample: false`.
+
+    What is outside its range is ignored, with a warning.
+    """
+    given = getattr(model, "generation_config", None)
+    sampled = getattr(given, "do_sample", None)
+    values = {name: getattr(given, name, None) for name in DEFAULTS} if sampled is not False else {}
+    if sampled and values["temperature"] is None:
+        values["temperature"] = 1.0  # as in transformers
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            if value is not None:
+                SamplingParams(**{name: value})
+                found[name] = value
+        except SamplingError as error:
+            log.warning("default of the checkpoint ignored: %s", error)
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +110,7 @@ class Stats:
     host_bytes: int
 
 
-class Engine:
+class Engine(Frontend):
     """Serves one model. Any thread may `submit`; `close()` it, or use it as a context manager.
 
     Args:
@@ -88,6 +125,7 @@ class Engine:
         max_step: seconds that no step should exceed, for the default splitter.
         seed: of requests that bring none.
         graphs: when a GPU records short passes as CUDA graphs: "load": here; "use": at a first use; "off": never.
+        max_waiting: requests that may wait for their first pass; beyond, `submit` raises EngineBusy. None: no bound.
         progress: called while they are recorded here, with (passes recorded, passes to record).
 
     Attributes:
@@ -97,7 +135,7 @@ class Engine:
 
     Raises:
         UnsupportedModelError: the model cannot be served.
-        ExecutorError: `max_step` or `seed` is none.
+        ExecutorError: `max_step`, `seed` or `max_waiting` is none.
         SchedulerError: the policy or the limits are not possible.
         KVMemoryError: the KV blocks, or a single one, do not fit the memory.
     """
@@ -115,11 +153,12 @@ class Engine:
         max_step: float = 0.01,
         seed: int | None = None,
         graphs: Graphs = "load",
+        max_waiting: int | None = None,
         progress: Progress | None = None,
     ):
-        check_settings(policy, limits, kv_memory, max_step, seed, graphs)
+        check_settings(policy, limits, kv_memory, max_step, seed, graphs, max_waiting)
         model = model if model.config._attn_implementation == "qllm" else prepare_model(model)
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer, sampling_defaults(model), seed, max_waiting)
         self.clock: Clock = clock or RealClock()
         facts = model_facts(model)
         given = limits or Limits()
@@ -137,11 +176,6 @@ class Engine:
             self._runner.splitter = measured_splitter(self._runner, *shape, max_step, most_rows=most)
         if not (self.scheduler.policy.merge or self.clock.asks_queues):  # then no pass is replayed
             self._runner.record_all(progress)
-        self._stop_ids = stop_ids(model, tokenizer)
-        self.vocabulary = embedding(model).num_embeddings
-        self._grammars = Grammars(tokenizer, self.vocabulary, self._stop_ids)
-        self._ids = itertools.count()
-        self._seed = secrets.randbits(63) if seed is None else int(seed)
         self._loop = Loop(self._runner, self.scheduler, self.clock)
         if model.device.type == "cpu" and any(thread.name == THREAD for thread in threading.enumerate()):
             warnings.warn(
@@ -191,64 +225,6 @@ class Engine:
         model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(model, tokenizer, **settings)
 
-    def submit(
-        self,
-        prompt: str | Iterable[int],
-        *,
-        max_new_tokens: int = 16,
-        priority: int = 0,
-        stop: Iterable[int] | None = None,
-        **sampling: Unpack[SamplingArguments],
-    ) -> Stream:
-        """Queue a request. Returns at once.
-
-        Args:
-            prompt: text, or token ids. Text gets the special tokens that the tokenizer adds, unless it begins with
-                them, as that of a chat template does.
-            max_new_tokens: tokens to generate, at most.
-            priority: lower is more urgent; 0 and below are latency-sensitive to the policies that ship.
-            stop: token ids that end the request, the last of its tokens. By default those of the checkpoint's
-                generation configuration (else of its config.json) and the tokenizer's; with an empty `stop` there are
-                none.
-            sampling: the other arguments of `SamplingParams`. By default the likeliest token is chosen.
-
-        Returns:
-            The stream of its tokens.
-
-        Raises:
-            RequestError: the prompt, its length or `stop` is not possible with this model.
-            SamplingError: a sampling parameter is outside its range.
-            EngineClosed: the engine was closed, or broke.
-        """
-        try:
-            stops = self._stop_ids if stop is None else frozenset(token_ids("stop", stop, self.vocabulary))
-            params = SamplingParams(stop=stops, **sampling)
-            sequence = self.make_request(prompt, max_new_tokens, priority, params, self.clock.now())
-        except (RequestError, SamplingError) as error:
-            log.warning("request refused: %s", error)
-            raise
-        self._loop.send(lambda: self._loop.add(sequence))
-        return sequence.stream
-
-    def make_request(
-        self, prompt: str | Iterable[int], max_new_tokens: int, priority: int, sampling: SamplingParams, arrival: float
-    ) -> EngineRequest:
-        """A request, checked against the model but not queued. `arrival`: seconds on the engine's clock."""
-        if isinstance(prompt, str):
-            prompt = prompt_ids(self.tokenizer, prompt)
-        tokens = token_ids("prompt", prompt, self.vocabulary)
-        check_request(tokens, max_new_tokens, priority, sampling, self._runner.max_positions)
-        sampling, state = prepared(sampling, tokens, self._grammars)
-        request = Request(next(self._ids), len(tokens), int(max_new_tokens), int(priority), arrival)
-        seed = (self._seed + request.id) % 2**64 if sampling.seed is None else sampling.seed
-        stream = Stream(request.id, tokens.copy(), lambda: self._cancel(sequence), self.tokenizer)
-        sequence = EngineRequest(tokens, request=request, stream=stream, sampling=sampling, seed=seed, state=state)
-        return sequence
-
-    def _cancel(self, sequence: EngineRequest) -> None:
-        with suppress(EngineClosed):  # which has ended it already
-            self._loop.send(lambda: self._loop.abort(sequence))
-
     def call(self, function: Callable[[Loop], T]) -> T:
         """Have the engine's thread call `function` with its loop at the next preemption point, and wait for it.
 
@@ -279,8 +255,18 @@ class Engine:
         """Where the engine stands, at its next preemption point. Raises EngineClosed."""
         return self.call(_stats)
 
-    def close(self) -> None:
-        """End all requests (with EngineClosed) and the engine's thread. Idempotent."""
+    def close(self, *, drain: float | None = 0.0) -> None:
+        """End all requests (with EngineClosed) and the engine's thread. Idempotent.
+
+        Args:
+            drain: seconds that the requests in the system may take to end by themselves first; None: all that they
+                take. No new ones are let in meanwhile.
+
+        Raises:
+            RequestError: `drain` is no number of seconds.
+        """
+        check_seconds("drain", drain, zero=True)
+        self._desk.close(drain)
         with suppress(EngineClosed):
             self._loop.send(self._loop.stop)
         self._thread.join()

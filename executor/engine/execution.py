@@ -172,6 +172,8 @@ def entries_of(
     entries: list[tuple[EngineRequest, int]] = []
     for chunk in p.prefill:
         sequence = sequences[chunk.request.id]
+        if not chunk.context:
+            sequence.begin()
         if chunk.context < sequence.computed:
             memory.forget(sequence)
         entries.append((sequence, chunk.tokens))

@@ -10,12 +10,12 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import RLock
 
 import torch
 
 from qllm.executor.engine.block_manager import BlockManager
-from qllm.executor.engine.clock import Clock
+from qllm.executor.engine.clock import Clock, Deadlines
 from qllm.executor.engine.execution import (
     Execution,
     MergePartners,
@@ -26,12 +26,11 @@ from qllm.executor.engine.execution import (
     sampled_by,
 )
 from qllm.executor.engine.recorder import ActivityRecorder, RunRecorder
-from qllm.executor.engine.requests import EngineRequest
-from qllm.executor.engine.stream import RequestTimes
+from qllm.executor.engine.requests import EngineRequest, RequestTimes
 from qllm.executor.errors import EngineClosed, ExecutorError
 from qllm.executor.model.runner import Runner
 from qllm.executor.model.split import Split
-from qllm.scheduler import Pass, PolicyError, Request, Scheduler, SchedulerError
+from qllm.scheduler import Pass, PolicyError, Request, RequestTooLarge, Scheduler, SchedulerError
 from qllm.scheduler.passes import time_spent
 
 Message = Callable[[], object]
@@ -51,12 +50,13 @@ class Loop:
         self.partners = MergePartners(scheduler)
         self.sequences: dict[int, EngineRequest] = {}  #: everything in the system, by request id
         self.scheduled: deque[EngineRequest] = deque()  #: what arrives later, by arrival
+        self.deadlines = Deadlines()
         self.recorder: RunRecorder | None = None  #: records passes, if anything does
         self.activity: ActivityRecorder | None = None  #: keeps the last ones, if anybody looks at them
         self.error: BaseException | None = None  #: what broke the loop
         self._stopping = False
         self._closed = False
-        self._inbox_lock = Lock()  # nothing is put into the inbox of a closed loop
+        self._inbox_lock = RLock()  # nothing is put into the inbox of a closed loop; whoever puts may drop a stream
 
     # ---- the thread --------------------------------------------------------------------------------------------
 
@@ -112,6 +112,9 @@ class Loop:
             now = self.clock.now()
             while self.scheduled and self.scheduled[0].request.arrival <= now:
                 self.add(self.scheduled.popleft())
+        for number in self.deadlines.due(self.clock):
+            if number in self.sequences:
+                self.abort(self.sequences[number], "deadline")
 
     def _idle(self) -> None:
         """Wait for the next message or the next arrival."""
@@ -127,27 +130,39 @@ class Loop:
 
     def add(self, sequence: EngineRequest) -> None:
         """A request arrives. What breaks meanwhile ends it alone, unless it is the policy, which decides for all."""
-        request = sequence.request
+        request, name = sequence.request, f"request {sequence.request_id}"
         if self._closed:
-            self._end(sequence, "error", self._closed_error(f"request {request.id}"))
+            self._end(sequence, "error", self._closed_error(name))
             return
         try:
             self.scheduler.add(request, request.arrival)
         except Exception as error:
             if isinstance(error, SchedulerError) and not isinstance(error, PolicyError):
-                log.warning("request %d refused: %s", request.id, error)
-                self._end(sequence, "error", error)
+                log.warning("%s refused: %s", name, error)
+                told = str(error).removeprefix(f"request {request.id}: ")  # the scheduler knows its number
+                self._end(sequence, "error", type(error)(f"{name}: {told}"))
                 return
             self.error = error
-            self._end(sequence, "error", self._closed_error(f"request {request.id}"))
+            self._end(sequence, "error", self._closed_error(name))
             raise
         self.sequences[request.id] = sequence
+        if sequence.deadline is not None:
+            self.deadlines.add(sequence.deadline, request.id)
 
-    def abort(self, sequence: EngineRequest) -> None:
+    def reprioritize(self, sequence: EngineRequest, priority: int) -> None:
+        """Another priority for a request, from the next decision on. Raises PolicyError, as `add` does."""
+        if self.sequences.get(sequence.request.id) is not sequence or self._closed:
+            return
+        try:
+            self.scheduler.reprioritize(sequence.request.id, priority, self.clock.now())
+        except RequestTooLarge as error:
+            log.warning("request %s keeps its priority: %s", sequence.request_id, error)
+
+    def abort(self, sequence: EngineRequest, reason: str = "cancelled") -> None:
         """Remove a request, wherever it stands; its client hears of it at once."""
         if self._closed:
             return
-        self._end(sequence, "cancelled")
+        self._end(sequence, reason)
         if self.sequences.get(sequence.request.id) is sequence:
             self._remove(sequence)
         else:
@@ -215,7 +230,10 @@ class Loop:
         """The pass `p` over its sequences, with blocks for their new tokens; nothing of it ran yet."""
         steps = self.clock.steps
         cost = None if steps is None else cost_of(steps, p)
-        self._move(p)
+        for sequence, error in self.memory.move(p, self.sequences):
+            log.error("request %s failed: its KV could not be moved: %s", sequence.request_id, type(error).__name__)
+            self._end(sequence, "error", sequence.failure(error, "its KV could not be moved: "))
+            self._remove(sequence)
         entries = entries_of(p, self.sequences, self.memory)
         split = None
         if steps is not None and cost is not None:
@@ -235,23 +253,20 @@ class Loop:
     def _finish(self, p: Pass, execution: Execution) -> None:
         """`p` ended: hand its tokens out and let go of the requests that are done."""
         now = self.clock.now()
-        tokens = [(sequence, sequence.drawn) for sequence in sampled_by(execution.running)]
+        sampled = sampled_by(execution.running)
         while self.scheduled and self.scheduled[0].request.arrival < now:  # before the pass ended, so added before
             self.add(self.scheduled.popleft())
         ended: list[Request] = []
-        for sequence, token in tokens:
-            if token is None:
-                self._end(sequence, "error", sequence.undrawn())
-                ended.append(sequence.request)
-                continue
-            sequence.tokens.append(token)
-            if token in sequence.sampling.stop:
+        for sequence in sampled:
+            stopped, error = sequence.take()
+            if error is not None:
+                self._end(sequence, "error", error)
+            if stopped:
                 ended.append(sequence.request)
         aborted = p.aborted or ()
         done = self.scheduler.finished(p, now, ended)
-        for sequence, token in tokens:
-            if token is not None and not sequence.ended:
-                sequence.stream.put(token, sequence.request in done, sequence.logprobs)
+        for sequence in sampled:
+            sequence.tell(sequence.request in done, now)
         for r in (*done, *aborted):
             sequence = self.sequences[r.id]
             self._end(sequence, "stop" if r in ended else "length")
@@ -262,7 +277,8 @@ class Loop:
     def _fail_pass(self, p: Pass, error: Exception) -> None:
         """An exception in `p`: its requests end with it, and nobody else notices."""
         requests = self.scheduler.failed(p, self.clock.now())
-        log.error("pass %d failed, with requests %s: %s", p.id, [r.id for r in requests], type(error).__name__)
+        names = ", ".join(self.sequences[r.id].request_id for r in requests)
+        log.error("pass %d failed, with requests [%s]: %s", p.id, names, type(error).__name__)
         for r in requests:
             sequence = self.sequences[r.id]
             self._end(sequence, "error", sequence.failure(error))
@@ -274,24 +290,6 @@ class Loop:
         for recorder in (self.recorder, self.activity):
             if recorder is not None:
                 recorder.record(p, start, self.clock.now(), first, execution.done, execution.place(), suspended)
-
-    # ---- memory ------------------------------------------------------------------------------------------------
-
-    def _move(self, p: Pass) -> None:
-        """Move KV to host memory and back, as the scheduler decided; where that breaks, the request ends."""
-        for r, restored in [(r, False) for r in p.offloaded or ()] + [(r, True) for r in p.restored or ()]:
-            sequence = self.sequences.get(r.id)
-            if sequence is None:
-                continue  # it was aborted meanwhile
-            try:
-                if restored:
-                    self.memory.restore(sequence, self.sequences.values())
-                else:
-                    self.memory.offload(sequence)
-            except Exception as error:
-                log.error("request %d failed: its KV could not be moved: %s", r.id, type(error).__name__)
-                self._end(sequence, "error", sequence.failure(error, "its KV could not be moved: "))
-                self._remove(sequence)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -309,7 +307,7 @@ class Loop:
             self.inbox.get()()
         left = (*self.sequences.values(), *self.scheduled)
         for sequence in left:
-            self._end(sequence, "error", self._closed_error(f"request {sequence.request.id}"))
+            self._end(sequence, "error", self._closed_error(f"request {sequence.request_id}"))
         log.info("engine closed after %d passes; %d requests were left", self.scheduler.passes, len(left))
         self.sequences.clear()
         self.scheduled.clear()

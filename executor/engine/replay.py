@@ -65,7 +65,7 @@ def replay(
     recorder = engine.call(lambda loop: _begin(loop, sequences))
     for sequence in sequences:
         with suppress(RequestTooLarge):
-            sequence.stream.result()
+            engine.stream_of(sequence).result()
     passes, kv_peak = engine.call(_end)
     result = _result(made, arrival, recorder)
     result.passes, result.kv_peak = passes, kv_peak

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from transformers.utils.hub import cached_file
 
 from qllm.executor.errors import LoadError, RequestError
 from qllm.executor.model.checks import words
+from qllm.executor.sampling.params import is_whole
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 MOST_HELD = 8  #: tokens held back for an unfinished character, which has at most 4 bytes; beyond, they are stray bytes
@@ -54,6 +55,41 @@ def load_tokenizer(name_or_path: str | Path, trust_remote_code: bool = False) ->
             f"{name}: its tokenizer cannot be loaded: {words(error)}; without one, load_model and Engine take token ids"
         ) from error
     return None if empty else tokenizer
+
+
+def token_ids(name: str, given: Any, vocabulary: int) -> list[int]:
+    """Token ids from an iterable, a tensor, or what a tokenizer or a chat template returns. Raises RequestError."""
+    if isinstance(given, Mapping) and "input_ids" in given:
+        given = given["input_ids"]
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise RequestError(f"{name} is {given!r:.80}; allowed: token ids")
+    tokens = list(given)
+    if len(tokens) == 1 and isinstance(tokens[0], list):  # a batch of one
+        tokens = tokens[0]
+    # The engine waits while a client's thread is in here: the usual case is to be quick for long prompts.
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocabulary:
+        return list(tokens)
+    for token in tokens:
+        if not is_whole(token) or not 0 <= token < vocabulary:
+            raise RequestError(f"{name} holds {token!r:.80}; allowed: token ids from 0 to {vocabulary - 1}")
+    return [int(token) for token in tokens]
+
+
+def chat_ids(tokenizer: Any, messages: Any, settings: Mapping[str, Any]) -> Any:
+    """What the tokenizer's chat template makes of a conversation: token ids in some form. Raises RequestError."""
+    if not getattr(tokenizer, "chat_template", None):
+        has = "the engine has no tokenizer" if tokenizer is None else "the tokenizer has no chat template"
+        raise RequestError(f"messages are given, but {has}; allowed: a prompt")
+    if not isinstance(messages, Sequence) or not messages or not all(isinstance(m, Mapping) for m in messages):
+        raise RequestError(f"messages is {messages!r:.80}; allowed: a list of messages, each with its role and content")
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(m) for m in messages], **{"add_generation_prompt": True, **settings, "tokenize": True}
+        )
+    except Exception as error:  # whatever a template of anybody's makes of anybody's messages
+        raise RequestError(f"messages do not fit the chat template: {words(error)}") from error
 
 
 class Detokenizer:

@@ -31,7 +31,7 @@ def serve(model, requests, policy="qllm", hook=lambda recorder, loop, p: None):
             loop.scheduled.extend(served)
 
         engine.call(begin)
-        completions = [request.stream.result() for request in served]
+        completions = [engine.stream_of(request).result() for request in served]
         return engine.call(lambda loop: made[0].activity(clock.now(), 0.0)), completions
 
 

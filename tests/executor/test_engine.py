@@ -127,10 +127,10 @@ def test_sampled_tokens_depend_on_the_seed_alone(model):
     outputs = []
     for neighbours in (0, 3):
         with Engine(model, limits=Limits(kv_blocks=60)) as engine:
-            for _ in range(neighbours):
-                engine.submit(other, max_new_tokens=NEW, stop=())
+            beside = [engine.submit(other, max_new_tokens=NEW, stop=()) for _ in range(neighbours)]
             stream = engine.submit(prompt, max_new_tokens=NEW, temperature=1.0, top_p=0.9, seed=11, stop=())
             outputs.append(stream.result().tokens)
+            assert all(len(other.result().tokens) == NEW for other in beside)
     assert outputs[0] == outputs[1]
 
 

@@ -192,9 +192,10 @@ def test_an_order_that_does_not_compare_is_the_policys_fault(model):
 
     engine = Engine(model, policy=Mixed(), limits=Limits(max_seqs=1, max_batched_tokens=64, kv_blocks=64))
     first = engine.submit([5, 6, 7], max_new_tokens=50)
+    streams = []
     with suppress(EngineClosed):
         for _ in range(3):
-            engine.submit([5, 6, 7], max_new_tokens=50)
+            streams.append(engine.submit([5, 6, 7], max_new_tokens=50))
     with pytest.raises(EngineClosed, match="order gave"):
         first.result()
     engine.close()
@@ -214,11 +215,12 @@ def test_the_times_of_cancelled_and_failed_requests_add_up(model, policy):
     with Engine(model, policy=policy, limits=LIMITS) as engine:
         engine.submit([5, 6, 7], max_new_tokens=30).result()
         for at in range(1, 8):
-            engine.submit([5, 6, 7], max_new_tokens=10)
+            beside = engine.submit([5, 6, 7], max_new_tokens=10)
             stream = engine.submit([5, 6, 7], max_new_tokens=40)
             list(itertools.islice(stream, at))
             stream.cancel()
             times = stream.result().times
+            beside.result()
             assert times.queueing + times.running + times.suspended == pytest.approx(times.finish - times.arrival)
             assert min(times.queueing, times.running, times.suspended, times.preemptions, times.evictions) >= 0
 

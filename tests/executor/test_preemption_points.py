@@ -129,7 +129,7 @@ def test_abort_at_any_point_returns_the_blocks_and_changes_nobody_elses_tokens(m
         assert len(victims) == 1
         for sequence, wanted in zip(served, generated, strict=True):
             if sequence is victims[0]:
-                assert sequence.stream.finish_reason == "cancelled"
+                assert sequence.finish_reason == "cancelled"
                 assert sequence.tokens == wanted[: len(sequence.tokens)]
             else:
                 assert sequence.tokens == wanted
@@ -153,7 +153,7 @@ def test_all_of_a_suspended_pass_aborted(model):
     served = serve(model, [(be, 3, 1, 0.0), (ls, 2, 0, 3e-4)], limits=ROOMY, hook=hook)
     assert held
     assert held[0] >= len(be) * 64 * 4  # at least the hidden states, float32[tokens, 64]
-    assert [sequence.stream.finish_reason for sequence in served] == ["cancelled", "length"]
+    assert [sequence.finish_reason for sequence in served] == ["cancelled", "length"]
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

@@ -107,9 +107,10 @@ def test_one_engine_serves_the_runs_of_a_validation_and_records_once(model, runn
 def test_an_engine_that_serves_requests_keeps_its_scheduler(model, runners):
     limits = Limits(max_seqs=4, max_batched_tokens=48, kv_blocks=60, block_size=4)
     with Engines(LoadedModel.of("tiny", model)).engine(make_policy("fcfs"), limits, RealClock(), seed=0) as engine:
-        engine.submit([5, 6], max_new_tokens=50)
+        stream = engine.submit([5, 6], max_new_tokens=50)
         with pytest.raises(ExecutorError, match="keeps its scheduler"):
             engine.call(lambda loop: loop.serve_by(Scheduler(make_policy("qllm"), engine.limits), RealClock()))
+        stream.cancel()
 
 
 def test_routing_is_kept_on_the_device_and_is_not_that_of_a_later_pass(model, monkeypatch):

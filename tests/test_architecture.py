@@ -51,7 +51,7 @@ ARROWS = {
     "executor/graphs": {"executor", "executor/gpu", "executor/model"},
     "executor/engine": {
         "executor",
-        *(f"executor/{below}" for below in ("cpu", "graphs", "model", "sampling")),
+        *(f"executor/{below}" for below in ("cpu", "gpu", "graphs", "model", "sampling")),
         "scheduler",
         "traces",
     },

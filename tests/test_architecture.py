@@ -69,7 +69,7 @@ ARROWS = {
         *("executor", "scheduler", "traces"),
     },
     "qllm/server/answers": {"qllm/server", "executor"},
-    "qllm/server/batches": {"qllm", "qllm/server", "traces"},
+    "qllm/server/batches": {"qllm", "qllm/config", "qllm/server", "traces"},
     "qllm/server/process": {"qllm/server", "executor"},
     "qllm/cli": {
         *("qllm", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation"),

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from qllm.config.yaml_lines import ConfigError
 from qllm.server.batches.routes import batch_routes
 from qllm.server.batches.service import Batches
 from qllm.server.batches.settings import BatchSettings
@@ -156,5 +157,14 @@ def test_an_upload_that_is_too_long_or_malformed_is_refused(tmp_path, request_, 
             assert answer.status_code == status, answer.text
             assert answer.json()["error"]["message"]
             assert (await http.get("files")).json()["data"] == []
+
+    asyncio.run(run())
+
+
+def test_a_folder_in_use_is_told_as_a_mistake_in_the_configuration(tmp_path):
+    async def run():
+        async with serving(tmp_path):
+            with pytest.raises(ConfigError, match=r"^batches.folder: .* another server"):
+                Batches(str(tmp_path))
 
     asyncio.run(run())

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from qllm.config.yaml_lines import ConfigError
 from qllm.server.batches.background import BackgroundStore
 from qllm.server.batches.settings import BatchSettings
+from qllm.server.batches.store import StoreError
 from qllm.server.batches.worker import Answer, Worker
 
 
@@ -21,12 +23,15 @@ class Batches:
         now: seconds of the epoch.
 
     Raises:
-        StoreError: the folder cannot be used, or another server uses it.
+        ConfigError: the folder cannot be used, or another server uses it.
     """
 
     def __init__(self, folder: str, settings: BatchSettings | None = None, now: Callable[[], float] = time.time):
         self.settings = settings or BatchSettings()
-        self.store = BackgroundStore(folder)
+        try:
+            self.store = BackgroundStore(folder)
+        except StoreError as error:
+            raise ConfigError(f"batches.folder: {error}") from None
         self.now = now
         self._worker: Worker | None = None
         self._task: asyncio.Task[None] | None = None

@@ -6,12 +6,15 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from hmac import compare_digest
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,11 +26,16 @@ from qllm.executor import Engine
 from qllm.server.answers.answer import Answer, EventStream, respond
 from qllm.server.answers.chat import chat, templated
 from qllm.server.answers.completions import completion
+from qllm.server.batches.routes import batch_routes
+from qllm.server.batches.service import Batches
 from qllm.server.body import parse, parse_object, read_body
-from qllm.server.errors import ApiError, from_engine
+from qllm.server.errors import GONE, ApiError, from_engine
+from qllm.server.monitor import Monitor
+from qllm.server.page import PAGE, page_routes
 from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from qllm.server.service import Caller, Service
 from qllm.server.settings import ApiKey, ServerSettings
+from qllm.server.spans import with_spans
 from qllm.server.streaming import Meter
 
 Starts = Callable[[Service, dict[str, Any], Caller], Awaitable[Answer]]
@@ -35,7 +43,7 @@ Starts = Callable[[Service, dict[str, Any], Caller], Awaitable[Answer]]
 log = logging.getLogger(__name__)
 
 #: Routes that need no key: they tell nothing about requests.
-OPEN = frozenset({"/health", "/version"})
+OPEN = frozenset({"/health", "/version", *PAGE})
 GENERATE: dict[str, tuple[Starts, type[BaseModel]]] = {
     "/v1/completions": (completion, CompletionRequest),
     "/v1/chat/completions": (chat, ChatRequest),
@@ -48,30 +56,53 @@ def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = 
     Args:
         engine: with a tokenizer, unless all prompts are token ids.
         settings: of the server.
-        meter: is told of every request, and makes /metrics.
+        meter: is told of every request, and makes /metrics; by default `qllm.server.metrics`.
 
     Returns:
         The application; `app.state.service` is what lies behind its routes.
+
+    Raises:
+        ConfigError: the folder of the batches cannot be used, or spans need packages that are missing.
     """
     name = settings.model_name or str(engine.model.config.name_or_path or engine.model.config.model_type)
-    service = Service(engine, settings, name, meter)
-    app = FastAPI(title="QLLM", version=__version__, docs_url=None, redoc_url=None)
+    monitor = Monitor(engine, settings, name)
+    end_spans, counts = None, meter or monitor.metrics
+    if settings.spans:
+        counts, end_spans = with_spans(counts, name)
+    service = Service(engine, settings, name, counts)
+    batches = None if settings.batches.folder is None else Batches(settings.batches.folder, settings.batches)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if batches is not None:
+            batches.start(lambda path, data: answer(service, path, data))
+        yield
+        if batches is not None:
+            await batches.stop()
+        if end_spans is not None:
+            await service.in_background(end_spans)
+        service.close()
+
+    app = FastAPI(title="QLLM", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
     app.add_middleware(Surroundings, service=service)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(StarletteHTTPException, _http_error)
-    app.add_exception_handler(Exception, _any_error)
+    app.add_exception_handler(RequestValidationError, _query_error)
     for path, (start, model) in GENERATE.items():
         app.add_api_route(path, _generate(service, start), methods=["POST"], openapi_extra=_takes(model))
     _model_routes(app, service)
     _token_routes(app, service)
     _state_routes(app, service)
+    app.include_router(page_routes(monitor.status))
+    if batches is not None:
+        app.include_router(batch_routes(batches))
     return app
 
 
-async def answer(service: Service, path: str, data: dict[str, Any], request_id: str) -> tuple[int, dict[str, Any]]:
+async def answer(service: Service, path: str, data: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """The HTTP status and body that a line of a batch gets, in the class of batches."""
-    key = ApiKey(key="a batch's line", class_=service.settings.batch_class)
+    key = ApiKey(key="a batch's line", class_name=service.settings.batch_class)
     if path not in GENERATE:
         error = ApiError(
             404, f"url: {path!r:.80} is not served in batches; allowed: {', '.join(GENERATE)}", param="url"
@@ -80,7 +111,7 @@ async def answer(service: Service, path: str, data: dict[str, Any], request_id: 
     try:
         if data.get("stream"):
             raise ApiError(400, "stream: not supported in a batch", param="stream", code="unsupported_parameter")
-        started = await GENERATE[path][0](service, data, Caller(request_id, key=key))
+        started = await GENERATE[path][0](service, data, Caller(secrets.token_hex(16), key=key))
         return 200, await started.whole()
     except ApiError as error:
         return error.status, error.body()
@@ -158,10 +189,10 @@ def _state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         try:
-            stats = await service.in_background(service.engine.stats)
+            text = await service.in_background(lambda: service.meter.scrape(service.engine.stats()))
         except Exception as error:
             raise from_engine(error) from error
-        return Response(service.meter.scrape(stats), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def _body(service: Service, request: Request) -> dict[str, Any]:
@@ -220,7 +251,15 @@ class Surroundings:
         else:
             caller = Caller(request_id, headers.get(self._service.settings.class_header), key)
             scope.setdefault("state", {})["caller"] = caller
-            await self._app(scope, receive, tell)
+            try:
+                await self._app(scope, receive, tell)
+            except Exception as error:
+                # Its message is left out: it may hold text of a prompt.
+                where = "".join(traceback.format_tb(error.__traceback__))
+                log.error("%s internal error: %s\n%s", request_id, type(error).__name__, where)
+                if status == 0:
+                    told = from_engine(error)
+                    await JSONResponse(told.body(), told.status)(scope, receive, tell)
         took = time.perf_counter() - began
         log.info("%s %s %s: %d in %.3f s", request_id, scope["method"], scope["path"][:80].encode(), status, took)
 
@@ -237,9 +276,19 @@ class Surroundings:
         return found[0]
 
 
-async def _api_error(_: Request, error: Exception) -> Response:
+class Nothing(Response):
+    """The answer to a client that is not there any more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send nothing."""
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
+    if error.status == GONE:
+        return Nothing()
+    request.app.state.service.meter.rejected(error.code or str(error.status), error.class_)
     return JSONResponse(error.body(), error.status, error.headers())
 
 
@@ -251,7 +300,11 @@ async def _http_error(_: Request, error: Exception) -> Response:
     return JSONResponse(told.body(), told.status, error.headers)
 
 
-async def _any_error(_: Request, error: Exception) -> Response:
-    log.error("internal error: %s", type(error).__name__, exc_info=error)
-    told = from_engine(error)
+async def _query_error(_: Request, error: Exception) -> Response:
+    """A parameter of a query that is not possible."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    found = error.errors()[0]
+    name = str(found["loc"][-1])[:80]
+    told = ApiError(400, f"{name}: {found['msg']}", param=name)
     return JSONResponse(told.body(), told.status)

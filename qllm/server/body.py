@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from qllm.server.errors import ApiError, unsupported
+from qllm.server.errors import ApiError, gone, unsupported
 from qllm.server.protocol import NEUTRAL
 from qllm.traces.messages import dotted
 from qllm.traces.requests.strict_model import explain
@@ -35,7 +35,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:g} s", code="body_too_slow") from None
     except ClientDisconnect:
-        raise ApiError(499, "the client went away") from None
+        raise gone() from None
     return b"".join(parts)
 
 

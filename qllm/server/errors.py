@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from qllm.executor import EngineClosed, RequestError, RequestFailed, SamplingError
+from qllm.executor import EngineBusy, EngineClosed, RequestError, RequestFailed, SamplingError
 from qllm.scheduler import SchedulerError
 
 GONE = 499  #: the status of a request whose client went away: nobody reads it
@@ -74,6 +74,8 @@ def from_engine(error: Exception) -> ApiError:
         return error
     if isinstance(error, EngineClosed):
         return unavailable("the engine does not serve any more")
+    if isinstance(error, EngineBusy):
+        return ApiError(429, "too many requests wait", kind="rate_limit_error", code="queue_full", retry_after=1)
     if isinstance(error, RequestError | SamplingError | SchedulerError):
         return ApiError(400, str(error), code="impossible_request")
     if isinstance(error, RequestFailed):

@@ -24,6 +24,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
+    "include_stop_str_in_output": (None, False),
     "length_penalty": (None, 1),
     "metadata": (None, {}),
     "modalities": (None, ["text"]),
@@ -33,7 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (None, "none"),
     "response_format": (None, {"type": "text"}),
     "spaces_between_special_tokens": (None, True),
-    "skip_special_tokens": (None, True),
     "store": (None, False),
     "structured_outputs": (None,),
     "suffix": (None, ""),
@@ -79,7 +79,7 @@ class Generate(Message):
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None  #: answers to each prompt
     stop: Text | list[Text] | None = None  #: strings before which the text ends
     stop_token_ids: list[TokenId] | None = None  #: token ids that end it, besides the model's own
-    include_stop_str_in_output: bool | None = None  #: leave the stop string that ended it in the text
+    skip_special_tokens: bool | None = None  #: special tokens have no text; by default they have none
     ignore_eos: bool | None = None  #: the model's own stop tokens end nothing
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None  #: tokens before which nothing ends it
     stream: bool | None = None  #: answer by server-sent events

@@ -17,7 +17,7 @@ from qllm.server.admission import Admission
 from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
 from qllm.server.protocol import Generate
 from qllm.server.settings import ApiKey, ServerSettings
-from qllm.server.streaming import Choice, Generation, Meter, StopStrings
+from qllm.server.streaming import Choice, Generation, Meter
 from qllm.server.urgency import Urgencies, Urgency
 
 T = TypeVar("T")
@@ -25,17 +25,33 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+#: Of requests that say nothing, where the checkpoint does not either: OpenAI's.
+DEFAULTS: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+
+
 class NoMeter:
     """Counts nothing."""
 
-    def began(self, class_: str) -> None:
-        """A request was accepted."""
+    def began(self, class_: str, prompt_tokens: int) -> NoMeter:
+        """A request was given to the engine."""
+        return self
 
-    def token(self, class_: str, seconds_since_last: float) -> None:
+    def token(self) -> None:
         """It has one more token."""
 
-    def ended(self, class_: str, outcome: Completion | Exception) -> None:
+    def ended(self, outcome: Completion | Exception | str) -> None:
         """It ended."""
+
+    def rejected(self, reason: str, class_: str = "") -> None:
+        """An HTTP request was refused."""
 
     def scrape(self, stats: Stats) -> bytes:
         """Nothing."""
@@ -82,7 +98,7 @@ class Service:
         room = (engine.limits.kv_blocks or 0) * engine.limits.block_size
         self.max_model_len = min(room, max_positions(engine.model.config) or room)
         self._stop_ids = stop_ids(engine.model, engine.tokenizer)
-        self._defaults = _sampling_defaults(engine.model.generation_config)
+        self._defaults = {**DEFAULTS, **engine.defaults}
         self._generations: set[Generation] = set()
         self._texts = ThreadPoolExecutor(1, "qllm-texts")  # tokenizers are not made for several threads
 
@@ -168,8 +184,7 @@ class Service:
                     priority=urgency.priority,
                     **self._sampling(asked, index % n),
                 )
-                stops = StopStrings(_stops(asked), bool(asked.include_stop_str_in_output))
-                choices.append(Choice(index, stream, ticket, stops, asked.min_tokens or 0, self.meter))
+                choices.append(Choice(index, stream, ticket, self.meter))
         except Exception as error:
             for choice in choices:
                 choice.close()
@@ -211,6 +226,9 @@ class Service:
         chosen["logprobs"] = asked.top
         stops = frozenset() if asked.ignore_eos else self._stop_ids
         chosen["stop"] = [*stops, *(asked.stop_token_ids or ())]
+        chosen["stop_strings"] = _stops(asked)
+        chosen["skip_special_tokens"] = asked.skip_special_tokens is not False
+        chosen["deadline"] = self.settings.request_seconds
         chosen["min_tokens"] = asked.min_tokens or 0
         if asked.seed is not None:
             chosen["seed"] = (asked.seed + choice) % 2**64
@@ -232,6 +250,10 @@ class Service:
         """Let nobody in any more; what was accepted goes on."""
         self.admission.closed = True
 
+    def close(self) -> None:
+        """Nobody asks any more."""
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
     def end_all(self) -> None:
         """End what is under way: its clients get an error."""
         error = unavailable("the server ended before the answer was complete")
@@ -241,14 +263,3 @@ class Service:
 
 def _stops(asked: Generate) -> list[str]:
     return [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
-
-
-def _sampling_defaults(given: Any) -> dict[str, Any]:
-    """Of requests that say nothing: those of the checkpoint's generation configuration, else OpenAI's."""
-    defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    defaults |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
-    for name in defaults:
-        value = getattr(given, name, None)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            defaults[name] = value
-    return defaults

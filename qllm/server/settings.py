@@ -11,6 +11,7 @@ from qllm.config.policies import named_policy
 from qllm.config.schema import PolicyConfig
 from qllm.config.yaml_lines import ConfigError, load_yaml
 from qllm.scheduler import Limits
+from qllm.server.batches.settings import BatchSettings
 from qllm.traces.requests.strict_model import Count, Positive, StrictModel, explain
 
 Whole = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -29,9 +30,7 @@ class ApiKey(StrictModel):
 
     key: Annotated[str, Field(min_length=8)]  #: what it sends as its bearer token
     #: class of its requests; it may ask for a less urgent one, and not for a more urgent one
-    class_: str | None = Field(None, alias="class")
-
-    model_config = StrictModel.model_config | {"populate_by_name": True}
+    class_name: str | None = None
 
 
 class EngineLimits(StrictModel):
@@ -70,8 +69,11 @@ class ServerSettings(StrictModel):
     model_suffixes: dict[str, str] = Field({":ls": "ls", ":be": "be"})
     class_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = "X-QLLM-Class"  #: which may name a class
     api_keys: list[ApiKey] = Field([])  #: with none, everybody may use the server
+    batches: BatchSettings = BatchSettings()
+    spans: bool = False  #: an OpenTelemetry span for each request, sent where its environment variables say
     max_body_bytes: Count = 8 << 20  #: of a request
     body_timeout: Positive = 30.0  #: seconds in which a request's body has to arrive
+    request_seconds: Positive | None = None  #: after which a request that has not ended is given up
     max_prompt_tokens: Count | None = None  #: default: what the model's positions and the KV cache have room for
     max_prompts: Count = 64  #: prompts in one request
     max_choices: Count = 16  #: answers to a prompt (n)
@@ -85,10 +87,12 @@ class ServerSettings(StrictModel):
         named = {"default_class": self.default_class, "batch_class": self.batch_class}
         named |= {f"tiers.{tier}": name for tier, name in self.tiers.items()}
         named |= {f"model_suffixes.{suffix}": name for suffix, name in self.model_suffixes.items()}
-        named |= {f"api_keys.{i}.class": key.class_ for i, key in enumerate(self.api_keys) if key.class_ is not None}
-        for key, name in named.items():
+        for i, key in enumerate(self.api_keys):
+            if key.class_name is not None:
+                named[f"api_keys.{i}.class_name"] = key.class_name
+        for where, name in named.items():
             if name not in self.classes:
-                raise ValueError(f"{key}: no class is called {name!r:.80}; allowed: {', '.join(self.classes)}")
+                raise ValueError(f"{where}: no class is called {name!r:.80}; allowed: {', '.join(self.classes)}")
         if len({key.key for key in self.api_keys}) < len(self.api_keys):
             raise ValueError("api_keys: two keys are the same")
         return self

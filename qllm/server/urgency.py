@@ -67,16 +67,16 @@ class Urgencies:
         if len(set(named.values())) > 1:
             told = ", ".join(f"{by} says {class_}" for by, class_ in named.items())
             raise ApiError(400, f"the request names two classes: {told}", param=next(iter(named)), code="two_classes")
-        fallback = settings.default_class if key is None or key.class_ is None else key.class_
-        if tier == "auto" and (key is None or key.class_ is None):
+        fallback = settings.default_class if key is None or key.class_name is None else key.class_name
+        if tier == "auto" and (key is None or key.class_name is None):
             fallback = settings.tiers["auto"]
         class_ = next(iter(named.values()), fallback)
         by = next(iter(named), None)
         level = settings.classes[class_].priority if priority is None else priority
-        if key is not None and key.class_ is not None and level < settings.classes[key.class_].priority:
+        if key is not None and key.class_name is not None and level < settings.classes[key.class_name].priority:
             raise ApiError(
                 403,
-                f"{by}: this API key may use class {key.class_}, and nothing more urgent",
+                f"{by}: this API key may use class {key.class_name}, and nothing more urgent",
                 kind="permission_error",
                 param=by,
                 code="class_not_allowed",

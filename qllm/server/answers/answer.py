@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import Response
@@ -46,8 +47,8 @@ class Answer:
         """A whole choice, all its pieces in one."""
         raise NotImplementedError
 
-    def part(self, piece: Piece, before: str | None) -> dict[str, Any]:
-        """A choice of a chunk, and the text that came before; None where it is the first of its index."""
+    def part(self, piece: Piece, before: int | None) -> dict[str, Any]:
+        """A choice of a chunk; `before`: characters that came before, None where it is the first of its index."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -59,28 +60,30 @@ class Answer:
         count = len(self.generation.choices)
         wholes = [Piece(index, "") for index in range(count)]
         try:
-            async for piece in self.generation.pieces():
-                whole = wholes[piece.index]
-                whole.text += piece.text
-                whole.tokens += piece.tokens
-                whole.finish = piece.finish
+            async with aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    whole = wholes[piece.index]
+                    whole.text += piece.text
+                    whole.tokens += piece.tokens
+                    whole.finish = piece.finish
         finally:
             self.close()
         return self._body(self.whole_object, [self.choice(whole) for whole in wholes]) | {"usage": self._usage()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events. Raises ApiError before the first, and tells of it after."""
         options = self.asked.stream_options
         usage = options is not None and options.include_usage
         continuous = options is not None and options.continuous_usage_stats
-        seen: dict[int, str] = {}
+        seen: dict[int, int] = {}  # characters by choice
         try:
-            async for piece in self.generation.pieces():
-                body = self._body(self.part_object, [self.part(piece, seen.get(piece.index))])
-                if usage or continuous:
-                    body["usage"] = self._usage() if continuous else None
-                seen[piece.index] = seen.get(piece.index, "") + piece.text
-                yield _event(body)
+            async with aclosing(self.generation.pieces()) as pieces:
+                async for piece in pieces:
+                    body = self._body(self.part_object, [self.part(piece, seen.get(piece.index))])
+                    if usage or continuous:
+                        body["usage"] = self._usage() if continuous else None
+                    seen[piece.index] = seen.get(piece.index, 0) + len(piece.text)
+                    yield _event(body)
             if usage:
                 yield _event(self._body(self.part_object, []) | {"usage": self._usage()})
         except ApiError as error:
@@ -115,7 +118,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, first: bytes, rest: AsyncIterator[bytes]):
+    def __init__(self, answer: Answer, first: bytes, rest: AsyncGenerator[bytes, None]):
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -136,6 +139,7 @@ class EventStream(Response):
         except (ApiError, OSError):  # the client is gone
             return
         finally:
+            await self._rest.aclose()
             self._answer.close()
 
 

@@ -24,7 +24,7 @@ class ChatAnswer(Answer):
     def choice(self, piece: Piece) -> dict[str, Any]:
         return self._with("message", {"role": "assistant", "content": piece.text, "refusal": None}, piece)
 
-    def part(self, piece: Piece, before: str | None) -> dict[str, Any]:
+    def part(self, piece: Piece, before: int | None) -> dict[str, Any]:
         role = {"role": "assistant"} if before is None else {}
         return self._with("delta", {**role, "content": piece.text}, piece)
 

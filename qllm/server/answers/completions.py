@@ -24,8 +24,8 @@ class CompletionAnswer(Answer):
     def choice(self, piece: Piece) -> dict[str, Any]:
         return self.part(piece, None)
 
-    def part(self, piece: Piece, before: str | None) -> dict[str, Any]:
-        logprobs = None if self.asked.top is None else of_completion(piece.tokens, self.texts, len(before or ""))
+    def part(self, piece: Piece, before: int | None) -> dict[str, Any]:
+        logprobs = None if self.asked.top is None else of_completion(piece.tokens, self.texts, before or 0)
         found = {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
         return found | ({"token_ids": [t.id for t in piece.tokens]} if self.asked.return_token_ids else {})
 

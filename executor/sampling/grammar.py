@@ -36,15 +36,15 @@ class Grammar:
     text: str
 
     @classmethod
-    def json_schema(cls, schema: str | Mapping[str, Any] | bool) -> Grammar:
+    def json_schema(cls, schema: str | Mapping[str, Any]) -> Grammar:
         """Text that is JSON by this schema (draft 2020-12). Raises SamplingError where the schema is no JSON."""
         try:
             found = json.loads(schema) if isinstance(schema, str) else schema
             text = json.dumps(found, allow_nan=False)  # properties keep their order: that of the output
         except (TypeError, ValueError, RecursionError) as error:
             raise SamplingError(f"grammar: the JSON schema {schema!r:.80} is no JSON: {error}") from error
-        if not isinstance(found, Mapping | bool):
-            raise SamplingError(f"grammar: the JSON schema is {schema!r:.80}; allowed: an object, true or false")
+        if not isinstance(found, Mapping):
+            raise SamplingError(f"grammar: the JSON schema is {schema!r:.80}; allowed: an object")
         return cls("json_schema", text)
 
     @classmethod
@@ -107,13 +107,15 @@ class Grammars:
     Args:
         tokenizer: a fast tokenizer of transformers; None where the engine has none.
         vocabulary: number of token ids of the model.
-        ends: token ids that end text; by default the tokenizer's.
+        ends: token ids that end text; those that are ordinary text to the tokenizer do not count. By default the
+            tokenizer's.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: frozenset[int] = frozenset()):
         self.vocabulary = vocabulary
         own = getattr(tokenizer, "eos_token_id", None)
-        self.ends = ends or frozenset(() if own is None else (own,))
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.ends = frozenset(ends.intersection(added)) or frozenset(() if own is None else (own,))
         self._tokenizer = tokenizer
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = Lock()  # of what was compiled
@@ -147,10 +149,15 @@ class Grammars:
             ) from None
         with self._tokenizer_lock:
             tokenizer = self._own_tokenizer
-        if grammar.kind == "json_schema":
-            source = LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
-        else:
-            source = LLMatcher.grammar_from_regex(grammar.text)
+        try:
+            if grammar.kind == "json_schema":
+                source = LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
+            else:
+                source = LLMatcher.grammar_from_regex(grammar.text)
+        except ValueError as error:
+            raise GrammarError(
+                f"grammar: {grammar.text!r:.80} cannot be compiled: {_first_line(str(error))}"
+            ) from error
         made = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if made.is_error():
             raise GrammarError(f"grammar: {grammar.text!r:.80} cannot be compiled: {_first_line(made.get_error())}")

@@ -118,6 +118,8 @@ class Activity:
 class ActivityRecorder:
     """Keeps the last passes, and counts; used in the engine's thread.
 
+    A pass counts in the class of its most urgent prefill; where it has none, of its most urgent decode.
+
     Args:
         scheduler: of the engine.
         class_of: the name of a priority's class; there are few of them.
@@ -143,8 +145,8 @@ class ActivityRecorder:
         place: tuple[int, str],
         suspended: bool,
     ) -> None:
-        """As `RunRecorder.record`."""
-        priority = p.priority()
+        """As `RunRecorder.record`, but for the priority."""
+        priority = _priority(p)
         size = len(p.prefill), p.n_decode, p.tokens
         steps = first[0], last, first[1]
         self._slices.append(PassSlice(start, end, p.id, priority, *size, *steps, *place, suspended))
@@ -187,7 +189,7 @@ class ActivityRecorder:
     def _place(self, p: Pass, suspended: bool) -> PassPlace:
         size = len(p.prefill), p.n_decode, p.tokens
         since = p.suspended_at if suspended else p.launched
-        return PassPlace(p.id, self._class_of(p.priority()), *size, *execution_of(p).place(), suspended, since)
+        return PassPlace(p.id, self._class_of(_priority(p)), *size, *execution_of(p).place(), suspended, since)
 
 
 def _standing(r: Request, suspended: bool | None) -> str:
@@ -195,6 +197,11 @@ def _standing(r: Request, suspended: bool | None) -> str:
     if suspended is None:
         return "running" if r.state is State.READY else "waiting"
     return "suspended" if suspended else "running"
+
+
+def _priority(p: Pass) -> int:
+    """That of its most urgent prefill, else of its most urgent decode: urgent ones may decode in anybody's pass."""
+    return min(c.request.priority for c in p.prefill) if p.prefill else p.priority()
 
 
 def _point(p: Pass, stage: str) -> str:

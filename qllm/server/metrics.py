@@ -167,7 +167,7 @@ def _standing(classes: Sequence[str], activity: Activity) -> Iterator[Metric]:
 
 
 def _counted(classes: Sequence[str], activity: Activity) -> Iterator[Metric]:
-    told = "Passes that were suspended, by the class of their most urgent request and where they stood"
+    told = "Passes that were suspended, by the class of their prefills, else of their decodes, and where they stood"
     preemptions = CounterMetricFamily(f"{PREFIX}preemptions", told, labels=["class", "point"])
     told = "Seconds that requests waited, in no pass, while a less urgent pass ran"
     blocking = CounterMetricFamily(f"{PREFIX}blocking_seconds", told, labels=["class"])

@@ -74,6 +74,15 @@ def test_requests_and_passes_stand_where_the_engine_says(model):
         assert (suspended.layer, suspended.stage, suspended.since) == (last.layer, last.stage, last.end)
 
 
+def test_a_prefill_is_its_own_class_whoever_decodes_beside_it(model):
+    """The most urgent request in a pass may be one that only decodes there."""
+    long, short = prompts(2, 1, 30, 60)
+    activity, _ = serve(model, [(short, 8, 0, 0.0), (long, 1, 1, 0.0)], policy="hybrid")
+    mixed = [one for one in activity.slices if one.prefills and one.decodes]
+    assert mixed
+    assert {one.priority for one in mixed} == {1}
+
+
 def test_only_the_last_stretches_are_kept_and_told(model):
     activity, _ = serve(model, [(prompt, 3, 0, 0.001 * i) for i, prompt in enumerate(prompts(5, 2))])
     recorder = ActivityRecorder(None, class_of, most=3)

@@ -63,10 +63,9 @@ function tables() {
 // A canvas in CSS pixels, cleared.
 function canvas(id) {
   const element = $(id), scale = window.devicePixelRatio || 1;
-  const width = element.clientWidth, height = Number(element.dataset.height ??= element.height);
+  const width = element.clientWidth, height = element.clientHeight;
   element.width = width * scale;
   element.height = height * scale;
-  element.style.height = `${height}px`;
   const g = element.getContext("2d");
   g.scale(scale, scale);
   g.font = "12px system-ui, sans-serif";

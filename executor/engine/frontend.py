@@ -166,7 +166,7 @@ class Frontend:
             sequence.deadline = None if deadline is None else now + deadline
             sequence.desk = self._desk
             self._desk.enter(sequence)
-        except (RequestError, SamplingError, EngineBusy) as error:
+        except (RequestError, SamplingError) as error:
             log.warning("request refused: %s", error)
             raise
         try:

@@ -32,7 +32,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (None,),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "structured_outputs": (None,),
@@ -82,6 +81,7 @@ class Generate(Message):
     skip_special_tokens: bool | None = None  #: special tokens have no text; by default they have none
     ignore_eos: bool | None = None  #: the model's own stop tokens end nothing
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None  #: tokens before which nothing ends it
+    response_format: dict[str, Any] | None = None  #: what the text has to be: JSON, or JSON by a schema
     stream: bool | None = None  #: answer by server-sent events
     stream_options: StreamOptions | None = None  #: only where it streams
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None  #: lower is more urgent

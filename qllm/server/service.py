@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qllm.executor import Completion, Engine, Stats
+from qllm.executor import Completion, Engine, SamplingError, Stats
 from qllm.executor.model.info import stop_ids
 from qllm.executor.model.runner import max_positions
+from qllm.executor.sampling.grammar import Grammar
 from qllm.server.admission import Admission
 from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
 from qllm.server.protocol import Generate
@@ -224,6 +225,7 @@ class Service:
         if asked.logit_bias:
             chosen["logit_bias"] = {int(token): bias for token, bias in asked.logit_bias.items()}
         chosen["logprobs"] = asked.top
+        chosen["grammar"] = grammar_of(asked)
         stops = frozenset() if asked.ignore_eos else self._stop_ids
         chosen["stop"] = [*stops, *(asked.stop_token_ids or ())]
         chosen["stop_strings"] = _stops(asked)
@@ -259,6 +261,14 @@ class Service:
         error = unavailable("the server ended before the answer was complete")
         for generation in list(self._generations):
             generation.stop(error)
+
+
+def grammar_of(asked: Generate) -> Grammar | None:
+    """What the text has to be. Raises ApiError."""
+    try:
+        return Grammar.response_format(asked.response_format)
+    except SamplingError as error:
+        raise ApiError(400, str(error), param="response_format") from error
 
 
 def _stops(asked: Generate) -> list[str]:

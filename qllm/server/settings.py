@@ -57,18 +57,20 @@ class ServerSettings(StrictModel):
     """How a model is served. Times in seconds, lengths in tokens unless a key says otherwise."""
 
     model_name: Annotated[str, Field(min_length=1)] | None = None  #: what clients call it; default: the checkpoint
-    policy: PolicyConfig = PolicyConfig(name="hybrid")  #: the scheduler's policy: a name, or a mapping as in sweeps
+    policy: PolicyConfig = PolicyConfig.model_validate(
+        "hybrid"
+    )  #: a name, or a mapping as in sweeps
     engine: EngineLimits = EngineLimits()
     max_step: Positive = 0.01  #: seconds that no step of a pass should exceed
-    classes: dict[str, ClassSettings] = Field({"ls": _LS, "be": _BE}, min_length=1)
+    classes: dict[str, ClassSettings] = Field(default={"ls": _LS, "be": _BE}, min_length=1)
     default_class: str = "ls"  #: of requests that do not say
     batch_class: str = "be"  #: of the lines of batches
     #: service tier -> class
-    tiers: dict[str, str] = Field({"priority": "ls", "default": "ls", "auto": "ls", "flex": "be"})
+    tiers: dict[str, str] = Field(default={"priority": "ls", "default": "ls", "auto": "ls", "flex": "be"})
     #: what a client may hang on the model's name, to name a class
-    model_suffixes: dict[str, str] = Field({":ls": "ls", ":be": "be"})
+    model_suffixes: dict[str, str] = Field(default={":ls": "ls", ":be": "be"})
     class_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = "X-QLLM-Class"  #: which may name a class
-    api_keys: list[ApiKey] = Field([])  #: with none, everybody may use the server
+    api_keys: list[ApiKey] = Field(default=[])  #: with none, everybody may use the server
     batches: BatchSettings = BatchSettings()
     spans: bool = False  #: an OpenTelemetry span for each request, sent where its environment variables say
     max_body_bytes: Count = 8 << 20  #: of a request
@@ -100,7 +102,7 @@ class ServerSettings(StrictModel):
     def with_policy(self, name: str) -> ServerSettings:
         """The same settings with a policy that ships. Raises ConfigError."""
         named_policy(name, {})
-        return self.model_copy(update={"policy": PolicyConfig(name=name)})
+        return self.model_copy(update={"policy": PolicyConfig.model_validate(name)})
 
 
 def load_settings(path: str | Path | None) -> ServerSettings:

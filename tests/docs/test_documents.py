@@ -45,6 +45,7 @@ NOT_RUN = {
     "qllm run": "measures on the real engine, or downloads a model",
     "qllm calibrate": "measures on the real engine, or downloads a model",
     "qllm validate": "measures on the real engine, or downloads a model",
+    "qllm serve": "serves until it is told to end",
     "qllm timings import": "needs the extra timings",
 }  #: beginnings of commands, and why the tests only parse them
 WORDS = {"README.md": 900, "docs/fidelity.md": 1000}  #: at most; tables count

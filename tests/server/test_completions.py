@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from qllm.executor import Engine
@@ -163,3 +165,19 @@ def test_tokenize_and_detokenize_are_each_others_inverse(app) -> None:
     assert ask(app, "/tokenize", {"messages": [{"role": "user", "content": "hi"}]}).json()["count"] > 2
     refusal(ask(app, "/detokenize", {"tokens": [10**6]}), 400, "tokens")
     refusal(ask(app, "/tokenize", {}), 400, "prompt")
+
+
+def test_the_text_is_what_its_format_says(app) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    text = complete(app, response_format=wanted, max_tokens=200).json()["choices"][0]["text"]
+    assert isinstance(json.loads(text)["a"], bool)
+    plain = complete(app).json()["choices"]
+    assert complete(app, response_format={"type": "text"}).json()["choices"] == plain
+    refusal(complete(app, response_format={"type": "poem"}), 400, "response_format")

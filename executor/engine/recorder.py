@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -131,9 +132,10 @@ class ActivityRecorder:
         self._class_of = class_of
         self._slices: deque[PassSlice] = deque(maxlen=most)
         self._preemptions: Counter[tuple[str, str]] = Counter()
-        self._blocking_s: Counter[str] = Counter()
+        self._blocking_s: dict[str, float] = {}
         self._last = (0.0, 0.0, 0)  # start, end and priority of what ran last
-        self._newest = -1  # the highest id of a request that was in the system then
+        self._newest = -1  # the newest request that was in the system then
+        self._most_urgent = 1 << 62  # the priority of the most urgent request so far
 
     def record(
         self,
@@ -152,20 +154,25 @@ class ActivityRecorder:
         self._slices.append(PassSlice(start, end, p.id, priority, *size, *steps, *place, suspended))
         if suspended:
             self._preemptions[self._class_of(priority), _point(p, place[1])] += 1
-        self._count_blocked(*self._last, self._newest)  # who came during the last step of what ran before
-        self._last = start, end, priority
-        self._count_blocked(start, end, priority)
-
-    def _count_blocked(self, start: float, end: float, priority: int, after: int = -1) -> None:
-        """A pass of that priority ran: more urgent requests, of ids above `after`, in no pass, waited meanwhile."""
         requests = self._scheduler.requests
-        urgent = [r for r in requests.values() if r.priority < priority and r.id > after and r.arrival < end]
-        self._newest = max(self._newest, next(reversed(requests), -1))
+        new = list(takewhile(lambda r: r.id > self._newest, reversed(requests.values())))
+        if new:
+            self._newest = new[0].id
+            self._most_urgent = min(self._most_urgent, *(r.priority for r in new))
+            self._count_blocked(new, *self._last)  # who came during the last step of what ran before
+        self._last = start, end, priority
+        if priority > self._most_urgent:
+            self._count_blocked(requests.values(), start, end, priority)
+
+    def _count_blocked(self, requests: Iterable[Request], start: float, end: float, priority: int) -> None:
+        """A pass of that priority ran: those of `requests` that are more urgent, and in no pass, waited meanwhile."""
+        urgent = [r for r in requests if r.priority < priority and r.arrival < end]
         if urgent:
             held = {r.id for other in self._scheduler.suspended_passes for r in other.requests()}
             for r in urgent:
                 if r.id not in held:
-                    self._blocking_s[self._class_of(r.priority)] += end - max(start, r.arrival)
+                    name = self._class_of(r.priority)
+                    self._blocking_s[name] = self._blocking_s.get(name, 0.0) + end - max(start, r.arrival)
 
     def activity(self, now: float, since: float) -> Activity:
         """What the engine does now, and the stretches that ended after `since`."""
@@ -181,7 +188,7 @@ class ActivityRecorder:
             now=now,
             classes={name: Standing(**count) for name, count in counts.items()},
             passes=[self._place(p, p is not scheduler.running) for p in passes if p.cursor is not None],
-            slices=[one for one in self._slices if one.end > since],
+            slices=[*takewhile(lambda one: one.end > since, reversed(self._slices))][::-1],
             preemptions=dict(self._preemptions),
             blocking_s=dict(self._blocking_s),
         )

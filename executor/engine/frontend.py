@@ -18,7 +18,7 @@ from qllm.executor.engine.stream import Completion, Stream, check_seconds
 from qllm.executor.engine.text import Detokenizer, StopStrings, Tokenizer, chat_ids, prompt_ids, token_ids
 from qllm.executor.errors import EngineBusy, EngineClosed, RequestError, SamplingError
 from qllm.executor.model.info import embedding, stop_ids
-from qllm.executor.sampling.grammar import Grammars
+from qllm.executor.sampling.grammar import Grammar, Grammars
 from qllm.executor.sampling.params import SamplingArguments, SamplingParams, is_whole
 from qllm.executor.sampling.row_state import prepared
 from qllm.scheduler import Request
@@ -62,7 +62,7 @@ def check_id(request_id: Any) -> None:
 
 def strings(name: str, given: Any) -> list[str]:
     """One string, or several. Raises RequestError."""
-    found = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [None]
+    found: list[Any] = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
     for string in found:
         if not isinstance(string, str) or not string:
             raise RequestError(f"{name} holds {string!r:.80}; allowed: strings that are not empty")
@@ -290,6 +290,10 @@ class Frontend:
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **template_settings: Any) -> list[int]:
         """The token ids of a conversation by the tokenizer's chat template. Raises RequestError."""
         return token_ids("messages", chat_ids(self.tokenizer, messages, template_settings), self.vocabulary)
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile a grammar for requests to come, which may take a while. Raises GrammarError."""
+        self._grammars.matcher(grammar)
 
     def reprioritize(self, request: Stream | str, priority: int) -> bool:
         """Change the priority of a request, by its stream or its id, wherever it stands. Returns at once.

@@ -172,8 +172,8 @@ class Desk:
         if self._closed and not self.requests:
             self._empty.set()
 
-    def close(self, seconds: float) -> None:
-        """Let nobody in any more, and wait until nobody is left, `seconds` at most."""
+    def close(self, seconds: float | None) -> None:
+        """Let nobody in any more, and wait until nobody is left, `seconds` at most; None: no bound."""
         with self._lock:
             self._closed = True
         if self.requests:

@@ -235,6 +235,7 @@ class _Reader:
 
 def check_seconds(name: str, value: Any, *, zero: bool) -> None:
     """Raise RequestError unless `value` is None or a number of seconds; whether it may be 0."""
-    fits = isinstance(value, Real) and not isinstance(value, bool) and (0 if zero else 1e-9) <= value <= 1e9
+    least = 0 if zero else 1e-9
+    fits = isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= 1e9
     if value is not None and not fits:
-        raise RequestError(f"{name} is {value!r:.80}; allowed: None, or seconds from {0 if zero else 1e-9:g} to 1e9")
+        raise RequestError(f"{name} is {value!r:.80}; allowed: None, or seconds from {least:g} to 1e9")

@@ -123,7 +123,7 @@ def _biases(given: Any) -> Iterator[tuple[int, float]]:
     for token, bias in given.items():
         if not is_whole(token) or token < 0:
             raise SamplingError(f"logit_bias holds the token {token!r:.80}; allowed: {allowed}")
-        _number(f"logit_bias[{token}]", bias, lambda b: -MOST_BIAS <= b <= MOST_BIAS, allowed)
+        _number(f"logit_bias[{token!r:.40}]", bias, lambda b: -MOST_BIAS <= b <= MOST_BIAS, allowed)
         yield int(token), float(bias)
 
 

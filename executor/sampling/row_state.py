@@ -89,7 +89,9 @@ def prepared(
         return params, None
     beyond = [token for token in params.logit_bias or () if token >= grammars.vocabulary]
     if beyond:
-        raise SamplingError(f"logit_bias holds {beyond[0]}; allowed: token ids from 0 to {grammars.vocabulary - 1}")
+        raise SamplingError(
+            f"logit_bias holds {beyond[0]!r:.80}; allowed: token ids from 0 to {grammars.vocabulary - 1}"
+        )
     matcher = None
     if params.grammar is not None:
         matcher = grammars.matcher(params.grammar)

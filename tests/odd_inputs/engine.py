@@ -78,7 +78,22 @@ ALLOWED = {
     "top_p": lambda v: is_number(v) and 0 < v <= 1,
     "seed": lambda v: v is None or (is_whole(v) and 0 <= v < 2**64),
     "min_tokens": lambda v: is_whole(v) and v >= 0,
+    "min_p": lambda v: is_number(v) and 0 <= v <= 1,
+    "presence_penalty": lambda v: is_number(v) and -2 <= v <= 2,
+    "frequency_penalty": lambda v: is_number(v) and -2 <= v <= 2,
+    "repetition_penalty": lambda v: is_number(v) and 0.01 <= v <= 100,
+    "logprobs": lambda v: v is None or (is_whole(v) and 0 <= v <= 20),
+    "logit_bias": lambda v: v is None or v == {} or any(v is bias for bias in BIASES[:4]),
+    "grammar": lambda v: v is None,
 }
+#: Biases of token ids: the first four are right.
+BIASES = [
+    *({95: -100}, {np.int64(5): 0.5, 6: Fraction(1, 2)}, {0: 100.0}, dict.fromkeys(range(96), 0)),
+    *({96: 1}, {-1: 1}, {"5": 1}, {5.0: 1}, {True: 1}, {None: 1}, {5: None}, {5: "1"}, {5: math.nan}, {5: 101}),
+    *({5: -(10**400)}, {10**400: 1}, {(5,): 1}, {5: 1j}, [(5, 1)], {5: [1]}),
+]
+#: Arguments that may change which tokens are chosen.
+CHANGING = {"temperature", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"}
 NAMED = {"min_tokens": ("min_tokens",), "max_new_tokens": ("max_new_tokens", "positions")}
 
 
@@ -93,7 +108,7 @@ def _argument_case(name: str, value: Any) -> str:
         expect(ALLOWED[name](value), "accepted, and it is not allowed")
         tokens = stream.result().tokens
         both("length", value if name == "max_new_tokens" else NEW, len(tokens))
-        if name not in ("temperature",):
+        if name not in CHANGING:
             both("tokens", right[: len(tokens)], tokens[:NEW])
         outcome = ACCEPTED
     both("the next request", right, engine.submit(PROMPT, max_new_tokens=NEW, stop=[]).result().tokens)
@@ -247,6 +262,8 @@ def cases() -> Iterator[Case]:
     for name in ALLOWED:
         for number, value in enumerate(NUMBERS):
             yield Case(AREA, f"submit({name}={_told(value)}) {number}", partial(_argument_case, name, value))
+    for number, value in enumerate(BIASES):
+        yield Case(AREA, f"submit(logit_bias={_told(value)}) {number}", partial(_argument_case, "logit_bias", value))
     for index, (ids, _) in enumerate(_id_lists()):
         yield Case(AREA, f"submit({_told(ids)})", partial(_prompt_case, index))
         yield Case(AREA, f"submit(stop={_told(ids)})", partial(_stop_case, index))

@@ -167,6 +167,15 @@ class Service:
                 raise ApiError(400, f"{name}: allowed are token ids from 0 to {vocabulary - 1}", param=name)
         self.admission.check(urgency.class_, prompts * n)
 
+    async def compile(self, asked: Generate) -> None:
+        """Compile what the text has to be, aside: it may take a while. Raises ApiError."""
+        grammar = grammar_of(asked)
+        if grammar is not None:
+            try:
+                await self.in_background(lambda: self.engine.compile(grammar))
+            except SamplingError as error:
+                raise ApiError(400, str(error), param="response_format") from error
+
     def start(self, asked: Generate, prompts: list[list[int]], urgency: Urgency, max_tokens: int | None) -> Generation:
         """Submit the requests of one HTTP request, all or none. `max_tokens`: None for what there is room for.
 

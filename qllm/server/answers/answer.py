@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from qllm.server.protocol import Generate
 from qllm.server.service import Service
 from qllm.server.streaming import Generation, Piece, while_connected
 from qllm.server.urgency import Urgency
+
+log = logging.getLogger(__name__)
 
 
 class Answer:
@@ -42,6 +45,11 @@ class Answer:
         self._tier = urgency.tier
         self._id = f"{self.prefix}-{request_id}"
         self._created = int(time.time())
+        log.info(
+            "%s accepted: class %s, priority %d, %d prompt tokens, %d answers, user %r",
+            *(request_id, urgency.class_, urgency.priority, generation.prompt_tokens, len(generation.choices)),
+            asked.user if asked.user is None else asked.user[:80],
+        )
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """A whole choice, all its pieces in one."""

@@ -53,6 +53,7 @@ async def chat(service: Service, data: dict[str, Any], caller: Caller) -> ChatAn
     opens = not goes_on and asked.add_generation_prompt is not False
     kwargs = {**(asked.chat_template_kwargs or {}), "add_generation_prompt": opens, "continue_final_message": goes_on}
     prompt = await templated(service, asked.messages, kwargs)
+    await service.compile(asked)
     generation = service.start(asked, [prompt], urgency, asked.max_completion_tokens or asked.max_tokens)
     return ChatAnswer(service, asked, generation, urgency, caller.request_id)
 

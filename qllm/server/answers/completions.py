@@ -44,6 +44,7 @@ async def completion(service: Service, data: dict[str, Any], caller: Caller) -> 
             return prompt_ids(tokenizer, text) if special else tokenizer.encode(text, add_special_tokens=False)
 
         prompts = await service.in_thread(lambda: [p if isinstance(p, list) else encode(p) for p in prompts])
+    await service.compile(asked)
     generation = service.start(asked, prompts, urgency, asked.max_tokens or TOKENS)
     return CompletionAnswer(service, asked, generation, urgency, caller.request_id)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from itertools import product
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ TEMPLATE = """\
 def demo_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE over all bytes and pairs of small letters, so that any text comes out as it went in."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(product(string.ascii_lowercase, repeat=2))
+    merges = [(a, b) for a in string.ascii_lowercase for b in string.ascii_lowercase]
     merges += [("Ġ", letter) for letter in string.ascii_lowercase]
     pieces = [*SPECIAL, *alphabet, *(a + b for a, b in merges)]
     made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))

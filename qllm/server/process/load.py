@@ -32,5 +32,5 @@ def load_engine(
     kinds = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise LoadError(f"dtype is {dtype!r:.80}; allowed: {', '.join(kinds)}")
-    tokenizer = demo.demo_tokenizer()
+    tokenizer: Any = demo.demo_tokenizer()
     return Engine(demo.demo_model(len(tokenizer), device, kinds[dtype]), tokenizer, **given), demo.NAME

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tempfile
 from contextlib import asynccontextmanager
 
 import httpx
@@ -9,6 +10,8 @@ import openai
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.server.batches.routes import batch_routes
@@ -166,5 +169,47 @@ def test_a_folder_in_use_is_told_as_a_mistake_in_the_configuration(tmp_path):
         async with serving(tmp_path):
             with pytest.raises(ConfigError, match=r"^batches.folder: .* another server"):
                 Batches(str(tmp_path))
+
+    asyncio.run(run())
+
+
+PART = b'--b\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+PURPOSE = PART % (b"purpose", b"", b"batch")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("boundary=b", PART % (b"file", b'; filename="\xff\xfe"', b"x") + PURPOSE + b"--b--\r\n"),
+        ("boundary=b", PART % (b"\xff", b"", b"\xff") + PURPOSE + b"--b--\r\n"),
+        ("boundary=b; charset=klingon", PART % (b"file", b'; filename="a"', b"x") + PURPOSE + b"--b--\r\n"),
+        ("boundary=b; charset=utf-16", PART % (b"file", b'; filename="a"', b"x") + PURPOSE + b"--b--\r\n"),
+        ("boundary=b", PART % (b"file", b'; filename="a\x00"', b"") + PURPOSE + b"--b--"),
+        ("boundary=b", b"--b\r\n\r\n--b--"),
+        ("boundary=b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--"),
+        ("boundary=b", PART % (b"file", b'; filename="a"', b"x" * 70_000) + PURPOSE),
+        ("boundary=" + "b" * 5000, b"--b--"),
+        ("boundary=", b"--b--"),
+    ],
+)
+def test_odd_forms_are_taken_or_refused(tmp_path, kind, body):
+    async def run():
+        async with serving(tmp_path) as (_, http):
+            headers = {"content-type": f"multipart/form-data; {kind}"}
+            answer = await http.post("files", content=body, headers=headers)
+            assert answer.status_code in (200, 400), answer.text
+            assert (await http.get("files")).status_code == 200
+
+    asyncio.run(run())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from([b"--b", b"\r\n", b"--b--", PURPOSE, b'Content-Disposition: form-data; name="file"',
+                                 b'; filename="a"', b":", b"x", b"\xff", b"\x00"]), max_size=12))  # fmt: skip
+def test_any_form_is_taken_or_refused(tmp_path, parts):
+    async def run():
+        async with serving(tempfile.mkdtemp(dir=tmp_path)) as (_, http):
+            headers = {"content-type": "multipart/form-data; boundary=b"}
+            assert (await http.post("files", content=b"".join(parts), headers=headers)).status_code in (200, 400)
 
     asyncio.run(run())

@@ -3,14 +3,17 @@
     python benchmarks/sampling.py [--rows 32] [--vocab 151936] [--repeats 7] [--threads 1] [--out FILE]
 
 The sampler: milliseconds for one call over random logits, the fastest and the median of the repeats, by the thread's
-own CPU time, so that neighbours on the machine count little. The engine: a tiny MoE with that vocabulary decodes 8 BE
-requests while LS requests arrive one after another; greedy and sampled runs in turn. Printed: BE tokens/s, the ratio of
-sampled to greedy run by run, and how long LS requests waited until their first launch.
+own CPU time, so that neighbours on the machine count little. Penalties are over 1,000 tokens that the request has seen;
+a grammar is a JSON schema inside of a string, where most tokens are allowed, over a vocabulary of made-up words. The
+engine: a tiny MoE with that vocabulary decodes 8 BE requests while LS requests arrive one after another; greedy and
+other runs in turn. Printed: BE tokens/s, the ratio to greedy run by run, and how long LS requests waited until their
+first launch.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +21,14 @@ from typing import Any
 
 import torch
 from results_file import add_out, save, this_machine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qllm.executor.engine.engine import Engine
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.sampling.grammar import Grammar, Grammars
 from qllm.executor.sampling.params import SamplingParams
+from qllm.executor.sampling.row_state import prepared
 from qllm.executor.sampling.sampling import sample
 from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits
@@ -32,7 +39,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_k 20, top_p 0.95": {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
     "top_p 0.95": {"temperature": 0.8, "top_p": 0.95},
     "temperature alone": {"temperature": 0.8},
+    "greedy, penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.2},
+    "greedy, logprobs 5": {"logprobs": 5},
 }
+STRING = Grammar.json_schema({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
+ALONE: dict[str, dict[str, Any]] = {"greedy, grammar": {"grammar": STRING}}  # needs a tokenizer
+SEEN = 1000  # tokens
 BE_REQUESTS, BE_TOKENS = 8, 60
 LS_REQUESTS, LS_EVERY_S = 12, 0.05
 
@@ -46,14 +58,43 @@ def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
     return sorted(taken)
 
 
+def words(vocab: int) -> Any:
+    """A tokenizer of so many tokens: each byte, and made-up words."""
+    rng, letters = random.Random(0), sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = dict.fromkeys(["</s>", *letters])
+    while len(tokens) < vocab:
+        tokens["".join(rng.choices("abcdefghijklmnopqrstuvwxyzĠ0123456789", k=rng.randint(2, 9)))] = None
+    made = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+def states_of(params: SamplingParams, rows: int, vocab: int, grammars: Grammars, begun: list[int]) -> list[Any]:
+    """The state of each row, where its parameters need one."""
+    found = []
+    for seed in range(rows):
+        seen = begun if params.grammar else random.Random(seed).choices(range(vocab), k=SEEN)
+        state = prepared(params, [], grammars)[1]
+        if state is not None:
+            state.follow(seen)
+        found.append(state)
+    return found
+
+
 def sampler_alone(rows: int, vocab: int, repeats: int) -> list[dict[str, Any]]:
     """Milliseconds a call over `rows` rows, with logits as peaked as a trained model's, and as flat as random ones."""
     found = []
+    tokenizer = words(vocab)
+    grammars, begun = Grammars(tokenizer, vocab), tokenizer.encode('{"a":"')
     normal = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
     for shape, logits in {"flat": normal * 3, "peaked": normal.abs().square() * normal.sign() * 2}.items():
-        for name, settings in SETTINGS.items():
-            params = [SamplingParams(**settings)] * rows
-            taken = milliseconds(lambda x=logits, p=params: sample(x, p, [3] * rows, range(rows)), repeats)  # type: ignore[misc]
+        for name, settings in {**SETTINGS, **ALONE}.items():
+            params = SamplingParams(**settings)
+            states = states_of(params, rows, vocab, grammars, begun)
+            taken = milliseconds(
+                lambda x=logits, p=params, s=states: sample(x, [p] * rows, [3] * rows, range(rows), s),  # type: ignore[misc]
+                repeats,
+            )
             found.append({"logits": shape, "sampling": name, "fastest_ms": taken[0], "median_ms": taken[repeats // 2]})
             print(f"{shape:8} {name:24} {taken[0]:8.2f} {taken[repeats // 2]:8.2f}")
     return found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from math import isnan, nan
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from qllm.executor.engine.text import StopStrings
 from qllm.executor.errors import EngineBusy, EngineClosed, ExecutorError, RequestError, RequestFailed, UnusableLogits
@@ -86,6 +88,35 @@ class End(NamedTuple):
 Item = tuple[Token, bool] | End  # a token and whether it is the last
 
 
+class Bell:
+    """Wakes coroutines of one event loop, all that are to be woken by the end of a pass in one go: a call is dear."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop = ref(loop)
+        self._woken: deque[asyncio.Future[None]] = deque()
+        self._rung = False
+
+    def ring(self, future: asyncio.Future[None]) -> None:
+        """Wake who awaits `future`; from any thread."""
+        self._woken.append(future)
+        if not self._rung:  # else `_answer` is still to come, and will find it
+            self._rung = True
+            loop = self._loop()
+            with suppress(RuntimeError):  # the event loop was closed
+                if loop is not None:
+                    loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._rung = False
+        while self._woken:
+            future = self._woken.popleft()
+            if not future.done():
+                future.set_result(None)
+
+
+_bells: WeakKeyDictionary[asyncio.AbstractEventLoop, Bell] = WeakKeyDictionary()
+
+
 class Mailbox:
     """From the engine's thread to the one thread or coroutine that reads.
 
@@ -104,8 +135,7 @@ class Mailbox:
         self._items.put(item)
         wake = self._wake  # set before the reader looked whether there is anything, or it has seen the item
         if wake is not None:
-            with suppress(RuntimeError):  # its event loop was closed
-                wake()
+            wake()
 
     def get(self, timeout: float | None = None) -> Item:
         """Wait for the next item. Raises Empty after `timeout` seconds."""
@@ -117,18 +147,14 @@ class Mailbox:
         while True:
             with suppress(Empty):
                 return self._items.get_nowait()
+            bell = _bells.get(loop) or _bells.setdefault(loop, Bell(loop))
             came: asyncio.Future[None] = loop.create_future()
-            self._wake = partial(loop.call_soon_threadsafe, _settle, came)
+            self._wake = partial(bell.ring, came)
             try:
                 if self._items.empty():
                     await came
             finally:
                 self._wake = None
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class Desk:

@@ -6,13 +6,14 @@ import asyncio
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from qllm.executor import Engine
-from qllm.executor.engine.requests import Mailbox, Token
+from qllm.executor.engine.requests import Bell, Mailbox, Token
 from qllm.executor.errors import EngineClosed, RequestError
 from qllm.scheduler import Limits
 from tests.engine_worlds import make_model, prompts
@@ -99,10 +100,38 @@ def test_an_item_is_never_missed_however_thread_and_coroutine_meet():
 
 def test_an_event_loop_that_was_closed_does_not_harm_who_puts():
     loop, mailbox = asyncio.new_event_loop(), Mailbox()
+    mailbox._wake = partial(Bell(loop).ring, loop.create_future())
     loop.close()
-    mailbox._wake = partial(loop.call_soon_threadsafe, print)
     mailbox.put((Token(1, None), True))
     assert mailbox.get()[0].id == 1
+
+
+def test_the_readers_of_one_pass_are_woken_in_one_go():
+    boxes, calls = [Mailbox() for _ in range(20)], []
+
+    async def read_all():
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+        readers = [asyncio.ensure_future(box.aget()) for box in boxes]
+        await asyncio.sleep(0)  # all of them wait now
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", lambda *args: calls.append(call(*args)))
+            for i, box in enumerate(boxes):
+                box.put((Token(i, None), True))
+            return [token.id for token, _ in await asyncio.gather(*readers)]
+
+    assert asyncio.run(read_all()) == list(range(20))
+    assert len(calls) == 1
+
+
+def test_an_event_loop_that_ended_is_not_kept(engine):
+    async def read():
+        await engine.submit([5, 6, 7], max_new_tokens=NEW, stop=()).aresult()
+        return weakref.ref(asyncio.get_running_loop())
+
+    loop = asyncio.run(read())
+    gc.collect()
+    assert loop() is None
 
 
 def test_who_does_not_read_holds_nobody_up(engine):

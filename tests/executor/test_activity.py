@@ -1,10 +1,14 @@
 """What a server shows of the engine: where requests and passes stand, what ran lately, who was preempted or blocked."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.recorder import ActivityRecorder, Standing
 from qllm.executor.sampling.params import SamplingParams
+from qllm.scheduler import Request
+from qllm.scheduler.passes import Chunk, Pass
 from tests.engine_worlds import ROOMY, WatchedClock, make_model, prompts, step_model
 
 
@@ -88,3 +92,14 @@ def test_only_the_last_stretches_are_kept_and_told(model):
     recorder = ActivityRecorder(None, class_of, most=3)
     recorder._slices.extend(activity.slices)
     assert list(recorder._slices) == activity.slices[-3:]
+
+
+def test_a_request_waits_in_a_queue_or_is_suspended_and_is_blocked_in_the_queue_alone():
+    urgent, held, less = (Request(id, 4, 1, priority, 0.5) for id, priority in ((0, 0), (1, 0), (2, 1)))
+    running, suspended = (Pass(n, [Chunk(r, 4, 0)], None, 0.0) for n, r in enumerate((less, held)))
+    scheduler = SimpleNamespace(requests={r.id: r for r in (urgent, held, less)}, suspended_passes=[suspended])
+    recorder = ActivityRecorder(scheduler, class_of)
+    recorder.record(running, 0.25, 2.0, (0, 0), 5, (1, "experts"), False)
+    assert recorder._blocking_s == {"ls": 1.5}
+    recorder.record(running, 3.0, 4.0, (5, 1), 9, (2, "head"), False)
+    assert recorder._blocking_s == {"ls": 2.5}

@@ -1,0 +1,54 @@
+"""qllm serve, short of serving; and the description of the API."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from qllm.cli import app as command_line
+from qllm.executor import Engine
+from qllm.server.process import load, serve
+from qllm.server.protocol import ChatRequest, CompletionRequest
+from tests.server.worlds import ask, server
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--policy", "quick"], "quick"),
+        (["--config", "nothing.yaml"], "nothing.yaml"),
+        (["--dtype", "int3"], "int3"),
+        (["no-such-folder/model"], "no-such-folder/model"),
+    ],
+)
+def test_a_mistake_ends_before_anything_listens(options, told) -> None:
+    result = CliRunner().invoke(command_line, ["serve", *options])
+    assert result.exit_code == 1  # 2 where main() catches it
+    assert told in str(result.exception)
+    assert "\n" not in str(result.exception).strip()
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_host_that_others_reach_is_warned_of(engine: Engine, monkeypatch, host, warned) -> None:
+    class Borrowed:
+        def __enter__(self):
+            return engine
+
+        def __exit__(self, *_):
+            pass
+
+    seen = []
+    monkeypatch.setattr(load, "load_engine", lambda *_, **__: (Borrowed(), "it"))
+    monkeypatch.setattr(serve, "run", lambda app, settings, host, port, listening: seen.append((host, port)))
+    monkeypatch.setattr("qllm.server.app.make_app", lambda _, settings: server(engine))
+    result = CliRunner().invoke(command_line, ["serve", "--host", host, "--port", "9000"])
+    assert result.exit_code == 0, result.exception
+    assert seen == [(host, 9000)]
+    assert ("warning" in result.output) == warned
+
+
+def test_the_description_of_the_api_names_every_field(engine: Engine) -> None:
+    told = ask(server(engine), "/openapi.json").json()
+    for path, model in (("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)):
+        schema = told["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert set(schema["properties"]) == set(model.model_fields)

@@ -28,7 +28,7 @@ from qllm.server.settings import ServerSettings
 
 FILE = Path(__file__).parents[1] / "docs" / "img" / "server_page.png"
 WARM_S, PAGE_S = 25.0, 3.0  #: seconds of load before the page is opened, and of the page before it is drawn
-LOAD = (("default", 60, 12, 1.2), ("flex", 2000, 8, 0.35))  #: tier, tokens of the prompt, new ones, requests per second
+LOAD = (("default", 60, 12, 1.2), ("flex", 3000, 8, 0.4))  #: tier, tokens of the prompt, new ones, requests per second
 
 
 def load(url: str, tier: str, prompt: int, new: int, rate: float, stop: threading.Event) -> None:

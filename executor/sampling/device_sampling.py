@@ -15,7 +15,7 @@ import torch
 from qllm.executor.sampling.device_rows import changed_on_device, logprobs_on_device, read_logprobs, send
 from qllm.executor.sampling.params import SamplingParams
 from qllm.executor.sampling.row_state import RowState
-from qllm.executor.sampling.sampling import forbids, uniform
+from qllm.executor.sampling.sampling import forbids, picked, uniform
 
 ONE = 2.0**40  # the weight of a row's likeliest token; those of 2**22 tokens have a sum below 2**63
 AT_ONCE = 1 << 23  # logits drawn from at once: each takes some 40 bytes of temporary memory
@@ -39,7 +39,7 @@ def sample_on_device(
     changed = [i for i, state in enumerate(states) if state is not None and state.changes]
     if changed:
         values = changed_on_device(logits, changed, params, generated, states)
-        chosen = _choose(values, *([of[i] for i in changed] for of in (params, generated, seeds)))
+        chosen = _choose(values, picked(params, changed), picked(generated, changed), picked(seeds, changed))
         tokens.index_copy_(0, send(np.array(changed, dtype=np.int64), device), chosen)
     told = [(i, state, state.top) for i, state in enumerate(states) if state is not None and state.top is not None]
     if not told:

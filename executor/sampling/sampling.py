@@ -13,7 +13,8 @@ This is how a CPU does it, a few rows at a time; for an accelerator see `qllm.ex
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from qllm.executor.sampling.largest import BLOCK, in_blocks, largest_k, largest_
 from qllm.executor.sampling.logprobs import logprobs_of
 from qllm.executor.sampling.params import SamplingParams
 from qllm.executor.sampling.row_state import RowState
+
+T = TypeVar("T")
 
 FEW = 1024  #: tokens up to which a `top_k` looks at a row's largest logits alone
 TIES = 16  # tokens beyond the k-th, to see whether some tie with it
@@ -57,14 +60,19 @@ def sample(
         shifted = _changed(allowing, changed, params, generated, states)
         tokens = [None] * len(params)
         for rows, values in ((plain, allowing[plain]), (changed, shifted)):
-            each = ([of[i] for i in rows] for of in (params, generated, seeds))
-            for i, token in zip(rows, _choose(values, *each), strict=True):
+            chosen = _choose(values, picked(params, rows), picked(generated, rows), picked(seeds, rows))
+            for i, token in zip(rows, chosen, strict=True):
                 tokens[i] = token
     for i, state in enumerate(states):
         if state is not None and state.top is not None:
             token = tokens[i]
             state.logprobs = None if token is None else logprobs_of(logits[i], token, state.top)
     return tokens
+
+
+def picked(values: Sequence[T], rows: Iterable[int]) -> list[T]:
+    """Those of these rows."""
+    return [values[i] for i in rows]
 
 
 def _changed(

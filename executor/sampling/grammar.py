@@ -159,6 +159,8 @@ class Grammars:
                 f"grammar: {grammar.text!r:.80} cannot be compiled: {_first_line(str(error))}"
             ) from error
         made = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if not made.is_error():
+            made.compute_bitmask()  # one that allows no text breaks here
         if made.is_error():
             raise GrammarError(f"grammar: {grammar.text!r:.80} cannot be compiled: {_first_line(made.get_error())}")
         return made

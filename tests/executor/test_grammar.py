@@ -226,6 +226,8 @@ def test_a_grammar_is_compiled_once_and_a_bounded_number_is_kept(tokenizer, monk
         Grammar.regex("a(b"),
         Grammar.json_schema({"type": "foo"}),
         Grammar.json_schema({"$ref": "#/nowhere"}),
+        Grammar.json_schema({"$ref": "#"}),
+        Grammar.regex("\ud800"),
         Grammar("json_schema", "{"),
     ],
 )

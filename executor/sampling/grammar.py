@@ -121,6 +121,13 @@ class Grammars:
         self._lock = Lock()  # of what was compiled
         self._tokenizer_lock = Lock()
 
+    def prepare(self) -> None:
+        """Read the tokenizer, as the first grammar does otherwise. Raises GrammarError.
+
+        For a large vocabulary it takes a second or two, in which Python runs no other thread: the engine stands still.
+        """
+        self.matcher(Grammar.regex(""))
+
     def matcher(self, grammar: Grammar) -> Matcher:
         """The beginning of `grammar`, for one request.
 
@@ -167,7 +174,7 @@ class Grammars:
 
     @cached_property
     def _own_tokenizer(self) -> LLTokenizer:
-        """Takes about a second for a large vocabulary."""
+        """Takes a second or two for a large vocabulary."""
         from llguidance.hf import from_tokenizer
 
         if self._tokenizer is None or not self.ends:

@@ -23,7 +23,8 @@ from qllm.executor.testing import tiny_model
 from qllm.scheduler import Limits
 from tests.engine_worlds import LAYERS, WatchedClock, prompts, step_model
 
-pytest.importorskip("llguidance")
+llguidance = pytest.importorskip("llguidance")
+pytest.importorskip("llguidance.hf")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, END = 300, 1  # more than the tokenizer has, as in many checkpoints
@@ -197,6 +198,16 @@ def test_a_grammar_that_breaks_ends_its_request_alone(engine, monkeypatch):
     with pytest.raises(RequestFailed, match="GrammarError: grammar: too much work"):
         streams[0].result()
     assert all(stream.result().text.startswith("ab") for stream in streams[1:])
+
+
+def test_a_tokenizer_is_read_once_and_before_the_first_request_if_asked(tokenizer, monkeypatch):
+    read = []
+    from_tokenizer = llguidance.hf.from_tokenizer
+    monkeypatch.setattr(llguidance.hf, "from_tokenizer", lambda *args: read.append(1) or from_tokenizer(*args))
+    grammars = Grammars(tokenizer, VOCABULARY)
+    grammars.prepare()
+    grammars.matcher(Grammar.json_object())
+    assert read == [1]
 
 
 def test_tokens_that_do_not_follow_the_grammar_break_it(tokenizer):

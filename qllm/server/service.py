@@ -215,13 +215,14 @@ class Service:
         room = self.max_model_len - len(prompt)
         if not prompt:
             raise ApiError(400, "the prompt is empty; allowed: at least one token", param="prompt")
-        if (most is not None and len(prompt) > most) or room < (max_tokens or 1):
+        too_long = room < 1 or (most is not None and len(prompt) > most)
+        if too_long or room < (max_tokens or 1):
             asked = "" if max_tokens is None else f" and {max_tokens} to generate"
             allowed = f"{self.max_model_len} together" + (f", {most} of them of the prompt" if most else "")
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens{asked}; allowed: {allowed}",
-                param="prompt" if room < 1 else "max_tokens",
+                param="prompt" if too_long else "max_tokens",
                 code="context_length_exceeded",
             )
         return room if max_tokens is None else max_tokens

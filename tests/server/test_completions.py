@@ -181,3 +181,43 @@ def test_the_text_is_what_its_format_says(app) -> None:
     plain = complete(app).json()["choices"]
     assert complete(app, response_format={"type": "text"}).json()["choices"] == plain
     refusal(complete(app, response_format={"type": "poem"}), 400, "response_format")
+
+
+def test_stop_tokens_of_the_model_can_be_ignored_and_shown(app, engine: Engine) -> None:
+    (end,) = engine.tokenizer.encode("<|turn|>")
+    always = {"logit_bias": {str(end): 100}, "max_tokens": 5}
+    body = complete(app, **always).json()
+    assert (body["choices"][0]["finish_reason"], body["usage"]["completion_tokens"]) == ("stop", 1)
+    body = complete(app, **always, min_tokens=3).json()
+    assert body["usage"]["completion_tokens"] >= 3
+    choice = complete(app, **always, ignore_eos=True).json()["choices"][0]
+    assert (choice["finish_reason"], choice["text"]) == ("length", "")
+    shown = complete(app, **always, ignore_eos=True, skip_special_tokens=False).json()["choices"][0]
+    assert shown["text"] == "<|turn|>" * 5
+
+
+def test_offsets_of_a_stream_are_those_of_the_answer(app) -> None:
+    whole = complete(app, max_tokens=8, logprobs=1).json()["choices"][0]["logprobs"]
+    told = events(complete(app, max_tokens=8, logprobs=1, stream=True))
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [item for e in told for item in e["choices"][0]["logprobs"][name]] == whole[name]
+
+
+def test_the_checkpoint_gives_the_defaults_and_the_client_overrides_them(engine: Engine, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "_defaults", {"top_k": 1})
+    app = server(engine)
+    greedy = complete(app).json()["choices"]
+    assert complete(app, temperature=None).json()["choices"] == greedy
+    assert complete(app, temperature=2, top_k=0, seed=3).json()["choices"] != greedy
+
+
+def test_an_answer_that_takes_too_long_is_given_up(engine: Engine) -> None:
+    app = server(engine, request_seconds=1e-6)
+    refusal(complete(app, max_tokens=3000, ignore_eos=True), 504)
+    assert app.state.service.idle
+
+
+def test_prompts_may_be_bounded_below_the_context(engine: Engine) -> None:
+    app = server(engine, max_prompt_tokens=10)
+    assert complete(app, [5] * 10).status_code == 200
+    assert "10 of them" in refusal(complete(app, [5] * 11), 400, "prompt")

@@ -104,6 +104,9 @@ class Matcher:
 class Grammars:
     """Grammars compiled for one tokenizer, by llguidance; a bounded number is kept. Any thread may call it.
 
+    The first one has the tokenizer read. For a large vocabulary that takes a second or two, in which Python runs no
+    other thread: an engine stands still. So whoever serves compiles one before.
+
     Args:
         tokenizer: a fast tokenizer of transformers; None where the engine has none.
         vocabulary: number of token ids of the model.
@@ -120,13 +123,6 @@ class Grammars:
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = Lock()  # of what was compiled
         self._tokenizer_lock = Lock()
-
-    def prepare(self) -> None:
-        """Read the tokenizer, as the first grammar does otherwise. Raises GrammarError.
-
-        For a large vocabulary it takes a second or two, in which Python runs no other thread: the engine stands still.
-        """
-        self.matcher(Grammar.regex(""))
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """The beginning of `grammar`, for one request.

@@ -200,13 +200,13 @@ def test_a_grammar_that_breaks_ends_its_request_alone(engine, monkeypatch):
     assert all(stream.result().text.startswith("ab") for stream in streams[1:])
 
 
-def test_a_tokenizer_is_read_once_and_before_the_first_request_if_asked(tokenizer, monkeypatch):
+def test_a_tokenizer_is_read_once(tokenizer, monkeypatch):
     read = []
     from_tokenizer = llguidance.hf.from_tokenizer
     monkeypatch.setattr(llguidance.hf, "from_tokenizer", lambda *args: read.append(1) or from_tokenizer(*args))
     grammars = Grammars(tokenizer, VOCABULARY)
-    grammars.prepare()
-    grammars.matcher(Grammar.json_object())
+    for grammar in (Grammar.regex(""), Grammar.json_object()):
+        grammars.matcher(grammar)
     assert read == [1]
 
 

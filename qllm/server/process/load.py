@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from qllm.executor import Engine, LoadError
+from qllm.executor import Engine, Grammar, LoadError
+from qllm.executor.errors import GrammarError
 from qllm.server.process import demo
 from qllm.server.settings import ServerSettings
 
@@ -28,6 +30,8 @@ def load_engine(
     }
     if model is not None:
         engine = Engine.from_pretrained(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **given)
+        with suppress(GrammarError):  # without the extra, or a fast tokenizer
+            engine.compile(Grammar.regex(""))  # reads the tokenizer; other requests would stand still meanwhile
         return engine, model.rstrip("/").split("/")[-1]
     kinds = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:

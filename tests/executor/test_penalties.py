@@ -212,3 +212,25 @@ def test_a_bias_of_a_token_that_the_model_lacks_is_refused():
 
 def test_submit_takes_all_parameters_but_stop():
     assert SamplingArguments.__annotations__.keys() == SamplingParams.__dataclass_fields__.keys() - {"stop"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_changes_logits_to_the_bits_of_a_cpu_and_tells_the_same(dtype):
+    vocab = 151_936
+    logits = logits_of(3, 8, vocab).to(dtype)
+    shifts = {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {5: 3.0}, "logprobs": 5}
+    params = [SamplingParams(t, min_p=m, **shifts) for t in (0.0, 0.8) for m in (0.0, 0.05)] * 2
+    prompt, new = np.random.default_rng(0).integers(0, vocab, (2, 500)).tolist()
+    told = []
+    for where in ("cpu", "cuda"):
+        states = [state_of(p, prompt, new, vocab) for p in params]
+        tokens = sample(logits.to(where), params, [500] * 8, range(8), states)
+        told.append((tokens, [state.logprobs.chosen for state in states]))
+        rows = changed_on_device(logits.to(where), range(8), params, [500] * 8, states).cpu()
+        assert torch.equal(rows[0], rows[4])
+        told[-1] += (rows,)
+    assert torch.equal(told[0][2], told[1][2])
+    assert told[0][0] == told[1][0]
+    assert told[0][1] == pytest.approx(told[1][1], abs=1e-3)

@@ -20,6 +20,8 @@ RESULTS = sorted((ROOT / "docs" / "results").iterdir())
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"[-+~]?\d[\d.,]*( ?(%|x|ms|s|us|GB))?")
+#: pictures of pages, which show no results, with the scripts that make them
+SCREENSHOTS = {"server_page.png": "tools/server_page.py"}
 #: tables of numbers that no results file holds: parameters with their sources, not results
 PARAMETERS = {"| cost | value | from |"}
 
@@ -45,7 +47,7 @@ def test_every_picture_and_table_has_a_source(path: Path) -> None:
     for link in PICTURE.findall(text):
         drawn = (path.parent / link).resolve()
         assert drawn.parent == figures.IMAGES, f"{link} is not in docs/img"
-        assert drawn.name in figures.PICTURES, f"no script draws {link}"
+        assert drawn.name in {*figures.PICTURES, *SCREENSHOTS}, f"no script draws {link}"
     for table in tables(figures.MARKED.sub("", text)):
         assert table[0] in PARAMETERS or share_of_numbers(table) < 0.25, f"no script writes this table: {table[0]}"
 
@@ -58,8 +60,9 @@ def test_a_table_of_numbers_is_told_from_a_table_of_words() -> None:
 
 def test_every_picture_and_table_is_shown() -> None:
     shown = "\n".join(path.read_text(encoding="utf-8") for path in figures.documents())
-    assert {path.name for path in figures.IMAGES.iterdir()} == set(figures.PICTURES)
-    assert [name for name in figures.PICTURES if f"img/{name})" not in shown] == []
+    assert {path.name for path in figures.IMAGES.iterdir()} == {*figures.PICTURES, *SCREENSHOTS}
+    assert [name for name in (*figures.PICTURES, *SCREENSHOTS) if f"img/{name})" not in shown] == []
+    assert [script for script in SCREENSHOTS.values() if f"`python {script}`" not in shown] == []
     assert set(TABLES) == {name for _, name, _ in figures.MARKED.findall(shown)}
 
 

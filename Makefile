@@ -36,7 +36,7 @@ soak: .venv/.installed-dev
 # The tests of `make test` with the lowest versions that pyproject.toml allows, and with today's newest, each in an
 # environment of its own; what these versions warn of is no error. Only torch keeps the version of constraints.txt in the
 # second: one of its builds is several GB.
-EVERYTHING := dev,docs,executor,grammar,server,timings,ray,dask,notebooks
+EVERYTHING := dev,docs,executor,grammar,otel,server,timings,ray,dask,notebooks
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -m "not slow" -W default
@@ -91,7 +91,7 @@ clean:
 	touch $@ .venv/.installed
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
-	$(PIP) -c constraints.txt -e '.[dev,executor,grammar,server,timings]'
+	$(PIP) -c constraints.txt -e '.[dev,executor,grammar,otel,server,timings]'
 	touch $@ .venv/.installed .venv/.installed-executor .venv/.installed-server
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt executor/cpu/packed_matmul.cpp

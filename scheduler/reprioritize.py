@@ -24,11 +24,13 @@ def change_priority(s: Scheduler, r: Request, priority: int) -> None:
     try:
         level, order = classify(s.policy, r)
         s.kv.check_fits(r, level)
-        if r.state is State.WAITING:
-            try:
+        try:
+            if r.state is State.WAITING:
                 s.waiting.move(r, level, order)
-            except TypeError as error:
-                raise policy_error(s.policy, f"order gave {order!r}; comparing it", error) from error
+            else:
+                min(order, r.order)  # where its KV has to give way, it is queued by it
+        except TypeError as error:
+            raise policy_error(s.policy, f"order gave {order!r}; comparing it", error) from error
     except SchedulerError:
         r.priority = before
         raise

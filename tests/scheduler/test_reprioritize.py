@@ -163,3 +163,17 @@ def test_an_order_that_does_not_compare_leaves_the_request_where_it_was():
     assert s.requests[0].priority == 1
     check(s)
     assert [p.prefill[0].request.id for p in drive(s, 3.0)] == [0, 1, 2]
+
+
+def test_an_order_that_does_not_compare_is_found_before_a_running_request_is_queued_by_it():
+    class Mixed(Policy):
+        def order(self, r: Request) -> tuple:
+            return (r.arrival if r.priority == 1 else "first",)
+
+    s = Scheduler(Mixed(), Limits())
+    add(s, 0, 5, 3, 1)
+    s.next(0.0)
+    with pytest.raises(PolicyError, match=r"order gave \('first',\); comparing it"):
+        s.reprioritize(0, 0, 0.5)
+    assert s.requests[0].priority == 1
+    check(s)

@@ -6,7 +6,6 @@ a second kernel merges a row's parts in their order: a row's bits follow from it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -15,23 +14,12 @@ import triton.language as tl
 
 from qllm.executor.gpu.launch import launch
 from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, shared_memory, slots_of_keys
+from qllm.executor.gpu.pass_inputs import SPLIT, DecodeWork
 
-SPLIT = 256  #: keys of a part
 GROUP_BLOCK = 16  # query heads of one KV head in one product: tensor cores take no fewer rows
 TILE_BYTES = 32768  # of K and V in one step of a part; two steps are read ahead
 MERGED = 8  # parts that the merge adds at a time: a warp holds so many results and reads ahead as many again
 INTERPRETED_PROGRAMS = 3  # where there is no GPU
-
-
-@dataclass(frozen=True)
-class DecodeWork:
-    """Decode rows and the parts of their keys, int64 on the device; `parts` is loaded there and nowhere else."""
-
-    blocks: torch.Tensor  #: block tables of all sequences, one after another
-    first: torch.Tensor  #: [D] where each row's block table begins in `blocks`
-    length: torch.Tensor  #: [D] keys that the row sees, itself included; 0: a padding row
-    first_part: torch.Tensor  #: [D] parts of the rows before; padding rows hold the total
-    parts: torch.Tensor  #: [1] the total
 
 
 def scratch_for(max_parts: int, heads: int, value_width: int, device: torch.device | str) -> torch.Tensor:

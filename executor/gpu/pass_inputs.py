@@ -6,18 +6,36 @@ one copy into the same buffer. Block tables come last, one sequence's after anot
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:  # they need Triton, which is there with a GPU only
-    from qllm.executor.gpu.decode_attention import DecodeWork
-    from qllm.executor.gpu.tile_attention import TileWork
-
-
 SPLIT = 256  #: keys of a part of a decode row's keys
 TILE_ROWS = 64  #: query rows of a tile of a prompt
+
+
+@dataclass(frozen=True)
+class DecodeWork:
+    """Decode rows and the parts of their keys, int64 on the device; `parts` is loaded there and nowhere else."""
+
+    blocks: torch.Tensor  #: block tables of all sequences, one after another
+    first: torch.Tensor  #: [D] where each row's block table begins in `blocks`
+    length: torch.Tensor  #: [D] keys that the row sees, itself included; 0: a padding row
+    first_part: torch.Tensor  #: [D] parts of the rows before; padding rows hold the total
+    parts: torch.Tensor  #: [1] the total
+
+
+@dataclass(frozen=True)
+class TileWork:
+    """Tiles of rows, each of one sequence, int64 on the device."""
+
+    blocks: torch.Tensor  #: block tables of all sequences, one after another
+    row: torch.Tensor  #: [N] first packed row of the tile
+    rows: torch.Tensor  #: [N] how many rows, at most TILE_ROWS; 0: a padding tile
+    position: torch.Tensor  #: [N] of the first row in its sequence
+    first: torch.Tensor  #: [N] where its sequence's block table begins in `blocks`
 
 
 class PromptPart(NamedTuple):
@@ -127,14 +145,10 @@ class DeviceInputs(Fields):
 
     def decode_work(self) -> DecodeWork:
         """The rows that decode."""
-        from qllm.executor.gpu.decode_attention import DecodeWork
-
         return DecodeWork(self.blocks, self.first, self.length, self.first_part, self.parts)
 
     def tile_work(self, first: int, last: int) -> TileWork:
         """Tiles `first` to `last`."""
-        from qllm.executor.gpu.tile_attention import TileWork
-
         at = slice(first, last)
         return TileWork(self.blocks, self.tile_row[at], self.tile_rows[at], self.tile_position[at], self.tile_first[at])
 

@@ -7,29 +7,16 @@ Decode rows and large blocks add in another order: a token computed there may ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from qllm.executor.gpu.launch import launch
 from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, shared_memory, slots_of_keys
+from qllm.executor.gpu.pass_inputs import TILE_ROWS, TileWork
 
-TILE_ROWS = 64  #: most rows of a tile
 TILE_BYTES = 32768  # of K and V in one step
 RESERVED_BYTES = 1024  # of shared memory, in each program
-
-
-@dataclass(frozen=True)
-class TileWork:
-    """Tiles of rows, each of one sequence, int64 on the device."""
-
-    blocks: torch.Tensor  #: block tables of all sequences, one after another
-    row: torch.Tensor  #: [N] first packed row of the tile
-    rows: torch.Tensor  #: [N] how many rows, at most TILE_ROWS; 0: a padding tile
-    position: torch.Tensor  #: [N] of the first row in its sequence
-    first: torch.Tensor  #: [N] where its sequence's block table begins in `blocks`
 
 
 def tile_attention(

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import secrets
-import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from hashlib import sha256
-from hmac import compare_digest
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qllm._version import __version__
 from qllm.executor import Engine
@@ -29,21 +19,18 @@ from qllm.server.answers.completions import completion
 from qllm.server.batches.routes import batch_routes
 from qllm.server.batches.service import Batches
 from qllm.server.body import parse, parse_object, read_body
-from qllm.server.errors import GONE, ApiError, from_engine
+from qllm.server.errors import ApiError, from_engine
 from qllm.server.monitor import Monitor
-from qllm.server.page import PAGE, page_routes
+from qllm.server.page import page_routes
 from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from qllm.server.service import Caller, Service
 from qllm.server.settings import ApiKey, ServerSettings
 from qllm.server.spans import with_spans
 from qllm.server.streaming import Meter
+from qllm.server.surroundings import Surroundings, refusal_handlers
 
 Starts = Callable[[Service, dict[str, Any], Caller], Awaitable[Answer]]
 
-log = logging.getLogger(__name__)
-
-#: Routes that need no key: they tell nothing about requests.
-OPEN = frozenset({"/health", "/version", *PAGE})
 GENERATE: dict[str, tuple[Starts, type[BaseModel]]] = {
     "/v1/completions": (completion, CompletionRequest),
     "/v1/chat/completions": (chat, ChatRequest),
@@ -83,12 +70,17 @@ def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = 
             await service.in_background(end_spans)
         service.close()
 
-    app = FastAPI(title="QLLM", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="QLLM",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers=refusal_handlers(),
+    )
+    app.state.monitor = monitor
     app.state.service = service
     app.add_middleware(Surroundings, service=service)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(StarletteHTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _query_error)
     for path, (start, model) in GENERATE.items():
         app.add_api_route(path, _generate(service, start), methods=["POST"], openapi_extra=_takes(model))
     _model_routes(app, service)
@@ -218,93 +210,3 @@ def _inlined(schema: dict[str, Any]) -> Any:
         return [place(item) for item in value] if isinstance(value, list) else value
 
     return place(schema)
-
-
-class Surroundings:
-    """What every request meets first: its id, and the look at its key. Its answer is logged, and holds the id."""
-
-    def __init__(self, app: ASGIApp, service: Service):
-        self._app = app
-        self._service = service
-        self._keys = {sha256(key.key.encode()).digest(): key for key in service.settings.api_keys}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = given if re.fullmatch(r"[\w.:=+/@-]{1,128}", given, re.ASCII) else secrets.token_hex(16)
-        began, status = time.perf_counter(), 0
-
-        async def tell(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
-            await send(message)
-
-        try:
-            key = self._key(headers, scope["path"])
-        except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.headers())(scope, receive, tell)
-        else:
-            caller = Caller(request_id, headers.get(self._service.settings.class_header), key)
-            scope.setdefault("state", {})["caller"] = caller
-            try:
-                await self._app(scope, receive, tell)
-            except Exception as error:
-                # Its message is left out: it may hold text of a prompt.
-                where = "".join(traceback.format_tb(error.__traceback__))
-                log.error("%s internal error: %s\n%s", request_id, type(error).__name__, where)
-                if status == 0:
-                    told = from_engine(error)
-                    await JSONResponse(told.body(), told.status)(scope, receive, tell)
-        took = time.perf_counter() - began
-        log.info("%s %s %s: %d in %.3f s", request_id, scope["method"], scope["path"][:80].encode(), status, took)
-
-    def _key(self, headers: Headers, path: str) -> ApiKey | None:
-        if not self._keys or path in OPEN:
-            return None
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        digest = sha256(given.strip().encode()).digest()
-        found = [key for one, key in self._keys.items() if compare_digest(one, digest)]  # looks at all of them
-        if scheme.lower() != "bearer" or not found:
-            raise ApiError(
-                401, "the API key is missing or unknown", kind="authentication_error", code="invalid_api_key"
-            )
-        return found[0]
-
-
-class Nothing(Response):
-    """The answer to a client that is not there any more."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send nothing."""
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, ApiError):
-        raise error
-    if error.status == GONE:
-        return Nothing()
-    request.app.state.service.meter.rejected(error.code or str(error.status), error.class_)
-    return JSONResponse(error.body(), error.status, error.headers())
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    """What the framework answers itself: no such route, no such method."""
-    if not isinstance(error, StarletteHTTPException):
-        raise error
-    told = ApiError(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
-    return JSONResponse(told.body(), told.status, error.headers)
-
-
-async def _query_error(_: Request, error: Exception) -> Response:
-    """A parameter of a query that is not possible."""
-    if not isinstance(error, RequestValidationError):
-        raise error
-    found = error.errors()[0]
-    name = str(found["loc"][-1])[:80]
-    told = ApiError(400, f"{name}: {found['msg']}", param=name)
-    return JSONResponse(told.body(), told.status)

@@ -73,8 +73,10 @@ class ServerSettings(StrictModel):
     spans: bool = False  #: an OpenTelemetry span for each request, sent where its environment variables say
     max_body_bytes: Count = 8 << 20  #: of a request
     body_timeout: Positive = 30.0  #: seconds in which a request's body has to arrive
+    send_timeout: Positive = 60.0  #: seconds after which a client that takes nothing of its answer is given up
     request_seconds: Positive | None = None  #: after which a request that has not ended is given up
     max_prompt_tokens: Count | None = None  #: default: what the model's positions and the KV cache have room for
+    max_prompt_characters: Count | None = None  #: default: as if each token were the longest of the vocabulary
     max_prompts: Count = 64  #: prompts in one request
     max_choices: Count = 16  #: answers to a prompt (n)
     max_stop_strings: Whole = 8

@@ -146,6 +146,42 @@ def test_keys_are_asked_for_where_there_are_any(engine: Engine) -> None:
     assert ask(app, "/health").status_code == 200
 
 
+def rejections(app) -> dict[tuple[str, str], float]:
+    """(class, reason) -> how often, as /metrics tells."""
+    told = app.state.service.meter.rejections.collect()[0].samples
+    return {(s.labels["class"], s.labels["reason"]): s.value for s in told if s.name.endswith("_total")}
+
+
+def test_each_refusal_is_counted_once_whoever_refuses(engine: Engine) -> None:
+    app = server(engine, api_keys=[{"key": "secret-one"}])
+    key = {"Authorization": "Bearer secret-one"}
+    asked = [
+        (401, "invalid_api_key", lambda: ask(app, "/v1/models")),
+        (404, "not_found", lambda: ask(app, "/v1/embeddings", {"input": "a"}, **key)),
+        (405, "405", lambda: ask(app, "/v1/completions", **key)),
+        (400, "400", lambda: ask(app, "/status?after=never", **key)),
+        (400, "unknown_field", lambda: ask(app, "/v1/completions", {"prompt": "a", "odd": 1}, **key)),
+        (404, "model_not_found", lambda: ask(app, "/v1/models/other", **key)),
+        (500, "ZeroDivisionError", lambda: ask(app, "/broken", **key)),
+    ]
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    counted: dict[tuple[str, str], float] = {}
+    for status, reason, refuse in asked:
+        assert refuse().status_code == status
+        counted["", reason] = 1
+        assert rejections(app) == counted
+    assert ask(app, "/v1/models", **key).status_code == 200
+    assert rejections(app) == counted
+
+
+def test_a_method_that_does_not_exist_is_answered_with_those_that_do(engine: Engine) -> None:
+    assert ask(server(engine), "/v1/completions").headers["allow"] == "POST"
+
+
 def test_request_ids_go_in_and_out(engine: Engine) -> None:
     app = server(engine)
     assert ask(app, "/health", **{"X-Request-Id": "mine-1"}).headers["x-request-id"] == "mine-1"

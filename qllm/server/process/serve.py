@@ -11,52 +11,14 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qllm.server.process.connection import connection
 from qllm.server.service import Service
 from qllm.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 5.0  #: seconds in which the last answers have to reach their clients
-
-
-def protocol(seconds: float) -> type[H11Protocol]:
-    """HTTP over one connection, which is closed where a request's head does not come within `seconds`."""
-
-    class Protocol(H11Protocol):
-        hurry: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._watch()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            self._rest()
-
-        def _watch(self) -> None:
-            """Only while no request is known; what waits for a following one ends by itself (keep-alive)."""
-            if self.cycle is not None and not self.cycle.response_complete:
-                self._rest()
-            elif self.hurry is None:
-                self.hurry = self.loop.call_later(seconds, self._too_slow)
-
-        def _rest(self) -> None:
-            if self.hurry is not None:
-                self.hurry.cancel()
-                self.hurry = None
-
-        def _too_slow(self) -> None:
-            self.hurry = None
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-
-    return Protocol
 
 
 class Server(uvicorn.Server):
@@ -75,12 +37,11 @@ class Server(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
-                http=protocol(settings.body_timeout),
+                http=connection(app.state.service),
                 access_log=False,
                 log_level="warning",
                 server_header=False,
                 ws="none",
-                limit_concurrency=settings.max_connections,
                 timeout_graceful_shutdown=int(LAST_WORDS_S),
             )
         )

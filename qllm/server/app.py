@@ -138,7 +138,9 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 def _token_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
-        asked = parse(TokenizeRequest, await _body(service, request))
+        body = await _body(service, request)
+        service.check_parts(body.get("messages"))
+        asked = parse(TokenizeRequest, body)
         service.class_hint(asked.model)
         tokenizer = service.tokenizer()
         if (asked.prompt is None) == (asked.messages is None):
@@ -148,7 +150,8 @@ def _token_routes(app: FastAPI, service: Service) -> None:
             ids = await templated(service, asked.messages, {"add_generation_prompt": opens})
         else:
             text, special = asked.prompt or "", asked.add_special_tokens is not False
-            ids = await service.in_thread(lambda: list(tokenizer.encode(text, add_special_tokens=special)))
+            service.check_text(len(text))
+            ids = await service.in_thread(lambda: list(tokenizer.encode(text, add_special_tokens=special)), len(text))
         told: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
         if asked.return_token_strs:
             told["token_strs"] = tokenizer.convert_ids_to_tokens(ids)
@@ -160,9 +163,9 @@ def _token_routes(app: FastAPI, service: Service) -> None:
         service.class_hint(asked.model)
         tokenizer = service.tokenizer()
         most = service.engine.vocabulary
-        if any(token >= most for token in asked.tokens):
+        if max(asked.tokens, default=0) >= most:
             raise ApiError(400, f"tokens: allowed are ids from 0 to {most - 1}", param="tokens")
-        return {"prompt": await service.in_thread(lambda: tokenizer.decode(asked.tokens))}
+        return {"prompt": await service.in_thread(lambda: tokenizer.decode(asked.tokens), len(asked.tokens))}
 
 
 def _state_routes(app: FastAPI, service: Service) -> None:

@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
+T = TypeVar("T")
+
+AT_ONCE = 256  #: entries of a mapping that are checked together
+
+
+def _by_and_by(value: Any, check: Callable[[Any], dict[str, T]]) -> dict[str, T]:
+    """A mapping checked in parts, so that one full of mistakes is refused at the first of them."""
+    if not isinstance(value, dict):
+        return check(value)
+    checked: dict[str, T] = {}
+    entries = iter(value.items())
+    while part := dict(islice(entries, AT_ONCE)):
+        checked |= check(part)
+    return checked
+
+
+List = Annotated[
+    list[T], Field(fail_fast=True)
+]  #: pydantic tells all mistakes of a list otherwise; of a long one, for minutes
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 Text = Annotated[str, Field(min_length=1)]
+
+#: Of requests that say nothing, where the checkpoint does not either: OpenAI's.
+DEFAULTS: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
 
 #: Fields of OpenAI's and vLLM's APIs that are known and not served: the values that ask for nothing are taken.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -50,6 +85,17 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_exist(cls, given: Any) -> Any:
+        """The first key that is unknown is told, where pydantic would tell all of them."""
+        if isinstance(given, Mapping):
+            for key in given:
+                if key not in cls.model_fields:
+                    context = {"key": str(key)[:80], "message": f"allowed: {', '.join(cls.model_fields)}"}
+                    raise PydanticCustomError("unknown_key", "unknown key", context)
+        return given
+
 
 class StreamOptions(Message):
     """What a stream brings besides its text."""
@@ -71,13 +117,11 @@ class Generate(Message):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     #: added to the logits of these token ids
-    logit_bias: (
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]] | None
-    ) = None
+    logit_bias: Annotated[dict[Id, Bias], WrapValidator(_by_and_by)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None  #: choice number i draws with seed + i
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None  #: answers to each prompt
-    stop: Text | list[Text] | None = None  #: strings before which the text ends
-    stop_token_ids: list[TokenId] | None = None  #: token ids that end it, besides the model's own
+    stop: Text | List[Text] | None = None  #: strings before which the text ends
+    stop_token_ids: List[TokenId] | None = None  #: token ids that end it, besides the model's own
     skip_special_tokens: bool | None = None  #: special tokens have no text; by default they have none
     ignore_eos: bool | None = None  #: the model's own stop tokens end nothing
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None  #: tokens before which nothing ends it
@@ -99,7 +143,7 @@ class CompletionRequest(Generate):
     """The body of /v1/completions."""
 
     #: text or token ids, or a list of such prompts
-    prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
+    prompt: str | List[TokenId] | List[str] | List[List[TokenId]]
     add_special_tokens: bool | None = None  #: text gets those that the tokenizer adds
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  #: of each token, and of so many most likely ones
 
@@ -119,14 +163,14 @@ class ChatMessage(Message):
     """One message of a conversation."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
+    content: str | List[TextPart]
     name: str | None = None  #: for the chat template
 
 
 class ChatRequest(Generate):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[List[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None  #: OpenAI's newer name of max_tokens
     add_generation_prompt: bool | None = None  #: the template opens the answer
     continue_final_message: bool | None = None  #: the last message is the beginning of the answer
@@ -144,7 +188,7 @@ class TokenizeRequest(Message):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[List[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -154,4 +198,4 @@ class DetokenizeRequest(Message):
     """The body of /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: List[TokenId]

@@ -16,7 +16,7 @@ from qllm.executor.model.runner import max_positions
 from qllm.executor.sampling.grammar import Grammar
 from qllm.server.admission import Admission
 from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
-from qllm.server.protocol import Generate
+from qllm.server.protocol import DEFAULTS, Generate
 from qllm.server.settings import ApiKey, ServerSettings
 from qllm.server.streaming import Choice, Generation, Meter
 from qllm.server.urgency import Urgencies, Urgency
@@ -25,17 +25,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-
-#: Of requests that say nothing, where the checkpoint does not either: OpenAI's.
-DEFAULTS: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
+LONG_TEXT = 1 << 16  #: characters beyond which a text takes the tokenizer so long that others should not wait for it
 
 
 class NoMeter:
@@ -85,6 +75,8 @@ class Service:
 
     Attributes:
         max_model_len: tokens of a prompt and its answer together.
+        max_prompt_tokens: tokens of a prompt.
+        max_prompt_characters: characters of one; None where prompts are token ids.
         started: when, in seconds since 1970.
     """
 
@@ -98,16 +90,54 @@ class Service:
         self.started = int(time.time())
         room = (engine.limits.kv_blocks or 0) * engine.limits.block_size
         self.max_model_len = min(room, max_positions(engine.model.config) or room)
+        self.max_prompt_tokens = min(self.max_model_len, settings.max_prompt_tokens or self.max_model_len)
+        self.max_prompt_characters = settings.max_prompt_characters
+        tokenizer: Any = engine.tokenizer
+        if tokenizer is not None and self.max_prompt_characters is None:
+            self.max_prompt_characters = self.max_prompt_tokens * max(map(len, tokenizer.get_vocab()))
         self._stop_ids = stop_ids(engine.model, engine.tokenizer)
         self._defaults = {**DEFAULTS, **engine.defaults}
         self._generations: set[Generation] = set()
-        self._texts = ThreadPoolExecutor(1, "qllm-texts")  # tokenizers are not made for several threads
+        # A fast tokenizer works without Python, and several threads may use it: short texts do not wait for long ones.
+        self._texts = ThreadPoolExecutor(1, "qllm-texts")
+        fast = getattr(tokenizer, "is_fast", False)
+        if fast:
+            tokenizer.encode("")  # the first call may change its settings, which no thread may see
+        self._long_texts = ThreadPoolExecutor(1, "qllm-long-texts") if fast else self._texts
 
     # ---- prompts -------------------------------------------------------------------------------------------------
 
-    async def in_thread(self, function: Callable[[], T]) -> T:
-        """What `function`, which works with the tokenizer for a while, gives."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts, function)
+    async def in_thread(self, function: Callable[[], T], characters: int = 0) -> T:
+        """What `function`, which works with the tokenizer on so many characters for a while, gives."""
+        thread = self._long_texts if characters > LONG_TEXT else self._texts
+        return await asyncio.get_running_loop().run_in_executor(thread, function)
+
+    def check_text(self, characters: int, param: str = "prompt") -> None:
+        """Raise ApiError for a text that can have no room, before the tokenizer works on it."""
+        most = self.max_prompt_characters
+        if most is not None and characters > most:
+            raise ApiError(
+                400,
+                f"{param}: {characters} characters; allowed: {most}",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def check_parts(self, messages: object) -> None:
+        """The same for a conversation as it came, whose messages and their parts are not looked at yet."""
+        if not isinstance(messages, list):
+            return
+        contents = [message.get("content") if isinstance(message, dict) else None for message in messages]
+        parts = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+        if parts > self.max_prompt_tokens:  # each takes a token at least
+            told = f"messages: {parts} messages and parts of such; allowed: {self.max_prompt_tokens}"
+            raise ApiError(400, told, param="messages", code="context_length_exceeded")
+
+    def check_prompts(self, prompts: int) -> None:
+        """Raise ApiError for more prompts than one request may have."""
+        most = self.settings.max_prompts
+        if prompts > most:
+            raise ApiError(400, f"{prompts} prompts; allowed: at most {most}", param="prompt")
 
     async def in_background(self, function: Callable[[], T]) -> T:
         """What `function`, which waits for the engine, gives."""
@@ -146,8 +176,6 @@ class Service:
         n = asked.n or 1
         if n > settings.max_choices:
             raise ApiError(400, f"n is {n}; allowed: at most {settings.max_choices}", param="n")
-        if prompts > settings.max_prompts:
-            raise ApiError(400, f"{prompts} prompts; allowed: at most {settings.max_prompts}", param="prompt")
         stops = _stops(asked)
         if len(stops) > settings.max_stop_strings:
             raise ApiError(
@@ -264,7 +292,8 @@ class Service:
 
     def close(self) -> None:
         """Nobody asks any more."""
-        self._texts.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._texts, self._long_texts):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def end_all(self) -> None:
         """End what is under way: its clients get an error."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 
 from qllm.executor import Engine
 from qllm.server.admission import Admission
+from qllm.server.body import parse
 from qllm.server.errors import ApiError
+from qllm.server.protocol import AT_ONCE, ChatRequest, CompletionRequest, DetokenizeRequest
 from qllm.server.settings import ServerSettings
 from tests.server.connection import Connection
-from tests.server.worlds import ask, client, complete, refusal, server, wait_for
+from tests.server.worlds import WAIT_S, ask, client, complete, refusal, server, wait_for
 
 SMALL = {
     "ls": {"priority": 0, "max_waiting": 4, "max_waiting_tokens": 100},
@@ -112,6 +117,102 @@ def test_a_body_that_does_not_come_is_given_up(engine: Engine) -> None:
         assert connection.status == 408
 
     asyncio.run(run())
+
+
+LONGEST = 256 * 8  #: characters that fit into 256 tokens, of which the longest is <|turn|>
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a" * (LONGEST + 1)}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "a" * (LONGEST + 1)]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * LONGEST}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 257}, "messages"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 256}]},
+            "messages",
+        ),
+        ("/tokenize", {"prompt": "a" * (LONGEST + 1)}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a" * LONGEST}]}, "messages"),
+        ("/tokenize", {"messages": [{"role": "user", "content": ""}] * 257}, "messages"),
+    ],
+)
+def test_a_text_that_has_no_room_is_refused_before_the_tokenizer_sees_it(
+    engine: Engine, monkeypatch, path, body, param
+) -> None:
+    app = server(engine, max_prompt_tokens=256)
+    assert app.state.service.max_prompt_characters == LONGEST
+
+    def never(*_, **__) -> None:
+        raise AssertionError("it was called")
+
+    for name in ("encode", "apply_chat_template"):
+        monkeypatch.setattr(engine.tokenizer, name, never)
+    response = ask(app, path, body)
+    refusal(response, 400, param)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_the_most_characters_can_be_set(engine: Engine) -> None:
+    app = server(engine, max_prompt_characters=5)
+    assert complete(app, "abcde", max_tokens=1).status_code == 200
+    assert "6 characters; allowed: 5" in refusal(complete(app, "abcdef", max_tokens=1), 400, "prompt")
+
+
+def test_a_short_text_does_not_wait_for_a_long_one(engine: Engine) -> None:
+    app = server(engine, max_prompt_characters=1 << 20)
+    service, come = app.state.service, threading.Event()
+
+    async def run() -> None:
+        long = asyncio.create_task(service.in_thread(lambda: come.wait(WAIT_S), 1 << 20))
+        async with client(app) as http:
+            served = await http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1})
+        assert served.status_code == 200
+        assert not long.done()
+        come.set()
+        assert await long
+
+    asyncio.run(run())
+
+
+FULL_OF_MISTAKES: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    *((CompletionRequest, {"prompt": [odd] * 20_000}) for odd in (1.5, {}, None, [1.5])),
+    (CompletionRequest, {"prompt": [[1.5] * 20_000]}),
+    (CompletionRequest, {"prompt": "a", "stop": [1] * 20_000}),
+    (CompletionRequest, {"prompt": "a", "stop_token_ids": ["1"] * 20_000}),
+    (CompletionRequest, {"prompt": "a", "logit_bias": {str(i): 1000 for i in range(20_000)}}),
+    (CompletionRequest, {"prompt": "a", "stream_options": {f"key{i}": 1 for i in range(20_000)}}),
+    (ChatRequest, {"messages": [{}] * 20_000}),
+    (ChatRequest, {"messages": [{"role": "user", "content": "a"} | {f"key{i}": 1 for i in range(20_000)}]}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image"}] * 20_000}]}),
+    (DetokenizeRequest, {"tokens": [-1] * 20_000}),
+]
+
+
+@pytest.mark.parametrize(("model", "body"), FULL_OF_MISTAKES)
+def test_a_body_full_of_mistakes_is_refused_at_the_first_ones(model, body) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() <= AT_ONCE
+    with pytest.raises(ApiError) as told:
+        parse(model, body)
+    assert len(str(told.value)) < 200
+
+
+def test_biases_are_checked_in_parts_and_kept_as_a_whole() -> None:
+    biases = {str(i): i / 100 for i in range(3 * AT_ONCE + 1)}
+    assert CompletionRequest(prompt="a", logit_bias=biases).logit_bias == biases
+    assert CompletionRequest(prompt="a", logit_bias={}).logit_bias == {}
+    assert CompletionRequest(prompt="a", logit_bias=None).logit_bias is None
+    with pytest.raises(ApiError, match="logit_bias"):
+        parse(CompletionRequest, {"prompt": "a", "logit_bias": biases | {"-1": 0}})
+
+
+def test_too_many_prompts_are_refused_before_they_are_looked_at(engine: Engine) -> None:
+    app = server(engine, max_prompts=3)
+    assert "4 prompts" in refusal(ask(app, "/v1/completions", {"prompt": [[1], ["odd"], [1], [1]]}), 400, "prompt")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class ChatAnswer(Answer):
 
 async def chat(service: Service, data: dict[str, Any], caller: Caller) -> ChatAnswer:
     """Start to answer a request. Raises ApiError."""
+    service.check_parts(data.get("messages"))
     asked = parse(ChatRequest, data)
     if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
         raise ApiError(
@@ -67,13 +68,15 @@ async def templated(service: Service, messages: Sequence[ChatMessage], kwargs: d
         if reserved in kwargs:
             raise ApiError(400, f"chat_template_kwargs: {reserved} is not allowed", param="chat_template_kwargs")
     conversation = [_plain(message) for message in messages]
+    characters = sum(len(message["role"]) + len(message["content"]) for message in conversation)
+    service.check_text(characters, "messages")
 
     def render() -> list[int]:
         text = tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs)
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     try:
-        return await service.in_thread(render)
+        return await service.in_thread(render, characters)
     except Exception as error:  # a template may refuse a conversation, or fail on one
         raise ApiError(
             400, f"the chat template cannot take these messages: {type(error).__name__}", param="messages"

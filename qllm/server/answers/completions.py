@@ -32,6 +32,9 @@ class CompletionAnswer(Answer):
 
 async def completion(service: Service, data: dict[str, Any], caller: Caller) -> CompletionAnswer:
     """Start to answer a request. Raises ApiError."""
+    many = data.get("prompt")
+    if isinstance(many, list) and _is_list(many):
+        service.check_prompts(len(many))
     asked = parse(CompletionRequest, data)
     urgency = service.urgency(asked, caller)
     prompts: list[Any] = list(asked.prompt) if _is_list(asked.prompt) else [asked.prompt]
@@ -39,11 +42,15 @@ async def completion(service: Service, data: dict[str, Any], caller: Caller) -> 
     special = asked.add_special_tokens is not False
     if any(isinstance(prompt, str) for prompt in prompts):
         tokenizer = service.tokenizer()
+        lengths = [len(prompt) for prompt in prompts if isinstance(prompt, str)]
+        service.check_text(max(lengths))
 
         def encode(text: str) -> list[int]:
             return prompt_ids(tokenizer, text) if special else tokenizer.encode(text, add_special_tokens=False)
 
-        prompts = await service.in_thread(lambda: [p if isinstance(p, list) else encode(p) for p in prompts])
+        prompts = await service.in_thread(
+            lambda: [p if isinstance(p, list) else encode(p) for p in prompts], sum(lengths)
+        )
     await service.compile(asked)
     generation = service.start(asked, prompts, urgency, asked.max_tokens or TOKENS)
     return CompletionAnswer(service, asked, generation, urgency, caller.request_id)

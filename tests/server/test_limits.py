@@ -167,6 +167,7 @@ def test_a_short_text_does_not_wait_for_a_long_one(engine: Engine) -> None:
 
     async def run() -> None:
         long = asyncio.create_task(service.in_thread(lambda: come.wait(WAIT_S), 1 << 20))
+        await asyncio.sleep(0)  # it is the first one
         async with client(app) as http:
             served = await http.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 1})
         assert served.status_code == 200

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel
 
 from qllm._version import __version__
@@ -18,8 +18,8 @@ from qllm.server.answers.chat import chat, templated
 from qllm.server.answers.completions import completion
 from qllm.server.batches.routes import batch_routes
 from qllm.server.batches.service import Batches
-from qllm.server.body import parse, parse_object, read_body
-from qllm.server.errors import ApiError, from_engine
+from qllm.server.body import parse, parse_object, read_body, takes
+from qllm.server.errors import ERRORS, ApiError, from_engine
 from qllm.server.monitor import Monitor
 from qllm.server.page import page_routes
 from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -34,6 +34,9 @@ Starts = Callable[[Service, dict[str, Any], Caller], Awaitable[Answer]]
 GENERATE: dict[str, tuple[Starts, type[BaseModel]]] = {
     "/v1/completions": (completion, CompletionRequest),
     "/v1/chat/completions": (chat, ChatRequest),
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole or as events", "content": {"text/event-stream": {}}}
 }
 
 
@@ -77,12 +80,15 @@ def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = 
         redoc_url=None,
         lifespan=lifespan,
         exception_handlers=refusal_handlers(),
+        responses=ERRORS,
     )
     app.state.monitor = monitor
     app.state.service = service
     app.add_middleware(Surroundings, service=service)
     for path, (start, model) in GENERATE.items():
-        app.add_api_route(path, _generate(service, start), methods=["POST"], openapi_extra=_takes(model))
+        app.add_api_route(
+            path, _generate(service, start), methods=["POST"], openapi_extra=takes(model), responses=EVENTS
+        )
     _model_routes(app, service)
     _token_routes(app, service)
     _state_routes(app, service)
@@ -136,7 +142,7 @@ def _model_routes(app: FastAPI, service: Service) -> None:
 
 
 def _token_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", openapi_extra=_takes(TokenizeRequest))
+    @app.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> dict[str, Any]:
         body = await _body(service, request)
         service.check_parts(body.get("messages"))
@@ -157,7 +163,7 @@ def _token_routes(app: FastAPI, service: Service) -> None:
             told["token_strs"] = tokenizer.convert_ids_to_tokens(ids)
         return told
 
-    @app.post("/detokenize", openapi_extra=_takes(DetokenizeRequest))
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, Any]:
         asked = parse(DetokenizeRequest, await _body(service, request))
         service.class_hint(asked.model)
@@ -181,7 +187,7 @@ def _state_routes(app: FastAPI, service: Service) -> None:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         try:
             text = await service.in_background(lambda: service.meter.scrape(service.engine.stats()))
@@ -193,23 +199,3 @@ def _state_routes(app: FastAPI, service: Service) -> None:
 async def _body(service: Service, request: Request) -> dict[str, Any]:
     settings = service.settings
     return parse_object(await read_body(request, settings.max_body_bytes, settings.body_timeout))
-
-
-def _takes(model: type[BaseModel]) -> dict[str, Any]:
-    """The part of the API's description that tells of a body."""
-    schema = _inlined(model.model_json_schema())
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-def _inlined(schema: dict[str, Any]) -> Any:
-    """A schema with its definitions in their places."""
-    definitions = schema.pop("$defs", {})
-
-    def place(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return place(definitions[value["$ref"].split("/")[-1]])
-            return {key: place(item) for key, item in value.items()}
-        return [place(item) for item in value] if isinstance(value, list) else value
-
-    return place(schema)

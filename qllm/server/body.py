@@ -80,3 +80,23 @@ def parse(model: type[M], data: dict[str, Any]) -> M:
 def _numbers(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """With the same numbers as floats."""
     return (*values, *(float(value) for value in values if type(value) is int))
+
+
+def takes(model: type[BaseModel]) -> dict[str, Any]:
+    """The part of the API's description that tells of a body."""
+    schema = _inlined(model.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(schema: dict[str, Any]) -> Any:
+    """A schema with its definitions in their places."""
+    definitions = schema.pop("$defs", {})
+
+    def place(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return place(definitions[value["$ref"].split("/")[-1]])
+            return {key: place(item) for key, item in value.items()}
+        return [place(item) for item in value] if isinstance(value, list) else value
+
+    return place(schema)

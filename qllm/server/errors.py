@@ -5,10 +5,34 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pydantic import BaseModel
+
 from qllm.executor import EngineBusy, EngineClosed, RequestError, RequestFailed, SamplingError
 from qllm.scheduler import SchedulerError
 
 GONE = 499  #: the status of a request whose client went away: nobody reads it
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's format of errors."""
+
+    error: Error
+
+
+#: What /openapi.json tells of every route.
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused"},
+    "5XX": {"model": ErrorBody, "description": "The request cannot be answered"},
+}
 
 
 class ApiError(Exception):

@@ -17,7 +17,7 @@ from starlette.types import Message as AsgiMessage
 from qllm.server.batches.service import Batches
 from qllm.server.batches.store import Conflict, NotFound, Store
 from qllm.server.batches.validation import ENDPOINTS
-from qllm.server.body import parse, parse_object, read_body
+from qllm.server.body import parse, parse_object, read_body, takes
 from qllm.server.errors import ApiError
 from qllm.server.protocol import Message
 
@@ -29,6 +29,25 @@ UPLOAD_SECONDS = 600  # in which a file arrives
 WINDOW = re.compile(r"([1-9]\d{0,3})([mhd])")
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 FIELDS = ("file", "purpose")
+#: What /openapi.json tells of an upload.
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                    },
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
 
 
 class NewBatch(Message):
@@ -45,12 +64,18 @@ class NewBatch(Message):
     ) = None
 
 
+class Octets(Response):
+    """A file."""
+
+    media_type = "application/octet-stream"
+
+
 def batch_routes(batches: Batches) -> APIRouter:
     """The routes over these batches; they raise ApiError."""
     router = APIRouter(prefix="/v1")
     store, now = batches.store, batches.now
 
-    @router.post("/files")
+    @router.post("/files", openapi_extra=UPLOAD)
     async def upload(request: Request) -> dict[str, Any]:
         name, content = await _read_upload(request, batches.settings.max_file_bytes)
         return await store.call(Store.add_file, name, content, now())
@@ -69,17 +94,17 @@ def batch_routes(batches: Batches) -> APIRouter:
     async def retrieve_file(id: str) -> dict[str, Any]:
         return await _answered(store.call(Store.file, id), "file")
 
-    @router.get("/files/{id}/content")
+    @router.get("/files/{id}/content", response_class=Octets)
     async def content(id: str) -> Response:
         found = await _answered(store.call(Store.content, id), "file")
-        return Response(found, media_type="application/octet-stream")
+        return Octets(found)
 
     @router.delete("/files/{id}")
     async def delete_file(id: str) -> dict[str, Any]:
         await _answered(store.call(Store.delete_file, id), "file")
         return {"id": id, "object": "file", "deleted": True}
 
-    @router.post("/batches")
+    @router.post("/batches", openapi_extra=takes(NewBatch))
     async def create(request: Request) -> dict[str, Any]:
         asked = parse(NewBatch, parse_object(await read_body(request, MOST_BYTES, MOST_SECONDS)))
         if asked.endpoint not in ENDPOINTS:

@@ -1,0 +1,62 @@
+"""The server under requests that schemathesis draws from its OpenAPI document.
+
+    python -m venv FOLDER && FOLDER/bin/pip install schemathesis==4.32.5
+    python benchmarks/server/fuzz.py --schemathesis FOLDER/bin/schemathesis [--examples 500]
+
+`qllm serve` on the small random MoE in a process of its own, with batches. Each route is sent requests that fit its
+description and requests that do not. No answer may be a 5xx, or be of a status, a content type or a shape that the
+document does not tell; a body that breaks the document may not be taken. Then a completion must be answered, and
+nothing may run, wait or hold KV. Exit code 1 where anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.server.serving import Server
+from benchmarks.server.soak import gauges
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "response_headers_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+)
+
+
+def main() -> int:
+    """Run the server and schemathesis."""
+    parser = argparse.ArgumentParser(description="The server under requests that its OpenAPI document describes.")
+    parser.add_argument("--schemathesis", required=True, help="its command, from an environment of its own")
+    parser.add_argument("--examples", type=int, default=500, help="of each kind, for each operation")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"engine": {"kv_blocks": 16}, "batches": {"folder": f"{folder}/batches"}}
+        with Server(None, Path(folder), settings) as server:
+            command = [args.schemathesis, "run", f"{server.url}/openapi.json", "--checks", ",".join(CHECKS)]
+            command += ["--max-examples", str(args.examples), "--seed", str(args.seed)]
+            command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--no-color"]
+            found = subprocess.run(command, cwd=folder, check=False).returncode
+            good = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
+            time.sleep(2)
+            left = gauges(server.url)
+    print("a good request after them:", good.status_code)
+    print("left at the end:", ", ".join(f"{name} {value:g}" for name, value in left.items()))
+    return 1 if found or good.status_code != 200 or any(left.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -91,7 +91,7 @@ clean:
 	touch $@ .venv/.installed
 
 .venv/.installed-dev: .venv/bin/python pyproject.toml constraints.txt executor/cpu/packed_matmul.cpp
-	$(PIP) -c constraints.txt -e '.[dev,executor,grammar,otel,server,timings]'
+	$(PIP) -c constraints.txt -e '.[dev,executor,grammar,otel,ray,server,timings]'
 	touch $@ .venv/.installed .venv/.installed-executor .venv/.installed-server
 
 .venv-lowest/.installed: pyproject.toml constraints-lowest.txt executor/cpu/packed_matmul.cpp

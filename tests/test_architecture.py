@@ -71,9 +71,13 @@ ARROWS = {
     "qllm/server/answers": {"qllm/server", "executor"},
     "qllm/server/batches": {"qllm", "qllm/config", "qllm/server", "traces"},
     "qllm/server/process": {"qllm/server", "executor"},
+    "qllm/server/replicas": {
+        *("qllm", "qllm/config", "qllm/server", "qllm/server/batches", "qllm/server/process"),
+        *("executor", "traces"),
+    },
     "qllm/cli": {
         *("qllm", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation"),
-        *("qllm/server", "qllm/server/process"),
+        *("qllm/server", "qllm/server/process", "qllm/server/replicas"),
         *("executor", "traces"),
     },
 }

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qllm.cli.run import GraphsChoice
+
+
+class BackendChoice(StrEnum):
+    """Where engines run."""
+
+    process = "process"
+    ray = "ray"
 
 
 def serve(
@@ -34,6 +43,10 @@ def serve(
     graphs: Annotated[
         GraphsChoice, typer.Option(help="On a GPU: when short passes are recorded as CUDA graphs")
     ] = GraphsChoice.load,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, one a GPU; more than one need --backend ray")] = 1,
+    backend: Annotated[
+        BackendChoice, typer.Option(help="process: an engine in this process; ray: behind Ray Serve")
+    ] = BackendChoice.process,
     verbose: Annotated[bool, typer.Option("--verbose", help="Log a line for each request")] = False,
 ) -> None:
     """Serve a model by OpenAI's API, urgent requests before running ones."""
@@ -44,6 +57,8 @@ def serve(
         missing = [name for name in names if find_spec(name) is None]
         if missing:
             raise ConfigError(f"{', '.join(missing)}: not installed; the server needs: pip install 'qllm-moe[{extra}]'")
+    if replicas > 1 and backend is not BackendChoice.ray:
+        raise ConfigError(f"--replicas {replicas}: one process holds one engine; allowed: with --backend ray")
     from qllm.server.process.load import load_engine
     from qllm.server.process.serve import is_loopback, run
     from qllm.server.settings import load_settings
@@ -54,14 +69,28 @@ def serve(
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    engine, name = load_engine(
-        model, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code, graphs=graphs.value
-    )
+    if not is_loopback(host) and not settings.api_keys:
+        typer.echo(f"warning: everybody who reaches {host} may use this server; api_keys asks for a key", err=True)
+
+    def listening(name: str, url: str) -> None:
+        typer.echo(f"serving {name} at {url}/v1", err=True)
+
+    chosen: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "graphs": graphs.value,
+    }
+    if backend is BackendChoice.ray:
+        from qllm.server.replicas.ray_serve import ReplicaOptions, serve_replicas
+
+        cpus = max(1, (os.cpu_count() or 1) // replicas)
+        options = ReplicaOptions(model=model, replicas=replicas, cpus=cpus, **chosen)
+        serve_replicas(options, settings, host, port, listening)
+        return
+    engine, name = load_engine(model, settings, **chosen)
     with engine:
         from qllm.server.app import make_app
 
         app = make_app(engine, settings.model_copy(update={"model_name": settings.model_name or name}))
-        if not is_loopback(host) and not settings.api_keys:
-            typer.echo(f"warning: everybody who reaches {host} may use this server; api_keys asks for a key", err=True)
-        called = app.state.service.name
-        run(app, settings, host, port, lambda url: typer.echo(f"serving {called} at {url}/v1", err=True))
+        run(app, settings, host, port, lambda url: listening(app.state.service.name, url))

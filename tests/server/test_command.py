@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
 from qllm.cli import app as command_line
+from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine
 from qllm.server.process import load, serve
 from qllm.server.protocol import ChatRequest, CompletionRequest
@@ -19,6 +22,7 @@ from tests.server.worlds import ask, server
         (["--config", "nothing.yaml"], "nothing.yaml"),
         (["--dtype", "int3"], "int3"),
         (["no-such-folder/model"], "no-such-folder/model"),
+        (["--replicas", "2"], "--backend ray"),
     ],
 )
 def test_a_mistake_ends_before_anything_listens(options, told) -> None:
@@ -26,6 +30,14 @@ def test_a_mistake_ends_before_anything_listens(options, told) -> None:
     assert result.exit_code == 1  # 2 where main() catches it
     assert told in str(result.exception)
     assert "\n" not in str(result.exception).strip()
+
+
+def test_replicas_without_ray_are_told_what_they_need(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "qllm.server.replicas.ray_serve", raising=False)
+    result = CliRunner().invoke(command_line, ["serve", "--replicas", "2", "--backend", "ray"])
+    assert isinstance(result.exception, ConfigError)
+    assert "pip install 'qllm-moe[ray]'" in str(result.exception)
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])

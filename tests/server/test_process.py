@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 class Process:
     """`qllm serve` on a free port, on the demo's model."""
 
+    start_s = WAIT_S
+
     def __init__(self, folder: Path, *options: str, **settings):
         (folder / "server.yaml").write_text(yaml.safe_dump({"engine": {"kv_blocks": 4096}, **settings}))
         command = [
@@ -43,7 +45,8 @@ class Process:
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_for(lambda: any("serving" in line for line in self.lines) or self.process.poll() is not None)
+        ended = self.process.poll
+        wait_for(lambda: any("serving" in line for line in self.lines) or ended() is not None, self.start_s)
         found = re.search(r"serving demo at (http://\S+)/v1", "".join(self.lines))
         assert found, self.lines
         self.url = found[1]

@@ -69,9 +69,9 @@ def refusal(response: httpx.Response, status: int, param: str | None = None) -> 
     return str(error["message"])
 
 
-def wait_for(what: Callable[[], bool]) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = WAIT_S) -> None:
     """Return once `what` holds."""
-    end = time.monotonic() + WAIT_S
+    end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it never came to that"
         time.sleep(0.005)

@@ -1,7 +1,7 @@
 """The server under requests that schemathesis draws from its OpenAPI document.
 
     python -m venv FOLDER && FOLDER/bin/pip install schemathesis==4.32.5
-    python benchmarks/server/fuzz.py --schemathesis FOLDER/bin/schemathesis [--examples 500]
+    python benchmarks/server/fuzz.py --schemathesis FOLDER/bin/schemathesis [--examples 500] [--minutes 10]
 
 `qllm serve` on the small random MoE in a process of its own, with batches. Each route is sent requests that fit its
 description and requests that do not. No answer may be a 5xx, or be of a status, a content type or a shape that the
@@ -41,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The server under requests that its OpenAPI document describes.")
     parser.add_argument("--schemathesis", required=True, help="its command, from an environment of its own")
     parser.add_argument("--examples", type=int, default=500, help="of each kind, for each operation")
+    parser.add_argument("--minutes", type=float, help="after which the fuzzing ends; default: at its last example")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +50,8 @@ def main() -> int:
             command = [args.schemathesis, "run", f"{server.url}/openapi.json", "--checks", ",".join(CHECKS)]
             command += ["--max-examples", str(args.examples), "--seed", str(args.seed)]
             command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--no-color"]
+            if args.minutes is not None:
+                command += ["--max-time", str(round(60 * args.minutes))]
             found = subprocess.run(command, cwd=folder, check=False).returncode
             good = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)
             time.sleep(2)

@@ -29,7 +29,9 @@ UPLOAD_SECONDS = 600  # in which a file arrives
 WINDOW = re.compile(r"([1-9]\d{0,3})([mhd])")
 SECONDS = {"m": 60, "h": 3600, "d": 86400}
 FIELDS = ("file", "purpose")
-#: What /openapi.json tells of an upload.
+#: What /openapi.json tells of a file that is answered.
+OCTETS: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
+#: And of an upload.
 UPLOAD = {
     "requestBody": {
         "required": True,
@@ -64,12 +66,6 @@ class NewBatch(Message):
     ) = None
 
 
-class Octets(Response):
-    """A file."""
-
-    media_type = "application/octet-stream"
-
-
 def batch_routes(batches: Batches) -> APIRouter:
     """The routes over these batches; they raise ApiError."""
     router = APIRouter(prefix="/v1")
@@ -94,10 +90,10 @@ def batch_routes(batches: Batches) -> APIRouter:
     async def retrieve_file(id: str) -> dict[str, Any]:
         return await _answered(store.call(Store.file, id), "file")
 
-    @router.get("/files/{id}/content", response_class=Octets)
+    @router.get("/files/{id}/content", response_class=Response, responses=OCTETS)
     async def content(id: str) -> Response:
         found = await _answered(store.call(Store.content, id), "file")
-        return Octets(found)
+        return Response(found, media_type="application/octet-stream")
 
     @router.delete("/files/{id}")
     async def delete_file(id: str) -> dict[str, Any]:

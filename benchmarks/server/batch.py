@@ -9,7 +9,8 @@
 
 1. Each round sends the same requests twice: to the idle server, then while a batch runs. At the end of the round the
    batch is cancelled. Printed: TTFT from the moment that the schedule says, TPOT, lines answered per second, and the
-   ratio of the TTFTs, of the percentiles and request by request.
+   ratio of the TTFTs, of the percentiles and request by request. The column "others" holds the cores that other
+   processes kept busy meanwhile.
 2. A batch runs; once half of it is answered the server is killed (SIGKILL) and started again on the same folder. In
    the end each line must have exactly one answer, of the length that it asked for.
 
@@ -29,8 +30,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mixed_load import percentile
-from processes import end_children_on_sigterm
+from processes import Cores, end_children_on_sigterm
 from results_file import add_out, save, this_machine
 from serving import Server, chat_checkpoint
 
@@ -46,6 +48,7 @@ from qllm.executor.testing import CHECKPOINT_VOCAB
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 NEW_TOKENS = 16  #: of an interactive request
+OPEN = {"validating", "in_progress", "finalizing", "cancelling"}  #: the statuses of a batch that has not ended
 PATIENCE_S = 1800.0  #: in which a batch has to come to its end
 
 
@@ -65,6 +68,7 @@ class Window:
     requests: list[Timed]
     lines: int
     seconds: float
+    other_cores: float  #: that processes but the server and this one kept busy
 
     def row(self) -> dict[str, Any]:
         """Percentiles in milliseconds, and lines per second."""
@@ -72,7 +76,7 @@ class Window:
         for name in ("ttft", "tpot"):
             values = [1000 * getattr(request, name) for request in self.requests]
             row |= {f"{name}_p{q}_ms": percentile(values, q) for q in (50, 90, 99)}
-        return row | {"lines_per_s": self.lines / self.seconds}
+        return row | {"lines_per_s": self.lines / self.seconds, "other_cores": self.other_cores}
 
 
 def words(rng: random.Random, low: int, high: int) -> str:
@@ -130,19 +134,20 @@ class Batches:
                 raise TimeoutError(f"{self.answered(client)} lines were answered within {PATIENCE_S:g} s")
             time.sleep(0.5)
 
-    def wait_for(self, client: httpx.Client, status: str) -> None:
-        """Return once both have that status."""
+    def wait_for_end(self, client: httpx.Client) -> set[str]:
+        """Return how both ended, once they have."""
         end = time.monotonic() + PATIENCE_S
-        while {state["status"] for state in self.states(client)} != {status}:
+        while (statuses := {state["status"] for state in self.states(client)}) & OPEN:
             if time.monotonic() > end:
-                raise TimeoutError(f"the batch is not {status} within {PATIENCE_S:g} s")
+                raise TimeoutError(f"the batch is {statuses} after {PATIENCE_S:g} s")
             time.sleep(0.5)
+        return statuses
 
     def cancel(self, client: httpx.Client) -> None:
-        """End it; returns once it has ended."""
+        """End what has not ended; returns once it has."""
         for id in self.ids:
-            told(client.post(f"/v1/batches/{id}/cancel"))
-        self.wait_for(client, "cancelled")
+            client.post(f"/v1/batches/{id}/cancel")  # status 409 where it has
+        self.wait_for_end(client)
 
 
 def told(response: httpx.Response) -> dict[str, Any]:
@@ -175,6 +180,16 @@ async def interactive(url: str, asked: Sequence[tuple[float, str]], seconds: flo
         return found
 
 
+def window(
+    name: str, server: Server, asked: Sequence[tuple[float, str]], seconds: float, answered: Callable[[], int] = int
+) -> Window:
+    """Send requests for so many seconds. `answered` says how many lines of a batch are; by default 0."""
+    before, start, cores = answered(), time.perf_counter(), Cores(server.pid)
+    times = asyncio.run(interactive(server.url, asked, seconds))
+    lines, took = answered() - before, time.perf_counter() - start
+    return Window(name, times, lines, took, cores.used()[1])
+
+
 def measure(server: Server, args: argparse.Namespace) -> tuple[list[Window], list[str]]:
     """Windows in turn, idle and beside a batch; and what went wrong."""
     windows: list[Window] = []
@@ -183,19 +198,14 @@ def measure(server: Server, args: argparse.Namespace) -> tuple[list[Window], lis
         asyncio.run(interactive(server.url, schedule(99, 4.0, 3.0), 3.0))  # warms up
         for number in range(1, args.rounds + 1):
             asked = schedule(args.seed + number, args.rate, args.seconds)
-            start = time.perf_counter()
-            times = asyncio.run(interactive(server.url, asked, args.seconds))
-            windows.append(Window(f"idle {number}", times, 0, time.perf_counter() - start))
+            windows.append(window(f"idle {number}", server, asked, args.seconds))
             batch = Batches(client, args.seed + number, args.lines)
             batch.wait_until(client, 1)
-            before, start = batch.answered(client), time.perf_counter()
-            times = asyncio.run(interactive(server.url, asked, args.seconds))
-            lines, took = batch.answered(client) - before, time.perf_counter() - start
-            windows.append(Window(f"beside {number}", times, lines, took))
-            if before + lines == args.lines:
+            answered = partial(batch.answered, client)
+            windows.append(window(f"beside {number}", server, asked, args.seconds, answered))
+            if answered() == args.lines:
                 wrong.append(f"the batch of round {number} ended before the round did: give it more --lines")
-            else:
-                batch.cancel(client)
+            batch.cancel(client)
     return windows, wrong
 
 
@@ -207,21 +217,22 @@ def report(windows: Sequence[Window]) -> tuple[list[dict[str, Any]], dict[str, f
         mine = [window for window in windows if window.name.startswith(kind)]
         pooled[kind] = [request for window in mine for request in window.requests]
         lines, seconds = sum(window.lines for window in mine), sum(window.seconds for window in mine)
-        rows.append(Window(f"{kind}, all", pooled[kind], lines, seconds).row())
+        others = sum(window.other_cores * window.seconds for window in mine) / seconds
+        rows.append(Window(f"{kind}, all", pooled[kind], lines, seconds, others).row())
     names = [name for name in rows[0] if name.endswith("_ms")]
-    print(f"{'':12} {'requests':>8}", *(f"{name.removesuffix('_ms'):>9}" for name in names), f"{'lines/s':>8}")
+    heads = [name.removesuffix("_ms") for name in names]
+    print(f"{'':12} {'requests':>8}", *(f"{head:>9}" for head in heads), f"{'lines/s':>8} {'others':>7}")
     for row in rows:
         cells = [f"{row[name]:>9.1f}" for name in names]
-        print(f"{row['window']:12} {row['requests']:>8}", *cells, f"{row['lines_per_s']:>8.2f}")
+        speed, others = row["lines_per_s"], row["other_cores"]
+        print(f"{row['window']:12} {row['requests']:>8}", *cells, f"{speed:>8.2f} {others:>7.2f}")
     idle, beside = rows[-2:]
-    ratios = {name.removesuffix("_ms"): beside[name] / idle[name] for name in names}
+    ratios = {head: beside[name] / idle[name] for head, name in zip(heads, names, strict=True)}
     print(f"{'ratio':12} {'':>8}", *(f"{ratio:>9.2f}" for ratio in ratios.values()))
     each = [b.ttft / a.ttft for a, b in zip(pooled["idle"], pooled["beside"], strict=True)]
-    ratios |= {f"each_p{q}": percentile(each, q) for q in (50, 90, 99)}
-    print(
-        "TTFT beside by idle, request by request:", ", ".join(f"p{q} {percentile(each, q):.2f}" for q in (50, 90, 99))
-    )
-    return rows, ratios
+    by_request = {f"p{q}": percentile(each, q) for q in (50, 90, 99)}
+    print("TTFT beside by idle, request by request:", ", ".join(f"{q} {ratio:.2f}" for q, ratio in by_request.items()))
+    return rows, ratios | {f"each_{q}": ratio for q, ratio in by_request.items()}
 
 
 def killed(model: Path, folder: Path, settings: dict[str, Any], args: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -235,7 +246,7 @@ def killed(model: Path, folder: Path, settings: dict[str, Any], args: argparse.N
         server.wait(60)
     with Server(model, folder, settings) as server, httpx.Client(base_url=server.url, timeout=120) as client:
         kept = batch.answered(client)
-        batch.wait_for(client, "completed")
+        statuses = batch.wait_for_end(client)
         took = time.monotonic() - start
         states = batch.states(client)
         files = [state[f"{kind}_file_id"] for kind in ("output", "error") for state in states]
@@ -256,8 +267,8 @@ def killed(model: Path, folder: Path, settings: dict[str, Any], args: argparse.N
         "seconds": took,
     }
     bad = sum(int(counts[name]) for name in ("lost", "more than once", "unknown", "not as asked"))
-    if counts["counted by the API"] != args.lines or kept < before:
-        print(f"after the kill {kept} lines had an answer, {before} before")
+    if counts["counted by the API"] != args.lines or kept < before or statuses != {"completed"}:
+        print(f"{before} answers before the kill, {kept} after it; in the end the batch was {', '.join(statuses)}")
         bad += 1
     return counts, bad
 

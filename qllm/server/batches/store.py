@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qllm.server.batches.pauses import with_pauses
 from qllm.server.batches.schema import FILE_COLUMNS, OPEN, batch_object, connect, file_object
 from qllm.server.batches.validation import Line, check_lines
 
@@ -174,7 +175,7 @@ class Store:
                 self._stamp(row, "failed", now)
                 db.execute("UPDATE batches SET errors = ? WHERE seq = ?", (json.dumps(errors), row["seq"]))
                 return
-            rows = ((row["seq"], *line) for line in lines)
+            rows = ((row["seq"], *line) for line in with_pauses(lines))
             db.executemany("INSERT INTO lines (batch, number, custom_id, body) VALUES (?, ?, ?, ?)", rows)
             db.execute("UPDATE batches SET total = ? WHERE seq = ?", (len(lines), row["seq"]))
             self._stamp(row, "in_progress", now)
@@ -243,16 +244,17 @@ class Store:
         row = self._row("batches", id)
         ends_as, seq = row["ends_as"], row["seq"]
         with self._transaction() as db:
-            files: dict[int, list[str]] = {0: [], 1: []}
-            for line in db.execute("SELECT * FROM lines WHERE batch = ? ORDER BY number", (seq,)):
+            files: dict[int, list[bytes]] = {0: [], 1: []}
+            asked = "SELECT number, custom_id, answered, result FROM lines WHERE batch = ? ORDER BY number"
+            for line in with_pauses(db.execute(asked, (seq,))):
                 result = line["result"]
                 if line["answered"] is None:
                     request = f"batch_req_{id[6:]}_{line['number']}"
                     result = _result(request, line["custom_id"], 0, None, NOT_RUN[ends_as])
-                files[line["answered"] or 0].append(result)
+                files[line["answered"] or 0].append(f"{result}\n".encode())
             for answered, column, name in ((1, "output_file_id", "output"), (0, "error_file_id", "error")):
                 if files[answered]:
-                    content = "".join(f"{result}\n" for result in files[answered]).encode()
+                    content = b"".join(files[answered])
                     file = self._add_file(f"{id}_{name}.jsonl", content, now, "batch_output")
                     db.execute(f"UPDATE batches SET {column} = ? WHERE seq = ?", (file, seq))
             db.execute("DELETE FROM lines WHERE batch = ?", (seq,))

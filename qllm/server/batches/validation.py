@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from typing import Any, NamedTuple
+
+from qllm.server.batches.pauses import with_pauses
 
 #: The endpoints whose requests may stand in a batch.
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
@@ -33,7 +36,7 @@ def check_lines(content: bytes, endpoint: str, most: int) -> tuple[list[Line], l
     lines: list[Line] = []
     errors: list[dict[str, Any]] = []
     seen: set[str] = set()
-    for number, raw in enumerate(content.split(b"\n"), start=1):
+    for number, raw in enumerate(with_pauses(BytesIO(content)), start=1):
         if not raw.strip():
             continue
         if len(lines) == most:

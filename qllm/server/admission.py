@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from qllm.server.errors import ApiError, unavailable
 from qllm.server.settings import ServerSettings
+
+PROBE = " a  b\n\nz\U0001f9ea"  # text that a tokenizer may shorten: spaces, and a character that it may not know
+
+
+def longest_token(tokenizer: Any) -> int | None:
+    """Characters that a token stands for, at most; None for a tokenizer that drops spaces or what it does not know."""
+    if tokenizer is None or tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) != PROBE:
+        return None
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class Ticket:

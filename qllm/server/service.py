@@ -14,7 +14,7 @@ from qllm.executor import Completion, Engine, SamplingError, Stats
 from qllm.executor.model.info import stop_ids
 from qllm.executor.model.runner import max_positions
 from qllm.executor.sampling.grammar import Grammar
-from qllm.server.admission import Admission
+from qllm.server.admission import Admission, longest_token
 from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
 from qllm.server.protocol import DEFAULTS, Generate
 from qllm.server.settings import ApiKey, ServerSettings
@@ -76,7 +76,7 @@ class Service:
     Attributes:
         max_model_len: tokens of a prompt and its answer together.
         max_prompt_tokens: tokens of a prompt.
-        max_prompt_characters: characters of one; None where prompts are token ids.
+        max_prompt_characters: characters of one; None for no bound.
         started: when, in seconds since 1970.
     """
 
@@ -91,10 +91,10 @@ class Service:
         room = (engine.limits.kv_blocks or 0) * engine.limits.block_size
         self.max_model_len = min(room, max_positions(engine.model.config) or room)
         self.max_prompt_tokens = min(self.max_model_len, settings.max_prompt_tokens or self.max_model_len)
-        self.max_prompt_characters = settings.max_prompt_characters
         tokenizer: Any = engine.tokenizer
-        if tokenizer is not None and self.max_prompt_characters is None:
-            self.max_prompt_characters = self.max_prompt_tokens * max(map(len, tokenizer.get_vocab()))
+        longest = longest_token(tokenizer)
+        default = None if longest is None else longest * self.max_prompt_tokens
+        self.max_prompt_characters = settings.max_prompt_characters or default
         self._stop_ids = stop_ids(engine.model, engine.tokenizer)
         self._defaults = {**DEFAULTS, **engine.defaults}
         self._generations: set[Generation] = set()

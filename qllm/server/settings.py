@@ -76,7 +76,7 @@ class ServerSettings(StrictModel):
     send_timeout: Positive = 60.0  #: seconds after which a client that takes nothing of its answer is given up
     request_seconds: Positive | None = None  #: after which a request that has not ended is given up
     max_prompt_tokens: Count | None = None  #: default: what the model's positions and the KV cache have room for
-    max_prompt_characters: Count | None = None  #: default: as if each token were the longest of the vocabulary
+    max_prompt_characters: Count | None = None  #: default: as if each token were the longest
     max_prompts: Count = 64  #: prompts in one request
     max_choices: Count = 16  #: answers to a prompt (n)
     max_stop_strings: Whole = 8

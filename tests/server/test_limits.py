@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qllm.executor import Engine
-from qllm.server.admission import Admission
+from qllm.server.admission import Admission, longest_token
 from qllm.server.body import parse
 from qllm.server.errors import ApiError
 from qllm.server.protocol import AT_ONCE, ChatRequest, CompletionRequest, DetokenizeRequest
@@ -153,6 +155,14 @@ def test_a_text_that_has_no_room_is_refused_before_the_tokenizer_sees_it(
     response = ask(app, path, body)
     refusal(response, 400, param)
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_tokenizer_that_drops_text_bounds_no_characters(engine: Engine) -> None:
+    assert longest_token(engine.tokenizer) == len("<|turn|>")
+    assert longest_token(None) is None
+    words = Tokenizer(models.WordLevel({"t2": 0, "a": 1, "b": 2}, unk_token="t2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert longest_token(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t2")) is None
 
 
 def test_the_most_characters_can_be_set(engine: Engine) -> None:

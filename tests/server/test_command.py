@@ -9,9 +9,11 @@ from typer.testing import CliRunner
 
 from qllm.cli import app as command_line
 from qllm.config.yaml_lines import ConfigError
-from qllm.executor import Engine
+from qllm.executor import Engine, Grammar
+from qllm.executor.errors import GrammarError
 from qllm.server.process import load, serve
 from qllm.server.protocol import ChatRequest, CompletionRequest
+from qllm.server.settings import ServerSettings
 from tests.server.worlds import ask, server
 
 
@@ -64,3 +66,18 @@ def test_the_description_of_the_api_names_every_field(engine: Engine) -> None:
     for path, model in (("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest)):
         schema = told["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert set(schema["properties"]) == set(model.model_fields)
+
+
+def test_the_tokenizer_is_read_for_grammars_before_anybody_is_served(engine: Engine, monkeypatch) -> None:
+    compiled: list[Grammar] = []
+    monkeypatch.setattr(load.Engine, "from_pretrained", lambda *_, **__: engine)
+    monkeypatch.setattr(engine, "compile", compiled.append)
+    given = {"device": "cpu", "dtype": "auto", "trust_remote_code": False, "graphs": "load"}
+    assert load.load_engine("folder/one", ServerSettings(), **given) == (engine, "one")
+    assert len(compiled) == 1
+
+    def lacking(_: Grammar) -> None:
+        raise GrammarError("llguidance is not installed")
+
+    monkeypatch.setattr(engine, "compile", lacking)
+    assert load.load_engine("one", ServerSettings(), **given) == (engine, "one")

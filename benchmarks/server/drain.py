@@ -13,7 +13,7 @@ requests follow for as long as it listens. Scenarios:
 
 Each request that was accepted has to end with its whole answer, or with an error in OpenAI's format: status 503, or an
 event and [DONE] where a stream had begun. What comes after SIGTERM has to be answered with 503, or finds that nobody
-listens. The exit code has to be 0. Printed: how each kind of request ended, and the seconds from the signal to the
+listens; a request that has sent half of its body gets 503 in the end. The exit code has to be 0. Printed: how each kind of request ended, and the seconds from the signal to the
 end. Exit code 1 where that does not hold.
 """
 
@@ -43,7 +43,7 @@ LONG = 15_000  #: tokens that no drain here waits for
 LATE_S = 0.5  #: between two chunks, for who reads late
 GRACE_S = 15.0  #: from the end of the drain to the end of the process
 COMPLETE, REFUSED, EVENT, GONE = "complete", "status 503", "an error event", "nobody listens"
-LATER = "after SIGTERM"
+HALF, LATER = "half a body", "after SIGTERM"
 ERROR_KEYS = {"message", "type", "param", "code"}
 
 
@@ -156,7 +156,12 @@ async def load(server: Server, scenario: Scenario, args: argparse.Namespace) -> 
             ended[kind or asked.kind, await outcome(client, asked)] += 1
 
         sent = requests(args.requests, scenario.long, args.seed)
+
+        async def one_half() -> None:
+            ended[HALF, await half(server.url)] += 1
+
         tasks = [asyncio.create_task(one(asked)) for asked in sent]
+        tasks.append(asyncio.create_task(one_half()))
         wanted = sum(int(asked.body["n"]) for asked in sent)
         while await accepted(client) < wanted or ended.total() < args.requests // 10:
             await asyncio.sleep(0.01)
@@ -171,6 +176,20 @@ async def load(server: Server, scenario: Scenario, args: argparse.Namespace) -> 
             await asyncio.sleep(0.1)
         await asyncio.gather(*tasks)
     return ended
+
+
+async def half(url: str) -> str:
+    """How a request ends whose body never comes whole."""
+    at = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(at.host, at.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+    try:
+        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+        return _refused(int(head.split(b" ")[1]), content)
+    except (OSError, IndexError):
+        return "NO ANSWER"
+    finally:
+        writer.close()
 
 
 async def accepted(client: httpx.AsyncClient) -> int:
@@ -202,7 +221,7 @@ def run(name: str, args: argparse.Namespace) -> bool:
         waited = time.monotonic() - start
     print(f"\n{name}: drain_seconds {scenario.drain_seconds:g}, {scenario.signals} x SIGTERM")
     wrong = report(ended)
-    if not scenario.long and any(kind != LATER and how != COMPLETE for kind, how in ended):
+    if not scenario.long and any(kind not in (HALF, LATER) and how != COMPLETE for kind, how in ended):
         wrong.append("not all that was accepted is complete")
     if code != 0:
         wrong.append(f"exit code {code}")
@@ -214,14 +233,19 @@ def run(name: str, args: argparse.Namespace) -> bool:
 
 def report(ended: Counter[tuple[str, str]]) -> list[str]:
     """Print how many requests of each kind ended how; what should not have been."""
-    kinds = sorted({kind for kind, _ in ended}, key=lambda kind: (kind == LATER, kind))
+    beside = (HALF, LATER)
+    kinds = sorted({kind for kind, _ in ended}, key=lambda kind: (kind in beside, kind))
     ways = sorted({how for _, how in ended})
     print(f"{'':22}", *(f"{how:>16}" for how in ways))
     for kind in kinds:
         print(f"{kind:22}", *(f"{ended[kind, how] or '':>16}" for how in ways))
-    print(f"{'accepted, all':22}", *(f"{sum(ended[kind, how] for kind in kinds if kind != LATER):>16}" for how in ways))
-    fine = {False: (COMPLETE, REFUSED, EVENT), True: (REFUSED, GONE)}
-    return [f"{count} of {kind!r}: {how}" for (kind, how), count in ended.items() if how not in fine[kind == LATER]]
+    print(
+        f"{'accepted, all':22}",
+        *(f"{sum(ended[kind, how] for kind in kinds if kind not in beside):>16}" for how in ways),
+    )
+    fine = {HALF: {REFUSED}, LATER: {REFUSED, GONE}}
+    usual = {COMPLETE, REFUSED, EVENT}
+    return [f"{n} of {kind!r}: {how}" for (kind, how), n in ended.items() if how not in fine.get(kind, usual)]
 
 
 def main() -> int:

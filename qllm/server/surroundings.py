@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -19,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qllm.server.errors import GONE, ApiError, from_engine
+from qllm.server.errors import GONE, ApiError, from_engine, unavailable
 from qllm.server.page import PAGE
 from qllm.server.service import Caller
 from qllm.server.settings import ApiKey, ServerSettings
@@ -85,6 +86,11 @@ class Surroundings:
             state["caller"] = caller
             try:
                 await self._app(scope, receive, tell)
+            except asyncio.CancelledError:  # the process ends, and waits no longer for the rest of this request
+                if status == 0:
+                    ended = unavailable("the server ended before the request was complete")
+                    await refused(scope, ended)(scope, receive, tell)
+                raise
             except Exception as error:
                 # Its message is left out: it may hold text of a prompt.
                 where = "".join(traceback.format_tb(error.__traceback__))

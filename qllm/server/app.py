@@ -82,7 +82,6 @@ def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = 
         exception_handlers=refusal_handlers(),
         responses=ERRORS,
     )
-    app.state.monitor = monitor
     app.state.service = service
     app.add_middleware(Surroundings, service=service)
     for path, (start, model) in GENERATE.items():

@@ -34,16 +34,16 @@ FULL["classes"]["be"] = {"priority": 1, "max_waiting": 0, "max_waiting_tokens": 
 
 levels = st.integers(-1, 2)
 amounts = st.dictionaries(levels, st.integers(0, 5))
-reports = st.builds(Report, alive=st.booleans(), waiting_tokens=amounts, requests=amounts, kv_used=st.floats(0, 1))
-worlds = st.dictionaries(
-    st.sampled_from("abcd"), st.tuples(reports, st.lists(st.builds(Sent, levels, st.integers(0, 5)), max_size=3))
-)
+reports = st.builds(Report, alive=st.booleans(), waiting_tokens=amounts, kv_used=st.floats(0, 1))
+sents = st.lists(st.builds(Sent, levels, st.integers(0, 5), st.booleans()), max_size=3)
+worlds = st.dictionaries(st.sampled_from("abcd"), st.tuples(reports, sents))
 
 
 def urgent(report: Report, sent: list[Sent], priority: int) -> int:
     """Tokens of prompts that are as urgent, and wait."""
-    reported = sum(many for level, many in report.waiting_tokens.items() if level <= priority)
-    return reported + sum(one.tokens for one in sent if one.priority <= priority)
+    known = {one.priority for one in sent if one.reported and one.priority <= priority}
+    unknown = sum(one.tokens for one in sent if not one.reported and one.priority <= priority)
+    return unknown + sum(report.waiting_tokens.get(level, 0) for level in known)
 
 
 @given(worlds, levels)
@@ -66,10 +66,15 @@ def test_less_urgent_work_decides_only_between_equals(world, priority, more) -> 
 
 
 def test_of_equal_replicas_an_urgent_request_takes_the_one_where_nothing_runs() -> None:
-    batch = Report(requests={1: 3}, waiting_tokens={1: 9000})
-    assert ranked({"0": (batch, []), "1": (Report(), [])}, 0) == ["1", "0"]
-    assert ranked({"0": (batch, []), "1": (Report(requests={0: 1}), [])}, 0) == ["0", "1"]
-    assert ranked({"0": (Report(), [Sent(1, 5)]), "1": (Report(), [])}, 1) == ["1", "0"]
+    idle, batch = (Report(), []), (Report(waiting_tokens={1: 9000}), [Sent(1, 9000, reported=True)])
+    assert ranked({"0": batch, "1": idle}, 0) == ["1", "0"]
+    assert ranked({"0": batch, "1": (Report(), [Sent(0, 1, reported=True)])}, 0) == ["0", "1"]
+    assert ranked({"0": (Report(), [Sent(1, 5)]), "1": idle}, 1) == ["1", "0"]
+
+
+def test_what_a_report_says_of_requests_that_have_ended_does_not_count() -> None:
+    late = Report(waiting_tokens={0: 500}), []
+    assert ranked({"0": late, "1": (Report(), [Sent(1, 5)])}, 0) == ["0", "1"]
 
 
 # ---- two engines -------------------------------------------------------------------------------------------------

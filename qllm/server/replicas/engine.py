@@ -11,7 +11,6 @@ from starlette.types import Message
 
 from qllm.executor import EngineClosed
 from qllm.server.app import answer
-from qllm.server.monitor import Monitor
 from qllm.server.replicas.choice import Report
 from qllm.server.replicas.relay import Asked, answers
 from qllm.server.service import Service
@@ -30,7 +29,6 @@ class EngineReplica:
     def __init__(self, app: FastAPI):
         self._app = app
         self._service: Service = app.state.service
-        self._monitor: Monitor = app.state.monitor
 
     async def ask(self, asked: Asked) -> AsyncGenerator[Message, None]:
         """What the application answers; to close the generator is to go away."""
@@ -46,15 +44,13 @@ class EngineReplica:
         service = self._service
         await asyncio.sleep(REST_S if service.idle else REPORT_S)
         try:
-            look = await service.in_background(lambda: self._monitor.look(0.0))
+            stats = await service.in_background(service.engine.stats)
         except EngineClosed:
             return Report(service.name, alive=False)
-        levels = {name: one.priority for name, one in service.settings.classes.items()}
-        tokens, requests = dict.fromkeys(levels.values(), 0), dict.fromkeys(levels.values(), 0)
-        for name, level in levels.items():
-            tokens[level] += service.admission.waiting_tokens[name]
-            requests[level] += sum(look.activity.classes.get(name, ()))
-        return Report(service.name, service.alive, tokens, requests, 1 - look.free_blocks / look.total_blocks)
+        tokens: dict[int, int] = {}
+        for name, one in service.settings.classes.items():
+            tokens[one.priority] = tokens.get(one.priority, 0) + service.admission.waiting_tokens[name]
+        return Report(service.name, service.alive, tokens, 1 - stats.free_blocks / stats.total_blocks)
 
     async def end_all(self) -> None:
         """End what is under way: its clients get an error."""

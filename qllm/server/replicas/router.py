@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Protocol
@@ -52,25 +51,19 @@ class Member:
 
     Attributes:
         report: the last one; None while it does not serve.
-        asked_at: when the report was asked for: requests that were sent later are not in it.
-        open: requests that it was sent and that have not ended, and when they were sent.
+        open: requests that it was sent and that have not ended.
     """
 
     def __init__(self, name: str, replica: Replica):
         self.name = name
         self.replica = replica
         self.report: Report | None = None
-        self.asked_at = 0.0
-        self.open: dict[Sent, float] = {}
-
-    def unreported(self) -> list[Sent]:
-        """What it was sent after its last report was asked for."""
-        return [sent for sent, at in self.open.items() if at > self.asked_at]
+        self.open: set[Sent] = set()
 
     async def watch(self) -> None:
         """Keep the report fresh until cancelled."""
         while True:
-            asked_at = time.monotonic()
+            before = tuple(self.open)
             try:
                 async with asyncio.timeout(REPORT_WITHIN_S):
                     report = await self.replica.report()
@@ -82,7 +75,9 @@ class Member:
                 continue
             if self.report is None:
                 log.info("replica %s serves", self.name)
-            self.report, self.asked_at = report, asked_at
+            self.report = report
+            for sent in before:
+                sent.reported = True
 
 
 class Router:
@@ -158,7 +153,7 @@ class Router:
         """The replicas that may be tried, one after the other. Raises ApiError where there is none."""
         if self._closed:
             raise unavailable("the server is about to end; it takes no more requests", retry_after=5)
-        found = {one.name: (one.report, one.unreported()) for one in self.serving() if one.report is not None}
+        found = {one.name: (one.report, tuple(one.open)) for one in self.serving() if one.report is not None}
         if not found:
             raise unavailable("no replica serves now", retry_after=5)
         return [self.members[name] for name in ranked(found, priority)]
@@ -217,11 +212,11 @@ class Router:
     @contextmanager
     def _sent(self, member: Member, priority: int, body: bytes) -> Iterator[None]:
         sent = Sent(priority, len(body) // BYTES_PER_TOKEN)
-        member.open[sent] = time.monotonic()
+        member.open.add(sent)
         try:
             yield
         finally:
-            del member.open[sent]
+            member.open.remove(sent)
 
     # ---- the end -------------------------------------------------------------------------------------------------
 

@@ -138,7 +138,11 @@ def test_a_killed_replica_ends_its_requests_others_serve_on_and_ray_starts_it_ag
     health = httpx.get(f"{served.url}/health", timeout=WAIT_S)
     assert (health.status_code, health.json()["replicas"]["1"]) == (200, "ok")
     assert client.completions.create(**SHORT).choices
-    wait_for(lambda: httpx.get(f"{served.url}/health", timeout=WAIT_S).json()["replicas"] == {"0": "ok", "1": "ok"})
+
+    def both_serve() -> bool:
+        return httpx.get(f"{served.url}/health", timeout=WAIT_S).json()["replicas"] == {"0": "ok", "1": "ok"}
+
+    wait_for(both_serve, served.start_s)
     assert len(replica_pids(served)) == 2
 
 

@@ -6,10 +6,20 @@ if __name__ != "qllm.scheduler":
 from qllm.scheduler.memory import Limits
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Chunk, Pass
-from qllm.scheduler.policies import POLICIES, Chunked, Fcfs, Hybrid, Layer, Priority, Qllm, build_policy, make_policy
+from qllm.scheduler.policies import Chunked, Fcfs, Hybrid, Layer, Priority, Qllm
 from qllm.scheduler.policy import Granularity, Policy
-from qllm.scheduler.request import PolicyError, Request, RequestTooLarge, SchedulerError, State, UnknownPolicy
+from qllm.scheduler.registry import POLICIES, build_policy, make_policy
+from qllm.scheduler.request import (
+    PolicyError,
+    Request,
+    RequestShed,
+    RequestTooLarge,
+    SchedulerError,
+    State,
+    UnknownPolicy,
+)
 from qllm.scheduler.scheduler import Scheduler
+from qllm.scheduler.slack import Slack
 
 __all__ = [
     "NEVER",
@@ -28,9 +38,11 @@ __all__ = [
     "Priority",
     "Qllm",
     "Request",
+    "RequestShed",
     "RequestTooLarge",
     "Scheduler",
     "SchedulerError",
+    "Slack",
     "State",
     "UnknownPolicy",
     "build_policy",

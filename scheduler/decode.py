@@ -121,13 +121,15 @@ class DecodePool:
     """The requests that are ready to decode.
 
     At most `size` are in the batch, most urgent level first and within a level the first admitted first; the others
-    sit idle beside it. A pass borrows the batch (:meth:`check_out`) and gives it back (:meth:`check_in`).
+    sit idle beside it. A pass borrows the batch (:meth:`check_out`) and gives it back (:meth:`check_in`). A policy may
+    leave fewer than `size` places open (:meth:`resize`).
     """
 
-    __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "size")
+    __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "places", "size")
 
     def __init__(self, size: int, block_size: int):
         self.size = size
+        self.places = size  #: in the batch, as the last decision left them
         self.batch = DecodeBatch(block_size)
         self._spare: DecodeBatch | None = None  # empty; stands in while a pass has the batch
         self.levels: dict[int, int] = {}  #: ready requests by level, idle ones included
@@ -149,7 +151,7 @@ class DecodePool:
         """`r` is ready to decode."""
         r.state = State.READY
         self.levels[r.level] = self.levels.get(r.level, 0) + 1
-        if len(self.batch.members) < self.size:
+        if len(self.batch.members) < self.places:
             self.batch.add(r)
             return
         worst = max(self.batch.members.values(), key=rank)
@@ -180,10 +182,18 @@ class DecodePool:
 
     def refill(self) -> None:
         """Idle requests take the free places in the batch."""
-        while self._idle and len(self.batch) < self.size:
+        while self._idle and len(self.batch) < self.places:
             level, _, r = heappop(self._idle_heap)
             if level == r.level and self._idle.pop(r.id, None) is not None:  # else it left, or has moved since
                 self.batch.add(r)
+
+    def resize(self, places: int) -> None:
+        """The batch has so many places from now on, at least one, and the most urgent have them."""
+        self.places = places
+        if len(self.batch.members) > places:
+            self.trim(places)
+        else:
+            self.refill()
 
     def trim(self, size: int) -> None:
         """The batch keeps its `size` most urgent members; the others sit idle until the next :meth:`refill`."""

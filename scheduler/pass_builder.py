@@ -37,11 +37,14 @@ class PassBuilder:
         """Tokens in the pass so far."""
         return self.prefill_tokens + (len(self._ready.batch) if self.decoding else 0)
 
-    def decode(self) -> bool:
+    def decode(self, at_most: int | None = None) -> bool:
         """Take the decode batch: the most urgent of those ready to decode.
 
         It takes as many as the limits leave room for beside the prefills taken so far. Where the KV blocks for their
         next tokens are short, the least urgent, last admitted requests give theirs up.
+
+        Args:
+            at_most: So many of them, at least 1; the others sit idle. None: as many as the limits allow.
 
         Returns:
             Whether anything is decoded.
@@ -49,8 +52,11 @@ class PassBuilder:
         ready = self._ready
         if self.decoding or not ready.batch.members:
             return self.decoding
+        limits = self._limits
+        places = limits.max_seqs if at_most is None else max(1, min(at_most, limits.max_seqs))
+        if places != ready.places:
+            ready.resize(places)
         if self.chunks:
-            limits = self._limits
             ready.trim(min(limits.max_seqs - len(self.chunks), limits.max_batched_tokens - self.prefill_tokens))
         need = ready.batch.blocks_needed()
         if need:

@@ -1,14 +1,14 @@
-"""The policies that ship, and how one is made from its name and settings."""
+"""The policies that the paper has or is compared with, and hybrid."""
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policy import Granularity, Policy, checked_policy
+from qllm.scheduler.policy import Granularity, Policy
 from qllm.scheduler.request import Request, UnknownPolicy
+from qllm.scheduler.settings import at_least, boolean, whole
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
@@ -42,7 +42,7 @@ class Chunked(Policy):
     """
 
     def __init__(self, budget: int = 512):
-        self.budget = _whole(1, "chunked", "budget", budget)
+        self.budget = whole(1, "chunked", "budget", budget)
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         level = s.waiting.level()
@@ -81,12 +81,12 @@ class Qllm(Policy):
     ):
         if resume not in ("prefill", "idle"):
             raise UnknownPolicy(f"qllm: resume is {resume!r:.80}, must be prefill or idle")
-        self.fill_tokens = None if fill_tokens is None else _whole(0, "qllm", "fill_tokens", fill_tokens)
+        self.fill_tokens = None if fill_tokens is None else whole(0, "qllm", "fill_tokens", fill_tokens)
         self.max_suspended_s = (
-            NEVER if max_suspended_s is None else _at_least(0, "qllm", "max_suspended_s", max_suspended_s)
+            NEVER if max_suspended_s is None else at_least(0, "qllm", "max_suspended_s", max_suspended_s)
         )
         self.resume_when_idle = resume == "idle"
-        if _boolean("qllm", "merge", merge):  # else as the class says
+        if boolean("qllm", "merge", merge):  # else as the class says
             self.merge = True
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
@@ -150,77 +150,10 @@ class Hybrid(Qllm):
     """
 
     def __init__(self, budget: int = 2048, max_suspended_s: float | None = None, merge: bool = False):
-        super().__init__(max_suspended_s=max_suspended_s, merge=_boolean("hybrid", "merge", merge))
-        self.budget = _whole(1, "hybrid", "budget", budget)
+        super().__init__(max_suspended_s=max_suspended_s, merge=boolean("hybrid", "merge", merge))
+        self.budget = whole(1, "hybrid", "budget", budget)
 
     def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
         if not (s.waiting.level() <= self.urgent and batch.prefill(up_to=self.urgent)):
             batch.decode()
             batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
-
-
-#: policies by the name that a configuration uses
-POLICIES: dict[str, type[Policy]] = {
-    "fcfs": Fcfs,
-    "priority": Priority,
-    "chunked": Chunked,
-    "layer": Layer,
-    "qllm": Qllm,
-    "hybrid": Hybrid,
-}
-
-
-def make_policy(name: str, **settings: object) -> Policy:
-    """Return a policy that ships, by its name in `POLICIES`.
-
-    Args:
-        name: The name that a configuration uses.
-        **settings: Arguments of the policy's class.
-
-    Raises:
-        UnknownPolicy: There is no such policy or setting. The message says what is allowed.
-    """
-    if name not in POLICIES:
-        raise UnknownPolicy(f"unknown policy {name!r}, must be one of {', '.join(POLICIES)}")
-    return build_policy(POLICIES[name], name, settings)
-
-
-def build_policy(cls: type[Policy], name: str, settings: dict[str, Any]) -> Policy:
-    """Return `cls(**settings)`.
-
-    Args:
-        cls: The policy's class.
-        name: What error messages call it.
-        settings: Arguments by keyword.
-
-    Raises:
-        UnknownPolicy: `cls` has no such setting, or refuses a value; or an attribute is none that is allowed. The
-            message says what is.
-    """
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    allowed = [key for key, p in inspect.signature(cls).parameters.items() if p.kind in named]
-    for key in settings:
-        if key not in allowed:
-            raise UnknownPolicy(
-                f"policy {name} has no setting {key!r}, "
-                + (f"only {', '.join(allowed)}" if allowed else "nor any other")
-            )
-    return checked_policy(cls(**settings), name)
-
-
-def _boolean(policy: str, key: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be true or false")
-    return value
-
-
-def _at_least(least: float, policy: str, key: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be a number of at least {least}")
-    return value
-
-
-def _whole(least: int, policy: str, key: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UnknownPolicy(f"{policy}: {key} is {value!r:.80}, must be a whole number of at least {least}")
-    return value

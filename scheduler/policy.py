@@ -29,12 +29,23 @@ class Policy:
         urgent: Levels up to this one are latency-sensitive (LS), the others best-effort (BE). Only LS requests may
             use the KV blocks that `Limits.urgent_blocks` reserves.
         max_suspended_s: Seconds. A pass that was suspended for so long in all is due: it goes on at the next decision.
+        max_wait_s: Seconds. A BE request that was in no running pass for so long in all gets the level `urgent`.
+        predicts: Whether it asks `s.seconds`, so that the scheduler keeps count of how long passes take.
     """
 
     granularity: Granularity = "iteration"
     merge: bool = False
     urgent: int = 0
     max_suspended_s: float = NEVER
+    max_wait_s: float = NEVER
+    predicts: bool = False
+
+    def start(self, s: Scheduler) -> None:
+        """Begin to decide for `s`, which is new: forget what was noted for another one."""
+
+    def admits(self, s: Scheduler, r: Request, now: float) -> str | None:
+        """Return why `r`, which has just come, is turned away; None where it is let in."""
+        return None
 
     def level(self, r: Request) -> int:
         """Return the class that decisions compare; lower is more urgent."""
@@ -63,6 +74,9 @@ class Policy:
         """
         return not self.preempts(s, suspended, now)
 
+    def ran(self, s: Scheduler, p: Pass, now: float, ended: bool) -> None:
+        """Note that `p` ran from `p.launched` until now, to its end or not. Its requests have no new tokens yet."""
+
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
         """Return when (seconds) `preempts` may turn true though nothing happens; inf: never."""
         return NEVER
@@ -74,15 +88,18 @@ class Policy:
 def checked_policy(policy: Policy, name: str = "") -> Policy:
     """`policy`, which messages call `name`, if its attributes are what is allowed. Raises UnknownPolicy."""
     name = name or repr(policy)
-    urgent, bound, known = policy.urgent, policy.max_suspended_s, get_args(Granularity)
+    urgent, known = policy.urgent, get_args(Granularity)
     if policy.granularity not in known:
         raise UnknownPolicy(f"{name}: granularity is {policy.granularity!r:.80}; allowed: {', '.join(known)}")
-    if not isinstance(policy.merge, bool):
-        raise UnknownPolicy(f"{name}: merge is {policy.merge!r:.80}, must be true or false")
+    for key in ("merge", "predicts"):
+        if not isinstance(getattr(policy, key), bool):
+            raise UnknownPolicy(f"{name}: {key} is {getattr(policy, key)!r:.80}, must be true or false")
     if not isinstance(urgent, int | float) or isinstance(urgent, bool) or urgent != urgent:
         raise UnknownPolicy(f"{name}: urgent is {urgent!r:.80}, must be a number")
-    if not isinstance(bound, int | float) or isinstance(bound, bool) or not bound >= 0:
-        raise UnknownPolicy(f"{name}: max_suspended_s is {bound!r:.80}, must be a number of at least 0")
+    for key in ("max_suspended_s", "max_wait_s"):
+        bound = getattr(policy, key)
+        if not isinstance(bound, int | float) or isinstance(bound, bool) or not bound >= 0:
+            raise UnknownPolicy(f"{name}: {key} is {bound!r:.80}, must be a number of at least 0")
     return policy
 
 

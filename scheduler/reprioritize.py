@@ -1,8 +1,8 @@
-"""Another priority for a request that is in the system, wherever it stands."""
+"""Another priority or level for a request that is in the system, wherever it stands."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qllm.scheduler.policy import classify, policy_error
 from qllm.scheduler.request import Request, SchedulerError, State
@@ -20,20 +20,26 @@ def change_priority(s: Scheduler, r: Request, priority: int) -> None:
         RequestTooLarge: With that priority `r` could never fit the KV budget. Nothing has changed.
         PolicyError: The policy broke, or gave what cannot be used. Nothing has changed.
     """
-    (before, r.priority), was = (r.priority, priority), r.level
+    before, r.priority = r.priority, priority
     try:
         level, order = classify(s.policy, r)
         s.kv.check_fits(r, level)
-        try:
-            if r.state is State.WAITING:
-                s.waiting.move(r, level, order)
-            else:
-                min(order, r.order)  # where its KV has to give way, it is queued by it
-        except TypeError as error:
-            raise policy_error(s.policy, f"order gave {order!r}; comparing it", error) from error
+        move_to(s, r, level, order)
     except SchedulerError:
         r.priority = before
         raise
+
+
+def move_to(s: Scheduler, r: Request, level: int, order: tuple[Any, ...]) -> None:
+    """Give `r` that level and that place in its queue. Raises PolicyError, and nothing has changed."""
+    was = r.level
+    try:
+        if r.state is State.WAITING:
+            s.waiting.move(r, level, order)
+        else:
+            min(order, r.order)  # where its KV has to give way, it is queued by it
+    except TypeError as error:
+        raise policy_error(s.policy, f"order gave {order!r}; comparing it", error) from error
     p = s.pass_of(r)
     if r.batch is not None or r.state is State.READY:
         s.ready.move(r, level)

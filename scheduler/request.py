@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
-from math import nan
+from math import inf, nan
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qllm.scheduler.decode import DecodeBatch
+
+
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
 
 
 class State(IntEnum):
@@ -38,6 +43,10 @@ class PolicyError(SchedulerError):
     """A policy raised an exception, `__cause__`, or gave an answer that cannot be used; the message names its line."""
 
 
+class RequestShed(SchedulerError):
+    """The policy did not admit the request; the message says why."""
+
+
 class UnknownPolicy(SchedulerError):
     """No policy of that name, or a setting that the policy does not have."""
 
@@ -55,9 +64,13 @@ class Request:
         priority: Lower is more urgent.
         arrival: Seconds.
         cls: A label for reports that no decision reads.
+        max_ttft_s: Seconds from arrival within which its first token is wanted; inf: no bound.
+        max_tpot_s: Seconds from token to token, on average, that are wanted; inf: no bound.
+        tenant: Whose it is, for policies that are fair to each.
+        tags: What else a policy may go by.
 
     Raises:
-        SchedulerError: There are no tokens in the prompt, or none to generate.
+        SchedulerError: There are no tokens in the prompt, or none to generate; or a bound is not above 0.
     """
 
     __slots__ = (
@@ -78,6 +91,8 @@ class Request:
         "last_pass",
         "level",
         "max_tokens",
+        "max_tpot_s",
+        "max_ttft_s",
         "order",
         "preemptions",
         "priority",
@@ -85,14 +100,31 @@ class Request:
         "running_s",
         "state",
         "suspended_s",
+        "tags",
+        "tenant",
     )
 
     def __init__(
-        self, id: int, prompt_tokens: int, max_tokens: int, priority: int = 0, arrival: float = 0.0, cls: str = ""
+        self,
+        id: int,
+        prompt_tokens: int,
+        max_tokens: int,
+        priority: int = 0,
+        arrival: float = 0.0,
+        cls: str = "",
+        *,
+        max_ttft_s: float = inf,
+        max_tpot_s: float = inf,
+        tenant: str = "",
+        tags: Mapping[str, str] = NO_TAGS,
     ):
         if prompt_tokens < 1 or max_tokens < 1:
             raise SchedulerError(
                 f"request {id}: prompt_tokens is {prompt_tokens}, max_tokens is {max_tokens}; both must be at least 1"
+            )
+        if not max_ttft_s > 0 or not max_tpot_s > 0:
+            raise SchedulerError(
+                f"request {id}: max_ttft_s is {max_ttft_s}, max_tpot_s is {max_tpot_s}; both must be above 0"
             )
         self.id = id
         self.prompt_tokens = prompt_tokens
@@ -100,6 +132,10 @@ class Request:
         self.priority = priority
         self.arrival = arrival
         self.cls = cls
+        self.max_ttft_s = max_ttft_s
+        self.max_tpot_s = max_tpot_s
+        self.tenant = tenant
+        self.tags = tags
         # what the policy made of it
         self.level = priority  #: class that decisions compare; lower is more urgent
         self.order: tuple[Any, ...] = ()  #: place in its queue

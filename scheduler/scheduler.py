@@ -23,21 +23,29 @@ I8 bounded suspension: where the policy sets a bound, a pass that was suspended 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isnan
 
+from qllm.scheduler.ageing import Ageing
 from qllm.scheduler.decode import DecodePool
+from qllm.scheduler.leaving import disband, leave
 from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
-from qllm.scheduler.passes import Pass, longest_suspended
+from qllm.scheduler.pass_times import PassSeconds, PassTimes
+from qllm.scheduler.passes import NEVER, Pass, longest_suspended
 from qllm.scheduler.policy import Policy, ask, checked_policy, classify, policy_error
 from qllm.scheduler.reprioritize import change_priority
-from qllm.scheduler.request import PolicyError, Request, SchedulerError, State
+from qllm.scheduler.request import PolicyError, Request, RequestShed, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
 class Scheduler:
     """Decides for one device: `policy` answers the questions, `limits` bound the answers. All times are seconds.
+
+    Args:
+        policy: Whom it asks.
+        limits: What the device can hold.
+        seconds: Predicts passes, for policies that ask `seconds`; without it they learn from passes alone.
 
     Attributes:
         waiting: The prefill queues.
@@ -48,7 +56,7 @@ class Scheduler:
         passes: How many were launched.
     """
 
-    def __init__(self, policy: Policy, limits: Limits):
+    def __init__(self, policy: Policy, limits: Limits, seconds: PassSeconds | None = None):
         self.policy = checked_policy(policy)
         self.limits = limits
         self.waiting = WaitingQueues()
@@ -60,6 +68,13 @@ class Scheduler:
         self.running: Pass | None = None
         self.passes = 0
         self._ran_prefill = False  # what ran last had prefills
+        self._times = PassTimes(seconds) if policy.predicts else None
+        self._ageing = Ageing(policy.max_wait_s)
+        self._hears = type(policy).ran is not Policy.ran
+        self._chooses = type(policy).admits is not Policy.admits
+        #: whether `should_yield` may turn true with time alone
+        self.rechecks = type(policy).recheck_at is not Policy.recheck_at or policy.max_wait_s < NEVER
+        ask(policy, "start", self)
 
     # ---- arrivals ----------------------------------------------------------------------------------------------
 
@@ -68,6 +83,7 @@ class Scheduler:
 
         Raises:
             RequestTooLarge: It could never fit the KV budget.
+            RequestShed: The policy turned it away.
             PolicyError: The policy broke, or gave what cannot be used.
             SchedulerError: A request of that id is in the system.
         """
@@ -76,11 +92,17 @@ class Scheduler:
         level, order = classify(self.policy, r)
         self.kv.check_fits(r, level)
         r.level, r.order = level, order
+        if self._chooses:
+            reason = ask(self.policy, "admits", self, r, now)
+            if reason is not None:
+                raise RequestShed(f"request {r.id}: {reason}")
         try:
             self.waiting.push(r)
         except TypeError as error:
             raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
         self.requests[r.id] = r
+        if level > self.policy.urgent:
+            self._ageing.add(r)
 
     def reprioritize(self, request_id: int, priority: int, now: float) -> None:
         """Change a request's priority from the next decision on, wherever it stands; unknown ones are left alone.
@@ -102,31 +124,7 @@ class Scheduler:
         r = self.requests.get(request_id)
         if r is None or r.state is State.ABORTED:
             return None
-        if r.state is State.IN_PASS or (r.batch is not None and r.batch is not self.ready.batch):
-            return self._abort_in_pass(r, now)
-        if r.state is State.WAITING:
-            self.waiting.discard(r, State.ABORTED)
-        elif r.state is State.OFFLOADED:
-            self.memory.forget(r)
-        else:
-            self.ready.remove(r)
-        self._end(r, now, State.ABORTED)
-        return None
-
-    def _abort_in_pass(self, r: Request, now: float) -> Pass | None:
-        p = self.pass_of(r)
-        assert p is not None  # I1
-        p.aborted = [*(p.aborted or []), r]
-        r.state = State.ABORTED
-        if len(p.aborted) < len(p.prefill) + p.n_decode:
-            return None
-        p.cancelled = True
-        if p is self.running:
-            return None
-        self.suspended_passes.remove(p)
-        p.resume(now)
-        self._disband(p, now, State.ABORTED)
-        return p
+        return leave(self, r, now)
 
     def pass_of(self, r: Request) -> Pass | None:
         """Return the pass that `r` is in, running or suspended."""
@@ -145,6 +143,8 @@ class Scheduler:
         """
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
+        if self._ageing.next <= now:
+            self._ageing.promote(self, now)
         self.ready.refill()  # before others come back: a free place goes to the most urgent of all
         if self.memory.offloaded:
             self.memory.restore_offloaded()
@@ -175,6 +175,8 @@ class Scheduler:
         limit = self.limits.max_suspended_tokens
         if limit is not None and sum(p.tokens for p in self.suspended_passes) + running.tokens > limit:
             return False
+        if self._ageing.next <= now:
+            self._ageing.promote(self, now)
         try:
             return self.policy.preempts(self, running, now)
         except Exception as error:
@@ -185,7 +187,7 @@ class Scheduler:
         at = ask(self.policy, "recheck_at", self, running, now)
         if not isinstance(at, int | float) or at != at:
             raise PolicyError(f"{self.policy!r}: recheck_at gave {at!r}; allowed: seconds, or inf for never")
-        return float(at)
+        return min(float(at), self._ageing.next)
 
     # ---- what happened -----------------------------------------------------------------------------------------
 
@@ -193,7 +195,7 @@ class Scheduler:
         """Note that `p` stopped at a preemption point, its state kept; False where the caller discards it."""
         self._stopped(p, now)
         if p.cancelled:
-            self._disband(p, now, State.ABORTED)
+            disband(self, p, now, State.ABORTED)
             return False
         p.suspend(now)
         self.suspended_passes.append(p)
@@ -210,7 +212,7 @@ class Scheduler:
         Returns:
             The requests that have all their tokens.
         """
-        self._stopped(p, now)
+        self._stopped(p, now, ended=True)
         done: list[Request] = []
         batch = p.decode
         if batch is not None:
@@ -237,13 +239,13 @@ class Scheduler:
                 else:
                     self.ready.add(r)
         for r in done:
-            self._end(r, now, State.FINISHED)
+            self.end(r, now, State.FINISHED)
         return [r for r in done if r.state is State.FINISHED] if p.aborted else done
 
     def failed(self, p: Pass, now: float) -> list[Request]:
         """Note that `p` broke while it ran. Its requests end with it; return them."""
         self._stopped(p, now)
-        return self._disband(p, now, State.FAILED)
+        return disband(self, p, now, State.FAILED)
 
     # ---- what policies ask -------------------------------------------------------------------------------------
 
@@ -257,6 +259,16 @@ class Scheduler:
         if r is None:
             return False
         return bool(r.blocks) or (self.memory.has_slot(level) and self.memory.room_for(r) is not None)
+
+    def seconds(self, chunks: Sequence[tuple[int, int]], n_decode: int = 0, context: int = 0) -> float | None:
+        """Return the predicted seconds of a pass; None where nothing is known, or the policy's `predicts` is not set.
+
+        Args:
+            chunks: Of prompts: (new tokens, tokens cached before).
+            n_decode: Sequences that decode.
+            context: Tokens that these hold, all together.
+        """
+        return None if self._times is None else self._times.seconds(chunks, n_decode, context)
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -285,24 +297,18 @@ class Scheduler:
         self.running = p
         return p
 
-    def _stopped(self, p: Pass, now: float) -> None:
-        """`p` ran until now."""
+    def _stopped(self, p: Pass, now: float, ended: bool = False) -> None:
+        """`p` ran until now, to its end or not."""
         self.running = None
         self._ran_prefill = bool(p.prefill)
+        if self._hears:
+            ask(self.policy, "ran", self, p, now, ended)
         p.stop(now)
+        if ended and self._times is not None:
+            self._times.observe(p)
 
-    def _disband(self, p: Pass, now: float, state: State) -> list[Request]:
-        """End everybody in a pass that will not be finished."""
-        out = p.requests()
-        self.memory.decoding -= p.n_decode
-        for r in out:
-            if r.batch is not None:
-                r.batch.remove(r)
-                r.blocks = self.kv.blocks(r.computed + 1)  # with the block taken for the token that was not made
-            self._end(r, now, state)
-        return out
-
-    def _end(self, r: Request, now: float, state: State) -> None:
+    def end(self, r: Request, now: float, state: State) -> None:
+        """`r` is not in the system any more."""
         if r.state is not State.ABORTED:
             r.state = state
         r.finish = now

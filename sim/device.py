@@ -17,7 +17,7 @@ from typing import Any
 import simpy
 from simpy.events import EventPriority
 
-from qllm.scheduler import Pass, Policy, Request, Scheduler
+from qllm.scheduler import Pass, Request, Scheduler
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.traces.step_times.cost_model import TICK
@@ -50,7 +50,7 @@ class Device:
         self.idle: simpy.Event | None = None  # what it waits for while nothing runs
         self.rested = False  # it stood idle for a time, and the next pass wakes it up
         self.interruptible: Pass | None = None  # the running pass, while an event may stop it
-        self.rechecks = type(scheduler.policy).recheck_at is not Policy.recheck_at  # what it decides changes with time
+        self.rechecks = scheduler.rechecks  # what it decides changes with time
         self.process: simpy.Process  # from `start` on
 
     def start(self, kind: Callable[[Device], Process]) -> None:

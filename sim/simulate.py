@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import simpy
 
-from qllm.scheduler import Limits, Pass, Policy, Request, RequestTooLarge, Scheduler, SchedulerError
+from qllm.scheduler import Limits, Pass, Policy, Request, RequestShed, RequestTooLarge, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult, Status
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
+from qllm.traces.step_times.expected import ExpectedSeconds
 from qllm.traces.step_times.timings import Timings, TimingWarning
 
 
@@ -58,7 +59,7 @@ def simulate(
     """
     levels = [priorities[name] for name in trace.classes]
     _check_context(trace, steps.timings)
-    workload = _Workload(trace, levels, Scheduler(policy, limits))
+    workload = _Workload(trace, levels, Scheduler(policy, limits, ExpectedSeconds(steps)))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
     gpu = GpuModel(steps, drawn, policy.granularity)
@@ -152,7 +153,7 @@ class _Workload:
                 yield env.timeout(wait)
             try:
                 scheduler.add(r, r.arrival)
-            except RequestTooLarge as error:
+            except (RequestTooLarge, RequestShed) as error:
                 self.result.rejected(r.id, str(error))
             else:
                 device.poke()

@@ -40,6 +40,7 @@ class PassCostModel:
     Attributes:
         layers: Layers of the model.
         n_experts: Experts in each.
+        popularity: Share of the tokens that go to each expert, float[layers or 1, experts].
         merge_rows: Most tokens of a suspended pass merged at an expert: the largest measured m with f(m) <= 2 f(1).
             Merging saves one reading of the expert's weights, f(1); up to so many, a launch gets at most about one
             such reading longer. More would make the running pass wait for the work of others.
@@ -82,8 +83,10 @@ class PassCostModel:
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
         self.wake_s: float = ticks(timings.wake_s)
-        peak = 1.0 / timings.experts if popularity is None else float(popularity.max())
-        self._peak_share = min(1.0, peak * timings.top_k)  # of a pass's tokens, at the most popular expert
+        self.popularity = np.full((1, timings.experts), 1.0 / timings.experts) if popularity is None else popularity
+        self._peak_share = min(
+            1.0, float(self.popularity.max()) * timings.top_k
+        )  # of a pass's tokens, at the most popular expert
         self._groups: dict[int, tuple[float, int, int]] = {}
         self._dense: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {}

@@ -1,0 +1,252 @@
+"""slack: LS as on a device of its own, and BE in what LS leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qllm.scheduler.joining import LsPass
+from qllm.scheduler.orders import ORDERS, Order
+from qllm.scheduler.pass_builder import PassBuilder
+from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.policies import Qllm
+from qllm.scheduler.request import Request, UnknownPolicy
+from qllm.scheduler.settings import at_least, share, whole
+from qllm.scheduler.slack_times import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing
+
+if TYPE_CHECKING:
+    from qllm.scheduler.scheduler import Scheduler
+
+PATIENT = 0.25  #: share of its bound within which a first token has to come, so that its prefill stops nobody
+LEAST_SLICE_S = 0.001  #: no pass goes on for less
+
+
+class Slack(Qllm):
+    """Preempts for LS prefills, decodes LS in time, and gives BE the rest.
+
+    An LS prefill stops what runs, and takes along what makes it hardly longer: decodes, and parts of BE prompts. Until
+    the next tokens of LS are due, a BE pass runs, suspended where the slack ends; or BE joins the pass of LS, where
+    that fits. Without LS everybody decodes, and the pass is filled up with prefill.
+
+    When tokens are due: where requests have a bound `max_tpot_s`, by that. Else LS is served as on a device of its own
+    that is `tpot_stretch` times slower: each pass of LS moves the time at which the next one has to start on by so
+    many times what LS alone takes in it. Predictions come from `s.seconds`; where nothing is known yet, LS runs alone.
+
+    Args:
+        ttft_stretch: How many times longer an LS prefill may take for what it takes along.
+        tpot_stretch: How many times longer LS tokens may take, where no `max_tpot_s` says so.
+        be_share: Share of the device that BE gets at least while LS work is there, whatever the bounds.
+        budget: Tokens that a pass without LS is filled up to.
+        order: Who comes first within a level: "arrival", "deadline", "shortest" or "fair" (`qllm.scheduler.orders`).
+        weights: With order "fair", tenant -> weight; 1 for those not named.
+        max_suspended_s: As for `Qllm`.
+        max_wait_s: A BE request that was in no running pass for so long in all is served as LS. None: no bound.
+        shed_s: BE requests are turned away while those before them would take longer than this to be launched, as it
+            goes now. None: all are let in.
+
+    Raises:
+        UnknownPolicy: A setting is not what is allowed.
+    """
+
+    predicts = True
+
+    def __init__(
+        self,
+        ttft_stretch: float = 1.05,
+        tpot_stretch: float = 1.25,
+        be_share: float = 0.1,
+        budget: int = 8192,
+        order: str = "arrival",
+        weights: dict[str, float] | None = None,
+        max_suspended_s: float | None = None,
+        max_wait_s: float | None = None,
+        shed_s: float | None = None,
+    ):
+        super().__init__(max_suspended_s=max_suspended_s)
+        self.ttft_stretch = at_least(1, "slack", "ttft_stretch", ttft_stretch)
+        self.tpot_stretch = at_least(1, "slack", "tpot_stretch", tpot_stretch)
+        self.be_share = share("slack", "be_share", be_share)
+        self.budget = whole(1, "slack", "budget", budget)
+        if order not in ORDERS:
+            raise UnknownPolicy(f"slack: order is {order!r:.80}, must be one of {', '.join(ORDERS)}")
+        self.weights = _weights({} if weights is None else weights)
+        self.make_order = ORDERS[order]
+        self.max_wait_s = NEVER if max_wait_s is None else at_least(0, "slack", "max_wait_s", max_wait_s)
+        self.shed_s = NEVER if shed_s is None else at_least(0, "slack", "shed_s", shed_s)
+
+    def start(self, s: Scheduler) -> None:
+        self._order: Order = self.make_order(self.weights)
+        self._pacing = Pacing(self.tpot_stretch, self.be_share)
+        self._launches = LaunchRate()
+        self._decoding: Decoding | None = None
+        self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken
+        self._running_id, self._running_total = -1, NEVER  # of the running pass, and its predicted seconds
+
+    # ---- requests ----------------------------------------------------------------------------------------------
+
+    def order(self, r: Request) -> tuple[float, float, int]:
+        return self._order.key(r, r.level <= self.urgent), r.arrival, r.id
+
+    def admits(self, s: Scheduler, r: Request, now: float) -> str | None:
+        if self.shed_s == NEVER or r.level <= self.urgent:
+            return None
+        wait = self._launches.wait(sum(s.waiting.count(n) for n in s.waiting.levels() if self.urgent < n <= r.level))
+        if wait <= self.shed_s:
+            return None
+        return f"it would wait for about {wait:.3g} s before it is launched; allowed: {self.shed_s:g} s (shed_s)"
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def select(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
+        ls = self.urgent
+        if s.waiting.level() <= ls and batch.prefill(up_to=ls):
+            self._join(s, batch)
+        elif self._ls(s) is not None:
+            self._decode_ls(s, batch, now)
+        else:
+            batch.decode()
+            batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
+
+    def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
+        if super().preempts(s, running, now) and now >= self._after(s, running, now):
+            return True
+        return running.level > self.urgent and running.suspended_s < self.max_suspended_s and now >= self._due(s)
+
+    def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
+        if suspended.level <= self.urgent:
+            return super().resume(s, suspended, now)
+        if self._pacing.owed > OWED_S:
+            return True
+        return super().resume(s, suspended, now) and self._due(s) - now > LEAST_SLICE_S
+
+    def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        due = self._due(s) if running.level > self.urgent else NEVER
+        if super().preempts(s, running, now):
+            due = min(due, self._after(s, running, now))
+        return due
+
+    def _after(self, s: Scheduler, running: Pass, now: float) -> float:
+        """From when on an LS prefill that waits may stop `running`: it may have time, and BE may be owed some."""
+        start = running.launched + self._pacing.owed - OWED_S if running.level > self.urgent else -NEVER
+        first = s.waiting.peek(s.waiting.level())
+        if first is None or first.max_ttft_s == NEVER:
+            return start
+        return max(start, self._patience(s, running, first))
+
+    def _patience(self, s: Scheduler, running: Pass, first: Request) -> float:
+        """Until when `first`, which has a bound, waits for `running` to end rather than stop it."""
+        if self._running_id != running.id:
+            chunks = [(c.tokens, c.context) for c in running.prefill]
+            found = s.seconds(chunks, running.n_decode, running.decode_context)
+            self._running_id, self._running_total = running.id, NEVER if found is None else found
+        left = self._running_total - running.running_s
+        end, own = running.launched + left, s.seconds([(first.remaining, first.computed)])
+        if own is None or end + own > first.arrival + PATIENT * first.max_ttft_s:
+            return -NEVER
+        return end + left / 2  # it takes longer than was predicted: nobody knows for how long
+
+    def ran(self, s: Scheduler, p: Pass, now: float, ended: bool) -> None:
+        ls = self.urgent
+        if p.level > ls:
+            self._pacing.be_ran(now - p.launched)
+        elif ended:
+            self._pacing.ls_ran(now, p.running_s + now - p.launched, self._alone(s, p), _be_part(p, ls), self._be_waits(s))
+        if ended:
+            for c in p.prefill:
+                if not c.context and not c.request.generated:
+                    self._order.launched(c.request)
+                    if c.request.level > ls:
+                        self._launches.launched(c.request)
+
+    def _be_waits(self, s: Scheduler) -> bool:
+        ls = self.urgent
+        return bool(s.suspended_passes) or len(s.ready) > s.ready.count(ls) or s.waiting.levels()[-1:] > [ls]
+
+    # ---- LS that decodes ---------------------------------------------------------------------------------------
+
+    def _ls(self, s: Scheduler) -> Decoding | None:
+        """LS requests that are ready to decode, if there are any."""
+        if s.ready.batch.level > self.urgent:
+            return None
+        seen = s.passes, s.ready.count(self.urgent)
+        if seen != self._seen or self._decoding is None:
+            self._seen, self._decoding = seen, Decoding(s, self.urgent)
+        return self._decoding
+
+    def _due(self, s: Scheduler) -> float:
+        """When LS has to decode next, which stops BE."""
+        decoding = self._ls(s)
+        return NEVER if decoding is None else self._pacing.start_by(decoding)
+
+    def _alone(self, s: Scheduler, p: Pass) -> float | None:
+        """Seconds that a pass of LS takes without BE; None where that is not known."""
+        chunks = [(c.tokens, c.context) for c in p.prefill if c.request.level <= self.urgent]
+        n = context = 0
+        if p.decode is not None:
+            n = sum(k for level, k in p.decode.levels.items() if level <= self.urgent)
+            decoding = self._decoding
+            held = decoding.context * n // decoding.n if decoding is not None else p.decode_context
+            context = min(held, p.decode_context)
+        return s.seconds(chunks, n, context) if chunks or n else None
+
+    # ---- BE in passes of LS ------------------------------------------------------------------------------------
+
+    def _join(self, s: Scheduler, batch: PassBuilder) -> None:
+        """Decodes and a part of a BE prompt join the LS prefills in `batch`."""
+        chunks = [(c.tokens, c.context) for c in batch.chunks]
+        alone = s.seconds(chunks)
+        if alone is None:
+            return
+        mine, limit = LsPass(s, chunks, 0, 0), max(self.ttft_stretch * alone, alone + self._pacing.owed)
+        decodes = mine.decodes(limit, min(len(s.ready), s.limits.max_seqs - len(chunks)))
+        if decodes:
+            batch.decode(decodes)
+        first = s.waiting.peek(s.waiting.level())
+        if first is not None and first.level > self.urgent and not s.suspended_passes:
+            tokens = mine.tokens(limit, decodes, first, self.budget)
+            if tokens:
+                batch.prefill(tokens=tokens, chunk=True)
+
+    def _decode_ls(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
+        """LS decodes, and BE joins it; or BE prompts come first, while there is slack."""
+        decoding = self._ls(s)
+        assert decoding is not None
+        slack = self._pacing.start_by(decoding) - now
+        if decoding.seconds is None or slack <= 0 or s.suspended_passes:
+            batch.decode(decoding.n)
+            return
+        mine, limit = LsPass(s, (), decoding.n, decoding.context), decoding.seconds + slack
+        wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
+        decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
+        first = s.waiting.peek(s.waiting.level())
+        if first is not None and s.can_prefill(first.level):
+            tokens = mine.tokens(limit, decodes, first, self.budget)
+            apart = min(first.remaining, self.budget)
+            alone = s.seconds([(apart, first.computed)])
+            cheap = (
+                alone is not None
+                and mine.seconds(decodes, (tokens, first.computed)) - mine.seconds(decodes) <= alone * tokens / apart
+            )
+            if not (tokens and cheap) and slack >= LEAST_SLICE_S and batch.prefill(tokens=self.budget, chunk=True):
+                return
+            batch.decode(decoding.n + decodes)
+            if tokens and cheap:
+                batch.prefill(tokens=tokens, chunk=True)
+            return
+        batch.decode(decoding.n + decodes)
+
+
+def _be_part(p: Pass, ls: float) -> float:
+    """Share of the tokens of `p` that are BE's."""
+    mine = sum(c.tokens for c in p.prefill if c.request.level <= ls)
+    if p.decode is not None:
+        mine += sum(n for level, n in p.decode.levels.items() if level <= ls)
+    return 1 - mine / p.tokens
+
+
+def _weights(given: object) -> dict[str, float]:
+    if not isinstance(given, dict):
+        raise UnknownPolicy(f"slack: weights is {given!r:.80}, must be a mapping of tenants to numbers above 0")
+    for tenant, weight in given.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < NEVER:
+            raise UnknownPolicy(f"slack: weights.{tenant} is {weight!r:.80}, must be a number above 0")
+    return {str(tenant): float(weight) for tenant, weight in given.items()}

@@ -10,7 +10,9 @@ from qllm.executor.engine.execution import Execution, RealExecution, VirtualExec
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.model.passes import RunningPass
 from qllm.scheduler import Pass
+from qllm.scheduler.pass_times import PassSeconds
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
+from qllm.traces.step_times.expected import ExpectedSeconds
 
 
 class Clock(Protocol):
@@ -40,6 +42,11 @@ class Clock(Protocol):
         granularity: str,
     ) -> Execution:
         """How `p`, which begins now, moves on in this clock's time; nothing of it ran yet."""
+
+
+def predictor(clock: Clock) -> PassSeconds | None:
+    """Predicts the seconds of passes for a scheduler that decides by `clock`; None where it learns them by itself."""
+    return None if clock.steps is None else ExpectedSeconds(clock.steps)
 
 
 class Deadlines:

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qllm.executor.cpu.openmp import release_team
-from qllm.executor.engine.clock import Clock, RealClock
+from qllm.executor.engine.clock import Clock, RealClock, predictor
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.frontend import Frontend
 from qllm.executor.engine.loop import Loop
@@ -167,7 +167,8 @@ class Engine(Frontend):
             blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
         self.limits = given = dataclasses.replace(given, kv_blocks=blocks)
         shape = facts["experts"], facts["top_k"]
-        self.scheduler = Scheduler(make_policy(policy) if isinstance(policy, str) else policy, given)
+        policy = make_policy(policy) if isinstance(policy, str) else policy
+        self.scheduler = Scheduler(policy, given, predictor(self.clock))
         splits = splitter or LinearSplitter(*shape, max_step=max_step)
         self._runner = GraphRunner(model, blocks, given.block_size, splits, graphs=graphs, max_seqs=given.max_seqs)
         make_cache(self._runner, facts["kv_bytes_per_token"])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from qllm.executor.engine.clock import Clock
+from qllm.executor.engine.clock import Clock, predictor
 from qllm.executor.engine.engine import Engine
 from qllm.executor.engine.loop import Loop
 from qllm.executor.graphs.runner import Graphs, Progress
@@ -54,7 +54,7 @@ class Engines:
     def _idle(self, policy: Policy, limits: Limits, clock: Clock, seed: int | None, max_step: float) -> Engine:
         if self._kept is not None and self._kept[1:] == (limits, policy.merge, max_step):
             engine = self._kept[0]
-            scheduler = Scheduler(policy, engine.limits)
+            scheduler = Scheduler(policy, engine.limits, predictor(clock))
 
             def go_on(loop: Loop) -> None:
                 loop.serve_by(scheduler, clock)

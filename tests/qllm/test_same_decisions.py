@@ -133,6 +133,9 @@ SETTINGS = [
     ("qllm", {"merge": True}),
     ("qllm", {"fill_tokens": 16, "resume": "idle", "merge": True}),
     ("hybrid", {"budget": 40, "merge": True}),
+    ("slack", {}),
+    ("slack", {"tpot_stretch": 3.0, "ttft_stretch": 2.0, "be_share": 0.3, "budget": 40, "order": "shortest"}),
+    ("slack", {"max_wait_s": 5e-3, "max_suspended_s": 1e-3, "order": "fair"}),
 ]
 
 

@@ -42,6 +42,7 @@ OURS: dict[str, dict[str, Any]] = {
     "layer": PAPER,
     "qllm": PAPER,
     "hybrid": {},
+    "slack": {},
 }
 VLLM: dict[str, list[str]] = {
     "vllm-fcfs": ["--scheduling-policy", "fcfs"],

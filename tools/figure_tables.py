@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import pandas as pd
+from figure_markdown import markdown
 from figure_results import caption, load
+from figure_tables_server import server_batch, server_load
 
 METRICS = ("ttft", "tpot", "turnaround")
 STATISTICS = ("mean", "p50", "p99")
@@ -31,13 +33,6 @@ PAPER_ROWS = {
     "layer": "`layer`",
     "hybrid": "`hybrid`",
 }
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]], source: str = "") -> str:
-    """A table, and the line below it that says where it is from."""
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(lines + (["", source] if source else []))
 
 
 def headline() -> str:
@@ -297,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
         long_prefill,
         throughput,
         mixed_load,
+        server_load,
+        server_batch,
         merging,
         theory,
         devices,

@@ -40,8 +40,8 @@ from results_file import add_out, save, this_machine
 from qllm.executor.testing import CHECKPOINT_VOCAB, make_checkpoint
 
 #: options of the client; the length of a run is its own, so that c ends within minutes
-SHORT_LS = {"duration": 60, "ls-rate": 1, "ls-prompt": "32-128", "ls-out": 16}
-LONG_LS = {"duration": 20, "ls-rate": 7.2, "ls-prompt": "64-256", "ls-out": 50}
+SHORT_LS = {"duration": 40, "ls-rate": 1, "ls-prompt": "32-128", "ls-out": 16}
+LONG_LS = {"duration": 12, "ls-rate": 7.2, "ls-prompt": "64-256", "ls-out": 50}
 WORKLOADS: dict[str, dict[str, object]] = {
     "a": SHORT_LS | {"be-rate": 3.5, "be-prompt": 64, "be-out": 128},
     "b": SHORT_LS | {"be-rate": 0.6, "be-prompt": 4096, "be-out": 8},
@@ -49,9 +49,10 @@ WORKLOADS: dict[str, dict[str, object]] = {
 }
 KV_TOKENS = 131_072  #: what 2 GiB hold of this model's float32 KV, 16 KiB a token
 MAX_TOKENS, MAX_SEQS = 2048, 256
-VLLM: dict[str, list[str]] = {
-    "vllm-priority": [],
-    "vllm-priority-256": ["--long-prefill-token-threshold", "256"],
+#: settings of vLLM, each with its options and the workloads it is for
+VLLM: dict[str, tuple[list[str], str]] = {
+    "vllm-priority": ([], "abc"),
+    "vllm-priority-256": (["--long-prefill-token-threshold", "256"], "b"),
 }
 
 Requests = list[dict[str, Any]]
@@ -77,7 +78,7 @@ def vllm(row: str, port: int, args: argparse.Namespace) -> list[str]:
     command = [str(args.vllm_python.absolute()), "-m", "vllm.entrypoints.openai.api_server", "--model", str(args.model)]
     command += ["--served-model-name", "m", "--dtype", "float32", "--port", str(port), "--max-model-len", "8192"]
     command += ["--max-num-batched-tokens", str(MAX_TOKENS), "--max-num-seqs", str(MAX_SEQS)]
-    return [*command, "--gpu-memory-utilization", "0.3", "--scheduling-policy", "priority", *VLLM[row]]
+    return [*command, "--gpu-memory-utilization", "0.3", "--scheduling-policy", "priority", *VLLM[row][0]]
 
 
 def free_port() -> int:
@@ -148,7 +149,7 @@ def main() -> int:
     parser.add_argument("--policies", nargs="+", default=["hybrid"], help="of this server")
     parser.add_argument("--vllm", nargs="*", choices=list(VLLM), default=list(VLLM), help="settings of vLLM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--isolated", type=int, default=10, help="LS requests sent alone first, in each run")
+    parser.add_argument("--isolated", type=int, default=8, help="LS requests sent alone first, in each run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-step", type=float, default=0.01, help="bound on a step of this engine, seconds")
     parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, help="tokens in a pass of this engine")
@@ -173,15 +174,16 @@ def main() -> int:
             wait_for(f"{servers[row][0]}/health", process)
         for seed in args.seeds:
             for workload in args.workloads:
-                for row in random.Random(f"{seed}-{workload}").sample(list(servers), len(servers)):
+                rows = [row for row in servers if row not in VLLM or workload in VLLM[row][1]]
+                for row in random.Random(f"{seed}-{workload}").sample(rows, len(rows)):
                     url, process = servers[row]
                     runs[workload, row].append(load(row, url, process.pid, workload, seed, args))
                     print(table([summary(workload, f"{row}, seed {seed}", runs[workload, row][-1:])]).splitlines()[-1])
                     sys.stdout.flush()
-    rows = [summary(workload, row, runs[workload, row]) for workload in args.workloads for row in servers]
-    print(f"\nseeds {args.seeds}, max_step {1e3 * args.max_step:.0f} ms, {args.threads} threads\n\n{table(rows)}")
+    found_rows = [summary(workload, row, found) for (workload, row), found in sorted(runs.items())]
+    print(f"\nseeds {args.seeds}, max_step {1e3 * args.max_step:.0f} ms, {args.threads} threads\n\n{table(found_rows)}")
     if args.out:
-        save(args.out, source=f"measured on {this_machine()}", tables={"rows": rows})
+        save(args.out, source=f"measured on {this_machine()}", tables={"rows": found_rows})
     return 0
 
 

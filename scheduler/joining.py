@@ -41,13 +41,14 @@ class LsPass:
     def decodes(self, limit: float, wanted: int, save: float = 0.0) -> int:
         """How many of the `wanted` further decodes keep the pass within `limit` seconds.
 
-        A pass gets longer by less and less for each. So where all would fit into `save` seconds, none go before they do.
+        Each makes the pass longer by less than the one before. So where all of them would fit into `save` seconds, none
+        goes before they do.
         """
         if wanted <= 0 or self.seconds(wanted) <= limit:
             return max(wanted, 0)
         if self.seconds(wanted) <= save:
             return 0
-        return _most(lambda k: self.seconds(k), limit, 0, wanted)
+        return _most(self.seconds, limit, 0, wanted)
 
     def tokens(self, limit: float, decodes: int, first: Request, most: int) -> int:
         """How many tokens of the prompt of `first` keep the pass within `limit` seconds; 0 where that is few."""

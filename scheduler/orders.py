@@ -13,14 +13,14 @@ WAIT_PER_TOKEN_S = 5e-4
 
 
 class Order:
-    """First come, first served."""
+    """A key for each request, in seconds or what counts like them; who has the lowest goes first."""
 
     def __init__(self, weights: Mapping[str, float]):
         """`weights`: of tenants, for those that go by them."""
         self._weights = weights
 
-    def key(self, r: Request, urgent: bool) -> float:
-        """Return the place of `r`, which has just come, in seconds or what counts like them; lower is earlier."""
+    def key(self, r: Request, *, urgent: bool) -> float:
+        """Return the key of `r`, which has just come. By default: first come, first served."""
         return r.arrival
 
     def launched(self, r: Request) -> None:
@@ -30,14 +30,14 @@ class Order:
 class EarliestDeadline(Order):
     """By the moment at which the first token is wanted; who wants it at no moment comes last."""
 
-    def key(self, r: Request, urgent: bool) -> float:
+    def key(self, r: Request, *, urgent: bool) -> float:
         return r.arrival + r.max_ttft_s
 
 
 class Shortest(Order):
     """Short prompts first, with ageing; latency-sensitive requests by arrival."""
 
-    def key(self, r: Request, urgent: bool) -> float:
+    def key(self, r: Request, *, urgent: bool) -> float:
         return r.arrival if urgent else r.arrival + WAIT_PER_TOKEN_S * r.prompt_tokens
 
 
@@ -54,7 +54,7 @@ class Fair(Order):
         self._now: defaultdict[int, float] = defaultdict(float)  # level -> virtual time
         self._ends: defaultdict[tuple[int, str], float] = defaultdict(float)  # of each tenant's last request
 
-    def key(self, r: Request, urgent: bool) -> float:
+    def key(self, r: Request, *, urgent: bool) -> float:
         tag = max(self._now[r.level], self._ends[r.level, r.tenant])
         self._ends[r.level, r.tenant] = tag + (r.prompt_tokens + r.max_tokens) / self._weights.get(r.tenant, 1.0)
         return tag

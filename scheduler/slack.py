@@ -84,7 +84,7 @@ class Slack(Qllm):
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def order(self, r: Request) -> tuple[float, float, int]:
-        return self._order.key(r, r.level <= self.urgent), r.arrival, r.id
+        return self._order.key(r, urgent=r.level <= self.urgent), r.arrival, r.id
 
     def admits(self, s: Scheduler, r: Request, now: float) -> str | None:
         if self.shed_s == NEVER or r.level <= self.urgent:
@@ -107,7 +107,7 @@ class Slack(Qllm):
             batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
 
     def preempts(self, s: Scheduler, running: Pass, now: float) -> bool:
-        if super().preempts(s, running, now) and now >= self._after(s, running, now):
+        if super().preempts(s, running, now) and now >= self._after(s, running):
             return True
         return running.level > self.urgent and running.suspended_s < self.max_suspended_s and now >= self._due(s)
 
@@ -119,12 +119,14 @@ class Slack(Qllm):
         return super().resume(s, suspended, now) and self._due(s) - now > LEAST_SLICE_S
 
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
+        if running.suspended_s >= self.max_suspended_s:
+            return NEVER
         due = self._due(s) if running.level > self.urgent else NEVER
         if super().preempts(s, running, now):
-            due = min(due, self._after(s, running, now))
+            due = min(due, self._after(s, running))
         return due
 
-    def _after(self, s: Scheduler, running: Pass, now: float) -> float:
+    def _after(self, s: Scheduler, running: Pass) -> float:
         """From when on an LS prefill that waits may stop `running`: it may have time, and BE may be owed some."""
         start = running.launched + self._pacing.owed - OWED_S if running.level > self.urgent else -NEVER
         first = s.waiting.peek(s.waiting.level())
@@ -149,7 +151,8 @@ class Slack(Qllm):
         if p.level > ls:
             self._pacing.be_ran(now - p.launched)
         elif ended:
-            self._pacing.ls_ran(now, p.running_s + now - p.launched, self._alone(s, p), _be_part(p, ls), self._be_waits(s))
+            took = p.running_s + now - p.launched
+            self._pacing.ls_ran(now, took, self._alone(s, p), _be_part(p, ls), self._be_waits(s))
         if ended:
             for c in p.prefill:
                 if not c.context and not c.request.generated:
@@ -217,22 +220,25 @@ class Slack(Qllm):
         mine, limit = LsPass(s, (), decoding.n, decoding.context), decoding.seconds + slack
         wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
         decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
-        first = s.waiting.peek(s.waiting.level())
-        if first is not None and s.can_prefill(first.level):
-            tokens = mine.tokens(limit, decodes, first, self.budget)
-            apart = min(first.remaining, self.budget)
-            alone = s.seconds([(apart, first.computed)])
-            cheap = (
-                alone is not None
-                and mine.seconds(decodes, (tokens, first.computed)) - mine.seconds(decodes) <= alone * tokens / apart
-            )
-            if not (tokens and cheap) and slack >= LEAST_SLICE_S and batch.prefill(tokens=self.budget, chunk=True):
-                return
-            batch.decode(decoding.n + decodes)
-            if tokens and cheap:
-                batch.prefill(tokens=tokens, chunk=True)
+        tokens = self._worth_joining(s, mine, limit, decodes)
+        if not tokens and slack >= LEAST_SLICE_S and batch.prefill(tokens=self.budget, chunk=True):
             return
         batch.decode(decoding.n + decodes)
+        if tokens:
+            batch.prefill(tokens=tokens, chunk=True)
+
+    def _worth_joining(self, s: Scheduler, mine: LsPass, limit: float, decodes: int) -> int:
+        """Tokens of the first BE prompt that join the decodes of LS, where they take no longer than in a pass apart."""
+        first = s.waiting.peek(s.waiting.level())
+        if first is None or not s.can_prefill(first.level):
+            return 0
+        tokens = mine.tokens(limit, decodes, first, self.budget)
+        if not tokens:
+            return 0
+        apart = min(first.remaining, self.budget)
+        alone = s.seconds([(apart, first.computed)])
+        joined = mine.seconds(decodes, (tokens, first.computed)) - mine.seconds(decodes)
+        return tokens if alone is not None and joined <= alone * tokens / apart else 0
 
 
 def _be_part(p: Pass, ls: float) -> float:

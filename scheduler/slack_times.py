@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.passes import NEVER
 from qllm.scheduler.request import Request
 
 if TYPE_CHECKING:

@@ -168,8 +168,10 @@ class _Workload:
             t.cls.tolist(),
             strict=True,
         )
+        plain = t.max_ttft_s is None and t.max_tpot_s is None and t.tenants is None
         for i, (arrival, prompt, output, cls) in enumerate(rows):
-            yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls])
+            wants = {} if plain else t.wants(i)
+            yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **wants)
 
     def record(self, done: list[Request]) -> None:
         """Requests have ended: keep what there is to know of them."""

@@ -36,6 +36,17 @@ policies = st.one_of(
     st.builds(Stack),
     st.builds(
         make_policy,
+        st.just("slack"),
+        ttft_stretch=st.sampled_from([1.0, 1.5]),
+        tpot_stretch=st.sampled_from([1.0, 1.3, 10.0]),
+        be_share=st.sampled_from([0.0, 0.1, 0.5]),
+        budget=st.sampled_from([16, 2048]),
+        order=st.sampled_from(["arrival", "shortest", "fair"]),
+        max_suspended_s=st.sampled_from([None, 0.01]),
+        max_wait_s=st.sampled_from([None, 0.02]),
+    ),
+    st.builds(
+        make_policy,
         st.just("qllm"),
         fill_tokens=st.sampled_from([None, 0, 16]),
         resume=st.sampled_from(["prefill", "idle"]),

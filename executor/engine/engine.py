@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from qllm.executor.checks import check_seconds
 from qllm.executor.cpu.openmp import release_team
 from qllm.executor.engine.clock import Clock, RealClock, predictor
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.frontend import Frontend
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.step_costs import measured_splitter
-from qllm.executor.engine.stream import check_seconds
 from qllm.executor.engine.text import Tokenizer, load_tokenizer
 from qllm.executor.engine.warm_up import warm_up
 from qllm.executor.errors import EngineClosed, ExecutorError, KVMemoryError, SamplingError

@@ -11,62 +11,22 @@ from typing import Any, Unpack
 
 from transformers import PreTrainedModel
 
+from qllm.executor.checks import check_id, check_priority, check_request, check_seconds, strings, wants_of
 from qllm.executor.engine.clock import Clock
 from qllm.executor.engine.loop import Loop
 from qllm.executor.engine.requests import Desk, EngineRequest
-from qllm.executor.engine.stream import Completion, Stream, check_seconds
+from qllm.executor.engine.stream import Completion, Stream
 from qllm.executor.engine.text import Detokenizer, StopStrings, Tokenizer, chat_ids, prompt_ids, token_ids
 from qllm.executor.errors import EngineBusy, EngineClosed, RequestError, SamplingError
 from qllm.executor.model.info import embedding, stop_ids
 from qllm.executor.sampling.grammar import Grammar, Grammars
-from qllm.executor.sampling.params import SamplingArguments, SamplingParams, is_whole
+from qllm.executor.sampling.params import SamplingArguments, SamplingParams
 from qllm.executor.sampling.row_state import prepared
 from qllm.scheduler import Request
 
-MOST_ID = 256  # characters of a request's own id
+NOTHING: Mapping[str, Any] = {}
 
 log = logging.getLogger(__name__)
-
-
-def check_request(
-    tokens: list[int], max_new_tokens: Any, priority: Any, sampling: SamplingParams, max_positions: int | None
-) -> None:
-    """Raise RequestError for a request that the model or the scheduler cannot take."""
-    if not tokens:
-        raise RequestError("prompt is empty; allowed: at least one token id")
-    if not is_whole(max_new_tokens) or max_new_tokens < 1:
-        raise RequestError(f"max_new_tokens is {max_new_tokens!r:.80}; allowed: a whole number, 1 or more")
-    check_priority(priority)
-    if sampling.min_tokens > max_new_tokens:
-        raise RequestError(
-            f"min_tokens is {sampling.min_tokens!r:.80}; allowed: at most max_new_tokens, {max_new_tokens!r:.80}"
-        )
-    if max_positions is not None and len(tokens) + max_new_tokens > max_positions:
-        raise RequestError(
-            f"{len(tokens)} prompt tokens and {max_new_tokens!r:.80} new ones; allowed: {max_positions} together, as "
-            "the model's positions"
-        )
-
-
-def check_priority(priority: Any) -> None:
-    """Raise RequestError for what is no priority."""
-    if not is_whole(priority):
-        raise RequestError(f"priority is {priority!r:.80}; allowed: a whole number, lower is more urgent")
-
-
-def check_id(request_id: Any) -> None:
-    """Raise RequestError for what is no id: it stands in log lines and errors."""
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= MOST_ID or not request_id.isprintable():
-        raise RequestError(f"request_id is {request_id!r:.80}; allowed: 1 to {MOST_ID} printable characters")
-
-
-def strings(name: str, given: Any) -> list[str]:
-    """One string, or several. Raises RequestError."""
-    found: list[Any] = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
-    for string in found:
-        if not isinstance(string, str) or not string:
-            raise RequestError(f"{name} holds {string!r:.80}; allowed: strings that are not empty")
-    return found
 
 
 class Frontend:
@@ -117,6 +77,9 @@ class Frontend:
         skip_special_tokens: bool = True,
         request_id: str | None = None,
         deadline: float | None = None,
+        max_ttft: float | None = None,
+        max_tpot: float | None = None,
+        tenant: str = "",
         **sampling: Unpack[SamplingArguments],
     ) -> Stream:
         """Queue a request. Returns at once.
@@ -134,6 +97,9 @@ class Frontend:
             skip_special_tokens: whether special tokens have no text.
             request_id: for log lines and errors; no other request in the system may have it. By default a number.
             deadline: seconds from now, after which a request that has not ended ends, with "deadline".
+            max_ttft: seconds within which its first token is wanted, for policies that go by that (`slack`).
+            max_tpot: the same from token to token, on average.
+            tenant: whose it is, for policies that are fair to each.
             sampling: the other arguments of `SamplingParams`. By default the likeliest token is chosen: what the
                 checkpoint recommends is `**engine.defaults`.
 
@@ -158,8 +124,8 @@ class Frontend:
             check_seconds("deadline", deadline, zero=False)
             if request_id is not None:
                 check_id(request_id)
-            now = self.clock.now()
-            sequence = self.make_request(prompt, max_new_tokens, priority, params, now, request_id)
+            now, wants = self.clock.now(), wants_of(max_ttft, max_tpot, tenant)
+            sequence = self.make_request(prompt, max_new_tokens, priority, params, now, request_id, wants)
             if self.tokenizer is not None and texts:
                 own = Detokenizer(self.tokenizer, skip_special_tokens)
                 sequence.stop_strings = StopStrings(own, texts, params.min_tokens)
@@ -184,6 +150,7 @@ class Frontend:
         sampling: SamplingParams,
         arrival: float,
         request_id: str | None = None,
+        wants: Mapping[str, Any] = NOTHING,
     ) -> EngineRequest:
         """A request, checked against the model but not queued. `arrival`: seconds on the engine's clock."""
         if isinstance(prompt, str):
@@ -194,7 +161,7 @@ class Frontend:
         number = next(self._ids)
         while request_id is None and str(number) in self._desk.requests:  # a client's own id
             number = next(self._ids)
-        request = Request(number, len(tokens), int(max_new_tokens), int(priority), arrival)
+        request = Request(number, len(tokens), int(max_new_tokens), int(priority), arrival, **wants)
         return EngineRequest(
             tokens,
             request=request,

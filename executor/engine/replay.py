@@ -54,10 +54,10 @@ def replay(
     arrival = ticks(trace.arrival)
     made: list[EngineRequest | RequestError] = []
     columns = (arrival, trace.prompt_tokens, trace.output_tokens, trace.cls)
-    for at, prompt, output, cls in zip(*(column.tolist() for column in columns), strict=True):
+    for i, (at, prompt, output, cls) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         tokens = rng.integers(engine.vocabulary, size=prompt).tolist()
         try:
-            made.append(engine.make_request(tokens, output, levels[cls], SamplingParams(), at))
+            made.append(engine.make_request(tokens, output, levels[cls], SamplingParams(), at, wants=trace.wants(i)))
         except RequestError as error:
             made.append(error)
     sequences = [sequence for sequence in made if isinstance(sequence, EngineRequest)]

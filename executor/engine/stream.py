@@ -6,13 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from numbers import Real
 from queue import Empty
 from typing import Any, NamedTuple
 
+from qllm.executor.checks import check_seconds
 from qllm.executor.engine.requests import End, Item, Mailbox, RequestTimes, Token
 from qllm.executor.engine.text import Detokenizer
-from qllm.executor.errors import RequestError
 from qllm.executor.sampling.logprobs import Logprobs
 
 
@@ -231,11 +230,3 @@ class _Reader:
 
     def __del__(self) -> None:
         self._leave()
-
-
-def check_seconds(name: str, value: Any, *, zero: bool) -> None:
-    """Raise RequestError unless `value` is None or a number of seconds; whether it may be 0."""
-    least = 0 if zero else 1e-9
-    fits = isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= 1e9
-    if value is not None and not fits:
-        raise RequestError(f"{name} is {value!r:.80}; allowed: None, or seconds from {least:g} to 1e9")

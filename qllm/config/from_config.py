@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -52,6 +53,16 @@ def _read_trace(
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
     """The requests of one run, by workload and seed alone: every policy sees the same. ConfigError, TraceError."""
+    trace = _requests(config, seed)
+    wanted = {name: job.deadline for name, job in config.classes.items() if job.deadline is not None}
+    for key in ("ttft", "tpot"):
+        of_class = [getattr(wanted.get(name), key, None) or math.inf for name in trace.classes]
+        if min(of_class) < math.inf:
+            trace = replace(trace, **{f"max_{key}_s": np.array(of_class)[trace.cls]})
+    return trace
+
+
+def _requests(config: Config, seed: int) -> RequestTrace:
     if isinstance(config.arrival, Replay):
         return _replayed(config, config.arrival, seed)
     recipe = config.recipe()

@@ -89,6 +89,13 @@ class Slo(StrictModel):
         return self
 
 
+class Deadline(StrictModel):
+    """Within which time a policy is to serve a request of the class, if it goes by that (as slack does)."""
+
+    ttft: Positive | None = None  #: seconds from arrival to the first token
+    tpot: Positive | None = None  #: seconds from token to token, on average
+
+
 class Warmup(StrictModel):
     """The beginning of each run, whose requests do not count in the metrics: give one of the two."""
 
@@ -112,6 +119,7 @@ class JobClass(ClassRecipe, _Priority):
     """One class of requests: its priority, its share and lengths as in the recipe of a trace, and its SLO."""
 
     slo: Slo | None = None
+    deadline: Deadline | None = None  #: what policies may go by; the SLO is what results are judged by
 
 
 class Replay(StrictModel):

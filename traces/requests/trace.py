@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+BOUNDS = ("max_ttft_s", "max_tpot_s")  # columns that a trace may have
 SINGLE_CLASS = ("all",)  # the class of every request in a trace that names none
 
 
@@ -31,6 +32,10 @@ class RequestTrace:
         output_tokens: int64[n], >= 1.
         cls: Index into `classes`, int64[n].
         classes: Names, distinct and printable; one may have no request.
+        max_ttft_s: Seconds within which the first token is wanted, float64[n] > 0, inf where there is no bound; None:
+            no request has one.
+        max_tpot_s: The same from token to token, on average.
+        tenants: Whose each request is; None: nobody says.
         source: What the trace was read from, ready for JSON: format, unit of the arrivals, what is not used. Empty for
             one that was not read. Two traces may be equal without it.
 
@@ -44,6 +49,9 @@ class RequestTrace:
     cls: np.ndarray
     classes: tuple[str, ...] = SINGLE_CLASS
     source: Mapping[str, Any] = field(default_factory=dict)
+    max_ttft_s: np.ndarray | None = None
+    max_tpot_s: np.ndarray | None = None
+    tenants: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_classes(self.classes))
@@ -66,6 +74,15 @@ class RequestTrace:
                 allowed = f">= {low}" if high is None else f"{low} to {high}"
                 raise TraceError(f"{name}: request {i} has {column[i]}, must be {allowed}")
             object.__setattr__(self, name, column)
+        for name in BOUNDS:
+            given = getattr(self, name)
+            if given is not None:
+                bound = _column(name, given, np.float64)
+                if len(bound) != n or not (bound > 0).all():
+                    raise TraceError(f"{name}: must hold {n} numbers > 0 (seconds), one a request; inf: no bound")
+                object.__setattr__(self, name, bound)
+        if self.tenants is not None and len(self.tenants) != n:
+            raise TraceError(f"tenants: has {len(self.tenants)} elements, arrival has {n}")
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -73,10 +90,19 @@ class RequestTrace:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RequestTrace):
             return NotImplemented
-        names = ("arrival", "prompt_tokens", "output_tokens", "cls")
-        return self.classes == other.classes and all(
+        names = ("arrival", "prompt_tokens", "output_tokens", "cls", *BOUNDS)
+        return (self.classes, self.tenants) == (other.classes, other.tenants) and all(
             np.array_equal(getattr(self, name), getattr(other, name)) for name in names
         )
+
+    def wants(self, i: int) -> dict[str, Any]:
+        """Keyword arguments of `qllm.scheduler.Request` for request `i`: its bounds and its tenant, if any."""
+        found: dict[str, Any] = {name: float(column[i]) for name, column in self._bounds()}
+        return found if self.tenants is None else found | {"tenant": self.tenants[i]}
+
+    def _bounds(self) -> list[tuple[str, np.ndarray]]:
+        columns = ((name, getattr(self, name)) for name in BOUNDS)
+        return [(name, column) for name, column in columns if column is not None]
 
     @property
     def rate(self) -> float | None:
@@ -141,6 +167,8 @@ class RequestTrace:
             prompt_tokens=self.prompt_tokens[:n],
             output_tokens=self.output_tokens[:n],
             cls=self.cls[:n],
+            tenants=None if self.tenants is None else self.tenants[:n],
+            **{name: column[:n] for name, column in self._bounds()},
         )
 
     def describe(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from qllm.executor import EngineBusy, EngineClosed, RequestError, RequestFailed, SamplingError
-from qllm.scheduler import SchedulerError
+from qllm.scheduler import RequestShed, SchedulerError
 
 GONE = 499  #: the status of a request whose client went away: nobody reads it
 
@@ -100,6 +100,8 @@ def from_engine(error: Exception) -> ApiError:
         return unavailable("the engine does not serve any more")
     if isinstance(error, EngineBusy):
         return ApiError(429, "too many requests wait", kind="rate_limit_error", code="queue_full", retry_after=1)
+    if isinstance(error, RequestShed):
+        return ApiError(429, str(error), kind="rate_limit_error", code="shed", retry_after=5)
     if isinstance(error, RequestError | SamplingError | SchedulerError):
         return ApiError(400, str(error), code="impossible_request")
     if isinstance(error, RequestFailed):

@@ -131,7 +131,9 @@ class Generate(Message):
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None  #: lower is more urgent
     service_tier: str | None = None  #: a tier of the server's configuration
     return_token_ids: bool | None = None  #: the answer holds token ids too
-    user: str | None = None  #: stands in the log
+    max_ttft: Annotated[Number, Field(gt=0, le=1e9)] | None = None  #: seconds to the first token; default: the class's
+    max_tpot: Annotated[Number, Field(gt=0, le=1e9)] | None = None  #: seconds from token to token; the same
+    user: str | None = None  #: whose it is, for policies that are fair to each; stands in the log
 
     @property
     def top(self) -> int | None:

@@ -19,7 +19,7 @@ from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
 from qllm.server.protocol import DEFAULTS, Generate
 from qllm.server.settings import ApiKey, ServerSettings
 from qllm.server.streaming import Choice, Generation, Meter
-from qllm.server.urgency import Urgencies, Urgency
+from qllm.server.urgency import Urgencies, Urgency, wants
 
 T = TypeVar("T")
 
@@ -220,6 +220,7 @@ class Service:
                     prompts[index // n],
                     max_new_tokens=lengths[index // n],
                     priority=urgency.priority,
+                    **wants(asked, self.settings.classes[urgency.class_]),
                     **self._sampling(asked, index % n),
                 )
                 choices.append(Choice(index, stream, ticket, self.meter))

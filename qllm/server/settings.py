@@ -23,6 +23,8 @@ class ClassSettings(StrictModel):
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]  #: lower is more urgent; 0 and below are LS
     max_waiting: Whole  #: requests without a first token yet, of this class and of more urgent ones
     max_waiting_tokens: Whole  #: tokens of their prompts
+    max_ttft: Positive | None = None  #: seconds within which a first token is wanted, for policies that go by it
+    max_tpot: Positive | None = None  #: the same from token to token, on average
 
 
 class ApiKey(StrictModel):

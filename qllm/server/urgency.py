@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from qllm.executor.checks import MOST_ID
 from qllm.scheduler import Fcfs, Policy
 from qllm.server.errors import ApiError
-from qllm.server.settings import ApiKey, ServerSettings
+from qllm.server.protocol import Generate
+from qllm.server.settings import ApiKey, ClassSettings, ServerSettings
 
 
 class Urgency(NamedTuple):
@@ -21,6 +23,15 @@ class Urgency(NamedTuple):
     class_: str
     priority: int
     tier: str | None
+
+
+def wants(asked: Generate, class_: ClassSettings) -> dict[str, Any]:
+    """What policies may go by besides the priority, as arguments of `submit`: the request's, else its class's."""
+    return {
+        "max_ttft": class_.max_ttft if asked.max_ttft is None else asked.max_ttft,
+        "max_tpot": class_.max_tpot if asked.max_tpot is None else asked.max_tpot,
+        "tenant": (asked.user or "")[:MOST_ID],
+    }
 
 
 class Urgencies:

@@ -152,7 +152,11 @@ class DecodePool:
         r.state = State.READY
         self.levels[r.level] = self.levels.get(r.level, 0) + 1
         if len(self.batch.members) < self.places:
-            self.batch.add(r)
+            if self._idle:  # places that were left open go to the most urgent of all
+                self._set_idle(r)
+                self.refill()
+            else:
+                self.batch.add(r)
             return
         worst = max(self.batch.members.values(), key=rank)
         if rank(r) < rank(worst):

@@ -53,10 +53,8 @@ class LsPass:
     def tokens(self, limit: float, decodes: int, first: Request, most: int) -> int:
         """How many tokens of the prompt of `first` keep the pass within `limit` seconds; 0 where that is few."""
         most = min(most, first.remaining)
-        if most < LEAST_CHUNK:
-            return 0
         found = _most(lambda n: self.seconds(decodes, (n, first.computed)), limit, 0, most)
-        return found if found >= LEAST_CHUNK else 0
+        return found if found >= min(LEAST_CHUNK, first.remaining) else 0
 
 
 def _most(seconds: Callable[[int], float], limit: float, low: int, high: int) -> int:

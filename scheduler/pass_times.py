@@ -70,6 +70,7 @@ class PassTimes:
         sizes, known = self._sizes[kind], self._seconds[kind]
         if not sizes:
             return None
+        tokens = _rounded(tokens)
         at = bisect_left(sizes, tokens)
         if at == len(sizes):
             return known[sizes[-1]] * tokens / sizes[-1]

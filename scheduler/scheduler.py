@@ -54,6 +54,7 @@ class Scheduler:
         suspended_passes: Those that may go on.
         running: The pass on the device, if any.
         passes: How many were launched.
+        ageing: When those that wait become as urgent as any.
     """
 
     def __init__(self, policy: Policy, limits: Limits, seconds: PassSeconds | None = None):
@@ -69,7 +70,7 @@ class Scheduler:
         self.passes = 0
         self._ran_prefill = False  # what ran last had prefills
         self._times = PassTimes(seconds) if policy.predicts else None
-        self._ageing = Ageing(policy.max_wait_s)
+        self.ageing = Ageing(policy.max_wait_s)
         self._hears = type(policy).ran is not Policy.ran
         self._chooses = type(policy).admits is not Policy.admits
         #: whether `should_yield` may turn true with time alone
@@ -102,7 +103,7 @@ class Scheduler:
             raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
         self.requests[r.id] = r
         if level > self.policy.urgent:
-            self._ageing.add(r)
+            self.ageing.add(r)
 
     def reprioritize(self, request_id: int, priority: int, now: float) -> None:
         """Change a request's priority from the next decision on, wherever it stands; unknown ones are left alone.
@@ -143,8 +144,8 @@ class Scheduler:
         """
         if self.running is not None:
             raise SchedulerError(f"{self.running!r} is still running")
-        if self._ageing.next <= now:
-            self._ageing.promote(self, now)
+        if self.ageing.next <= now:
+            self.ageing.promote(self, now)
         self.ready.refill()  # before others come back: a free place goes to the most urgent of all
         if self.memory.offloaded:
             self.memory.restore_offloaded()
@@ -175,8 +176,8 @@ class Scheduler:
         limit = self.limits.max_suspended_tokens
         if limit is not None and sum(p.tokens for p in self.suspended_passes) + running.tokens > limit:
             return False
-        if self._ageing.next <= now:
-            self._ageing.promote(self, now)
+        if self.ageing.next <= now:
+            self.ageing.promote(self, now)
         try:
             return self.policy.preempts(self, running, now)
         except Exception as error:
@@ -187,7 +188,7 @@ class Scheduler:
         at = ask(self.policy, "recheck_at", self, running, now)
         if not isinstance(at, int | float) or at != at:
             raise PolicyError(f"{self.policy!r}: recheck_at gave {at!r}; allowed: seconds, or inf for never")
-        return min(float(at), self._ageing.next)
+        return min(float(at), self.ageing.next)
 
     # ---- what happened -----------------------------------------------------------------------------------------
 

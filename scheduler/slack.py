@@ -103,6 +103,7 @@ class Slack(Qllm):
         elif self._ls(s) is not None:
             self._decode_ls(s, batch, now)
         else:
+            self._pacing.ls_left()
             batch.decode()
             batch.prefill(tokens=max(self.budget - batch.tokens, 1), chunk=True)
 
@@ -114,6 +115,8 @@ class Slack(Qllm):
     def resume(self, s: Scheduler, suspended: Pass, now: float) -> bool:
         if suspended.level <= self.urgent:
             return super().resume(s, suspended, now)
+        if min(s.waiting.level(), s.ready.batch.level) > self.urgent:
+            self._pacing.ls_left()
         if self._pacing.owed > OWED_S:
             return True
         return super().resume(s, suspended, now) and self._due(s) - now > LEAST_SLICE_S
@@ -151,8 +154,8 @@ class Slack(Qllm):
         if p.level > ls:
             self._pacing.be_ran(now - p.launched)
         elif ended:
-            took = p.running_s + now - p.launched
-            self._pacing.ls_ran(now, took, self._alone(s, p), _be_part(p, ls), self._be_waits(s))
+            took, be_part = p.running_s + now - p.launched, _be_part(p, ls)
+            self._pacing.ls_ran(now, took, self._alone(s, p), be_part, be_part > 0 or self._be_waits(s))
         if ended:
             for c in p.prefill:
                 if not c.context and not c.request.generated:

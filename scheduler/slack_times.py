@@ -62,6 +62,7 @@ class Pacing:
         self._stretch = stretch
         self._owed_per_s = share / (1 - share)
         self._start = -NEVER  # of the next pass of LS, by `stretch`
+        self._fresh = True  # there was no LS before the pass of LS that runs next
         self._ended = -NEVER  # the last one
         self.owed = 0.0  #: seconds of the device that BE has not had yet
 
@@ -82,10 +83,15 @@ class Pacing:
         """A pass of LS ended now. It took `seconds`, of which BE had `be_part`; without BE it would take `alone`."""
         alone = seconds if alone is None else min(alone, seconds)
         most = LONGEST_GAP * alone
-        self._start = min(max(self._start, now - most) + self._stretch * alone, now + most)
+        base = now - seconds if self._fresh else max(self._start, now - most)
+        self._start, self._fresh = min(base + self._stretch * alone, now + most), False
         self._ended = now
         owed = self.owed + seconds * ((1 - be_part) * self._owed_per_s - be_part)
         self.owed = min(max(0.0, owed), 2 * OWED_S) if be_waits else 0.0
+
+    def ls_left(self) -> None:
+        """There is no LS at the moment."""
+        self._fresh = True
 
     def be_ran(self, seconds: float) -> None:
         """BE had the device for so long."""
@@ -97,17 +103,16 @@ class LaunchRate:
 
     def __init__(self) -> None:
         self._last = -NEVER
-        self._seconds: float | None = None  # for which one was the first to wait
+        self._seconds = 0.0  # for which one was the first to wait
+        self._known = 0
 
     def launched(self, r: Request) -> None:
         """`r` was launched for the first time."""
         first_for = r.first_launch - max(self._last, r.arrival)
         self._last = max(self._last, r.first_launch)
-        if self._seconds is None:
-            self._seconds = first_for
-        else:
-            self._seconds += RECENT * (max(first_for, 0.0) - self._seconds)
+        self._known += 1
+        self._seconds += max(RECENT, 1 / self._known) * (max(first_for, 0.0) - self._seconds)
 
     def wait(self, ahead: int) -> float:
         """Seconds until so many are launched, as it goes now; 0 where nobody was launched yet."""
-        return ahead * (self._seconds or 0.0)
+        return ahead * self._seconds

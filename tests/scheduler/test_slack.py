@@ -136,7 +136,7 @@ def test_the_policies_that_do_not_predict_are_told_nothing():
 
 
 def play(s: Scheduler, requests: list[Request], until: float, took=seconds, step: float = 0.001) -> dict[int, float]:
-    """Run on one device that stops every `step` seconds of a pass; seconds of the device by level."""
+    """Run on one device that stops every `step` seconds of a pass; seconds of the device, of LS (0) and BE (1)."""
     now, todo = 0.0, sorted(requests, key=lambda r: r.arrival)
     left: dict[int, float] = {}
     used: dict[int, float] = {}
@@ -151,12 +151,15 @@ def play(s: Scheduler, requests: list[Request], until: float, took=seconds, step
             continue
         whole = took([(c.tokens, c.context) for c in p.prefill], p.n_decode, p.decode_context)
         rest = left.pop(p.id, whole)
-        level = int(p.level)
+        tokens = [(r.level, 1) for r in p.requests() if r.batch is not None]
+        tokens += [(c.request.level, c.tokens) for c in p.prefill]
+        ls = sum(n for level, n in tokens if level <= 0) / p.tokens
         while True:
             dt = min(step, rest)
             now += dt
             rest -= dt
-            used[level] = used.get(level, 0.0) + dt
+            used[0] = used.get(0, 0.0) + dt * ls
+            used[1] = used.get(1, 0.0) + dt * (1 - ls)
             if rest <= 1e-12:
                 s.finished(p, now)
                 break
@@ -260,17 +263,15 @@ def test_what_left_meanwhile_does_not_age():
 
 
 def test_be_is_turned_away_while_those_before_it_would_wait_too_long():
-    s = scheduler(shed_s=1.0)
-    for i in range(3):
-        add(s, i, 8000, 5, 1)
-    p = s.next(0.0)
-    s.finished(p, 1.0)
-    s.finished(s.next(1.0), 2.0)
-    add(s, 3, 8000, 5, 1, 2.0)
-    with pytest.raises(RequestShed, match=r"request 4: it would wait for about .* s .*shed_s"):
-        add(s, 4, 8000, 5, 1, 2.0)
-    assert 4 not in s.requests
-    add(s, 20, 10, 5, 0, 2.0)
+    s = scheduler(Limits(max_batched_tokens=8000), shed_s=1.3, budget=8000)
+    for i in range(5):
+        add(s, i, 8000, 1, 1)
+    for now in (0.0, 1.0, 2.0):
+        s.finished(s.next(now), now + 1.0)
+    with pytest.raises(RequestShed, match=r"request 5: it would wait for about 1.33 s .*shed_s"):
+        add(s, 5, 8000, 5, 1, 3.0)
+    assert 5 not in s.requests
+    add(s, 20, 10, 5, 0, 3.0)
 
 
 def test_a_first_token_that_has_time_stops_nobody_who_ends_soon():

@@ -38,7 +38,9 @@ def test_the_mean_of_passes_that_are_drawn(popularity, chunks, n_decode, context
     cost = steps.cost(given, n_decode, context, n_decode + len(chunks))
     drawn = [steps.total(cost, steps.experts_of_pass(cost, routing.counts(tokens, routing.draw()))) for _ in range(300)]
     error = 4 * np.std(drawn) / np.sqrt(len(drawn))
-    assert ExpectedSeconds(steps)(chunks, n_decode, context) == pytest.approx(np.mean(drawn), rel=0.004, abs=error)
+    assert ExpectedSeconds(steps)(chunks, n_decode, context) == pytest.approx(
+        np.mean(drawn), rel=0.004 if popularity is None else 0.02, abs=error
+    )
 
 
 def test_what_lies_between_known_sizes_lies_between_their_times():

@@ -149,6 +149,13 @@ class Memory:
         """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
         return self.holders(level) < self.limits.max_seqs
 
+    def can_prefill(self, level: float) -> bool:
+        """Whether the first request that waits at `level` could be launched now."""
+        r = self.waiting.peek(level)
+        if r is None:
+            return False
+        return bool(r.blocks) or (self.has_slot(level) and self.room_for(r) is not None)
+
     def admit(self, r: Request) -> bool:
         """Take the KV blocks that the prefill of `r` needs, and say whether it has them.
 

@@ -19,6 +19,7 @@ I6 work conservation: `next` returns a pass whenever a request is in the system 
 I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead.
 I8 bounded suspension: where the policy sets a bound, a pass that was suspended for so long in all is due. Before it
    goes on, nothing runs but the pass that ran when it fell due, and passes that were due before it.
+I9 bounded waiting: where the policy sets a bound, a request that was in no running pass for so long in all is LS.
 """
 
 from __future__ import annotations
@@ -256,18 +257,14 @@ class Scheduler:
 
     def can_prefill(self, level: float) -> bool:
         """Return whether the first request that waits at `level` could be launched now."""
-        r = self.waiting.peek(level)
-        if r is None:
-            return False
-        return bool(r.blocks) or (self.memory.has_slot(level) and self.memory.room_for(r) is not None)
+        return self.memory.can_prefill(level)
 
     def seconds(self, chunks: Sequence[tuple[int, int]], n_decode: int = 0, context: int = 0) -> float | None:
         """Return the predicted seconds of a pass; None where nothing is known, or the policy's `predicts` is not set.
 
         Args:
             chunks: Of prompts: (new tokens, tokens cached before).
-            n_decode: Sequences that decode.
-            context: Tokens that these hold, all together.
+            n_decode: Sequences that decode, which hold `context` tokens all together.
         """
         return None if self._times is None else self._times.seconds(chunks, n_decode, context)
 

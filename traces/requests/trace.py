@@ -167,8 +167,9 @@ class RequestTrace:
             prompt_tokens=self.prompt_tokens[:n],
             output_tokens=self.output_tokens[:n],
             cls=self.cls[:n],
+            max_ttft_s=None if self.max_ttft_s is None else self.max_ttft_s[:n],
+            max_tpot_s=None if self.max_tpot_s is None else self.max_tpot_s[:n],
             tenants=None if self.tenants is None else self.tenants[:n],
-            **{name: column[:n] for name, column in self._bounds()},
         )
 
     def describe(self) -> dict[str, Any]:

@@ -6,9 +6,10 @@ if __name__ != "qllm.scheduler":
 from qllm.scheduler.memory import Limits
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Chunk, Pass
-from qllm.scheduler.policies import Chunked, Fcfs, Hybrid, Layer, Priority, Qllm
+from qllm.scheduler.policies.classic import Chunked, Fcfs, Hybrid, Layer, Priority, Qllm
+from qllm.scheduler.policies.registry import POLICIES, build_policy, make_policy
+from qllm.scheduler.policies.slack import Slack
 from qllm.scheduler.policy import Granularity, Policy
-from qllm.scheduler.registry import POLICIES, build_policy, make_policy
 from qllm.scheduler.request import (
     PolicyError,
     Request,
@@ -19,7 +20,6 @@ from qllm.scheduler.request import (
     UnknownPolicy,
 )
 from qllm.scheduler.scheduler import Scheduler
-from qllm.scheduler.slack import Slack
 
 __all__ = [
     "NEVER",

@@ -19,22 +19,23 @@ SLIP = 1e-9  #: seconds by which a sum of times may be off
 class Ageing:
     """When each of the less urgent requests will have waited, in queues and suspended, for `bound` seconds in all."""
 
-    __slots__ = ("_bound", "_heap", "next")
+    __slots__ = ("_bound", "_heap", "_urgent", "next")
 
-    def __init__(self, bound: float):
+    def __init__(self, bound: float, urgent: float):
         self._bound = bound
+        self._urgent = urgent  # who is as urgent as that does not age
         self._heap: list[tuple[float, int, Request]] = []  # (no sooner than then, id, request)
         self.next = NEVER  #: when to look again
 
     def add(self, r: Request) -> None:
-        """`r` has come; one that is as urgent as any does not age."""
-        if self._bound < NEVER:
+        """`r` has come, or has another level."""
+        if self._bound < NEVER and r.level > self._urgent:
             heappush(self._heap, (r.arrival + self._bound, r.id, r))
             self.next = self._heap[0][0]
 
     def promote(self, s: Scheduler, now: float) -> None:
         """Give those whose time has come the most urgent level that the policy calls latency-sensitive."""
-        heap, urgent = self._heap, int(s.policy.urgent)
+        heap, urgent = self._heap, int(self._urgent)
         while heap and heap[0][0] <= now:
             r = heappop(heap)[2]
             if s.requests.get(r.id) is not r or r.level <= urgent or r.state is State.ABORTED:

@@ -28,8 +28,7 @@ def change_priority(s: Scheduler, r: Request, priority: int) -> None:
     except SchedulerError:
         r.priority = before
         raise
-    if level > s.policy.urgent:
-        s.ageing.add(r)
+    s.ageing.add(r)
 
 
 def move_to(s: Scheduler, r: Request, level: int, order: tuple[Any, ...]) -> None:

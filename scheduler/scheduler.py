@@ -71,7 +71,7 @@ class Scheduler:
         self.passes = 0
         self._ran_prefill = False  # what ran last had prefills
         self._times = PassTimes(seconds) if policy.predicts else None
-        self.ageing = Ageing(policy.max_wait_s)
+        self.ageing = Ageing(policy.max_wait_s, policy.urgent)
         self._hears = type(policy).ran is not Policy.ran
         self._chooses = type(policy).admits is not Policy.admits
         #: whether `should_yield` may turn true with time alone
@@ -103,8 +103,7 @@ class Scheduler:
         except TypeError as error:
             raise policy_error(self.policy, f"order gave {r.order!r}; comparing it", error) from error
         self.requests[r.id] = r
-        if level > self.policy.urgent:
-            self.ageing.add(r)
+        self.ageing.add(r)
 
     def reprioritize(self, request_id: int, priority: int, now: float) -> None:
         """Change a request's priority from the next decision on, wherever it stands; unknown ones are left alone.
@@ -264,7 +263,8 @@ class Scheduler:
 
         Args:
             chunks: Of prompts: (new tokens, tokens cached before).
-            n_decode: Sequences that decode, which hold `context` tokens all together.
+            n_decode: Sequences that decode.
+            context: Tokens that these hold, all together.
         """
         return None if self._times is None else self._times.seconds(chunks, n_decode, context)
 

@@ -37,7 +37,8 @@ FOREIGN = {
 
 #: Folder -> the folders of this project that it may import from, besides itself. Everything below `X` counts as `X`.
 ARROWS = {
-    "scheduler": set(),
+    "scheduler": {"scheduler/policies"},
+    "scheduler/policies": {"scheduler"},
     "traces": {"traces/requests", "traces/step_times"},
     "traces/requests": {"traces"},
     "traces/step_times": {"traces"},
@@ -83,9 +84,14 @@ ARROWS = {
 }
 #: What lies in a folder itself and may be imported from below: its errors and what its subfolders share.
 SHARED = {
-    "executor": {"qllm.executor.errors"},
+    "executor": {"qllm.executor.checks", "qllm.executor.errors"},
     "qllm": {"qllm.errors", "qllm._version"},
-    "traces": {"qllm.traces.comment_header", "qllm.traces.files", "qllm.traces.messages"},
+    "traces": {
+        "qllm.traces.comment_header",
+        "qllm.traces.files",
+        "qllm.traces.import_defaults",
+        "qllm.traces.messages",
+    },
 }
 
 FILES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from qllm.config.yaml_lines import ConfigError
+from qllm.traces import import_defaults as defaults
 from qllm.traces.messages import suggestion
-from qllm.traces.step_times import import_defaults as defaults
 
 app = typer.Typer(no_args_is_help=True, help="Timing traces: what they hold, where they come from.")
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, Policy, PolicyError, Request, RequestTooLarge, Scheduler, State, make_policy
-from qllm.scheduler.orders import Fair
+from qllm.scheduler.policies.orders import Fair
 from tests.scheduler.test_scheduler import add, check, drive
 from tests.scheduler.test_tight_memory import check_order
 from tests.worlds import limits, policies

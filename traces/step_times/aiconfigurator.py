@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qllm.traces.step_times import import_defaults as defaults
+from qllm.traces import import_defaults as defaults
 from qllm.traces.step_times.aiconfigurator_points import decode_points, dense_points, prefill_points
 from qllm.traces.step_times.aiconfigurator_tables import DTYPES, LICENCE, Memory, Tables, series
 from qllm.traces.step_times.expert_fit import OUTLIER, ExpertFit, fit_balanced

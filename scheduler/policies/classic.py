@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.policies.settings import at_least, boolean, whole
 from qllm.scheduler.policy import Granularity, Policy
 from qllm.scheduler.request import Request, UnknownPolicy
-from qllm.scheduler.settings import at_least, boolean, whole
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler

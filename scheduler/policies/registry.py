@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from qllm.scheduler.policies import Chunked, Fcfs, Hybrid, Layer, Priority, Qllm
+from qllm.scheduler.policies.classic import Chunked, Fcfs, Hybrid, Layer, Priority, Qllm
+from qllm.scheduler.policies.slack import Slack
 from qllm.scheduler.policy import Policy, checked_policy
 from qllm.scheduler.request import UnknownPolicy
-from qllm.scheduler.slack import Slack
 
 #: policies by the name that a configuration uses
 POLICIES: dict[str, type[Policy]] = {

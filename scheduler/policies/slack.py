@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qllm.scheduler.joining import LsPass
-from qllm.scheduler.orders import ORDERS, Order
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
-from qllm.scheduler.policies import Qllm
+from qllm.scheduler.policies.classic import Qllm
+from qllm.scheduler.policies.joining import LsPass
+from qllm.scheduler.policies.orders import ORDERS, Order
+from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing
+from qllm.scheduler.policies.settings import at_least, share, whole
 from qllm.scheduler.request import Request, UnknownPolicy
-from qllm.scheduler.settings import at_least, share, whole
-from qllm.scheduler.slack_times import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
@@ -36,7 +36,7 @@ class Slack(Qllm):
         tpot_stretch: How many times longer LS tokens may take, where no `max_tpot_s` says so.
         be_share: Share of the device that BE gets at least while LS work is there, whatever the bounds.
         budget: Tokens that a pass without LS is filled up to.
-        order: Who comes first within a level: "arrival", "deadline", "shortest" or "fair" (`qllm.scheduler.orders`).
+        order: Who comes first within a level: "arrival", "deadline", "shortest" or "fair" (see orders.py).
         weights: With order "fair", tenant -> weight; 1 for those not named.
         max_suspended_s: As for `Qllm`.
         max_wait_s: A BE request that was in no running pass for so long in all is served as LS. None: no bound.

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.scheduler import Limits, Request, RequestShed, Scheduler, UnknownPolicy, make_policy
+from qllm.scheduler import Limits, Policy, Request, RequestShed, Scheduler, UnknownPolicy, make_policy
+from qllm.scheduler.policies.joining import _most
 
 PASS_S, TOKEN_S = 0.010, 0.0001
 
@@ -210,6 +211,26 @@ def test_a_stream_of_ls_prefills_does_not_take_all(share):
     assert be.finish <= (0.82 + 0.5) / share + 1.0
 
 
+def test_a_suspended_pass_has_its_share_of_a_stream_of_ls_prefills():
+    ls = [Request(i, 400, 1, 0, 0.1 + 0.05 * i) for i in range(400)]
+    be = Request(1000, 8000, 1, 1, 0.0)
+    play(scheduler(be_share=0.2), [be, *ls], 40.0)
+    assert be.preemptions > 3
+    assert be.finish <= 0.1 + (0.71 + 0.5) / 0.2 + 1.0
+
+
+@given(st.sampled_from([0.5, 1.0, 2.0, 7.0]), st.integers(1, 3000), st.floats(0.011, 0.2))
+def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, limit):
+    def seconds(n: int) -> float:
+        return 0.01 + 0.1 * (n / 1000) ** power
+
+    found = _most(seconds, limit, 0, high)
+    assert 0 <= found <= high
+    assert seconds(found) <= limit
+    if power == 1.0:
+        assert found == high or seconds(found + 1) > limit
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([0.5, 2.0]), st.integers(0, 5))
 def test_nobody_waits_much_longer_than_max_wait_s(bound, seed):
@@ -272,6 +293,11 @@ def test_be_is_turned_away_while_those_before_it_would_wait_too_long():
         add(s, 5, 8000, 5, 1, 3.0)
     assert 5 not in s.requests
     add(s, 20, 10, 5, 0, 3.0)
+
+
+def test_by_default_all_are_let_in():
+    s = Scheduler(make_policy("fcfs"), Limits())
+    assert Policy().admits(s, Request(0, 1, 1), 0.0) is None
 
 
 def test_a_first_token_that_has_time_stops_nobody_who_ends_soon():

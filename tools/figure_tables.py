@@ -8,6 +8,7 @@ import pandas as pd
 from figure_markdown import markdown
 from figure_results import caption, load
 from figure_tables_server import server_batch, server_load
+from figure_tables_slack import slack
 
 METRICS = ("ttft", "tpot", "turnaround")
 STATISTICS = ("mean", "p50", "p99")
@@ -290,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
         paper_rates,
         paper,
         long_prefill,
+        slack,
         throughput,
         mixed_load,
         server_load,

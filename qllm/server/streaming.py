@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from qllm.server.admission import Ticket
 from qllm.server.errors import ApiError, from_engine, gone
 
 T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"  #: the last of server-sent events
 
 
 class Watch(Protocol):
@@ -181,3 +184,20 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def told_while_connected(
+    receive: Receive, telling: Coroutine[Any, Any, None], rest: AsyncGenerator[Any, None]
+) -> None:
+    """Have `telling` send what `rest` gives; both end where the client goes away."""
+    try:
+        await while_connected(receive, telling)
+    except (ApiError, OSError):  # the client is gone
+        return
+    finally:
+        await rest.aclose()
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"

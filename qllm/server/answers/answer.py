@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -16,7 +15,7 @@ from qllm.server.answers.logprobs import TokenTexts
 from qllm.server.errors import ApiError
 from qllm.server.protocol import Generate
 from qllm.server.service import Service
-from qllm.server.streaming import Generation, Piece, while_connected
+from qllm.server.streaming import DONE, Generation, Piece, event, told_while_connected, while_connected
 from qllm.server.urgency import Urgency
 
 log = logging.getLogger(__name__)
@@ -91,16 +90,16 @@ class Answer:
                     if usage or continuous:
                         body["usage"] = self._usage() if continuous else None
                     seen[piece.index] = seen.get(piece.index, 0) + len(piece.text)
-                    yield _event(body)
+                    yield event(body)
             if usage:
-                yield _event(self._body(self.part_object, []) | {"usage": self._usage()})
+                yield event(self._body(self.part_object, []) | {"usage": self._usage()})
         except ApiError as error:
             if not seen:
                 raise
-            yield _event(error.body())
+            yield event(error.body())
         finally:
             self.close()
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
@@ -109,10 +108,6 @@ class Answer:
     def _usage(self) -> dict[str, int]:
         prompt, generated = self.generation.prompt_tokens, self.generation.tokens
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
@@ -138,16 +133,13 @@ class EventStream(Response):
         async def tell() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for event in self._rest:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+            async for told in self._rest:
+                await send({"type": "http.response.body", "body": told, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
-            await while_connected(receive, tell())
-        except (ApiError, OSError):  # the client is gone
-            return
+            await told_while_connected(receive, tell(), self._rest)
         finally:
-            await self._rest.aclose()
             self._answer.close()
 
 

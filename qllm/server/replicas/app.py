@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
@@ -21,7 +20,7 @@ from qllm.server.errors import ApiError, unavailable
 from qllm.server.replicas.metrics import merged
 from qllm.server.replicas.relay import Asked
 from qllm.server.replicas.router import Member, Router
-from qllm.server.streaming import while_connected
+from qllm.server.streaming import DONE, event, told_while_connected, while_connected
 from qllm.server.surroundings import Surroundings, refusal_handlers
 
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -157,14 +156,7 @@ class PassedOn(Response):
                     await send(message)
             except ApiError as error:  # the replica is lost
                 if self.headers.get("content-type", "").startswith("text/event-stream"):
-                    told = (
-                        b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\ndata: [DONE]\n\n"
-                    )
+                    told = event(error.body()) + DONE
                     await send({"type": "http.response.body", "body": told, "more_body": False})
 
-        try:
-            await while_connected(receive, tell())
-        except (ApiError, OSError):  # the client is gone
-            return
-        finally:
-            await self._rest.aclose()
+        await told_while_connected(receive, tell(), self._rest)

@@ -41,7 +41,7 @@ from qllm.config.from_config import (
 from qllm.scheduler import make_policy
 from qllm.sim import simulate
 from qllm.traces.requests.trace import RequestTrace, TraceError
-from qllm.traces.step_times.expected import ExpectedSeconds
+from qllm.traces.step_times.expected import expected_seconds
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOR_THROUGHPUT = ("fcfs", "priority", "chunked", "hybrid")
@@ -96,7 +96,7 @@ def run(config: Config, row: str, seed: int, at_once: bool = False) -> Run:
         popularity=popularity(config),
         seed=seed,
     )
-    expected = ExpectedSeconds(steps)
+    expected = expected_seconds(steps)
     middle = trace.prompt_tokens + trace.output_tokens // 2
     gaps = np.where(trace.output_tokens > 1, trace.output_tokens - 1, np.nan)
     arrival, first = result.arrival[mine], result.first_token[mine]

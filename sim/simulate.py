@@ -15,7 +15,7 @@ from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomia
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult, Status
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
-from qllm.traces.step_times.expected import ExpectedSeconds
+from qllm.traces.step_times.expected import expected_seconds
 from qllm.traces.step_times.timings import Timings, TimingWarning
 
 
@@ -59,7 +59,7 @@ def simulate(
     """
     levels = [priorities[name] for name in trace.classes]
     _check_context(trace, steps.timings)
-    workload = _Workload(trace, levels, Scheduler(policy, limits, ExpectedSeconds(steps)))
+    workload = _Workload(trace, levels, Scheduler(policy, limits, expected_seconds(steps)))
     shares = uniform(steps) if popularity is None else popularity
     drawn = routing or Routing(shares, steps.timings.top_k, seed)
     gpu = GpuModel(steps, drawn, policy.granularity)

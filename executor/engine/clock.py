@@ -12,7 +12,7 @@ from qllm.executor.model.passes import RunningPass
 from qllm.scheduler import Pass
 from qllm.scheduler.pass_times import PassSeconds
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
-from qllm.traces.step_times.expected import ExpectedSeconds
+from qllm.traces.step_times.expected import expected_seconds
 
 
 class Clock(Protocol):
@@ -46,7 +46,7 @@ class Clock(Protocol):
 
 def predictor(clock: Clock) -> PassSeconds | None:
     """Predicts the seconds of passes for a scheduler that decides by `clock`; None where it learns them by itself."""
-    return None if clock.steps is None else ExpectedSeconds(clock.steps)
+    return None if clock.steps is None else expected_seconds(clock.steps)
 
 
 class Deadlines:

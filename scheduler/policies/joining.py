@@ -11,8 +11,8 @@ from qllm.scheduler.request import Request
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
 
-LEAST_CHUNK = 16
-TRIES = 5
+LEAST_CHUNK = 16  #: tokens of a prompt; fewer are not worth a place in a pass, unless they are its last
+TRIES = 5  #: to find how much fits, after which what was found will do
 
 
 class LsPass:
@@ -48,21 +48,21 @@ class LsPass:
             return max(wanted, 0)
         if self.seconds(wanted) <= save:
             return 0
-        return _most(self.seconds, limit, 0, wanted)
+        return _most(self.seconds, limit, wanted)
 
     def tokens(self, limit: float, decodes: int, first: Request, most: int) -> int:
         """How many tokens of the prompt of `first` keep the pass within `limit` seconds; 0 where that is few."""
         most = min(most, first.remaining)
-        found = _most(lambda n: self.seconds(decodes, (n, first.computed)), limit, 0, most)
+        found = _most(lambda n: self.seconds(decodes, (n, first.computed)), limit, most)
         return found if found >= min(LEAST_CHUNK, first.remaining) else 0
 
 
-def _most(seconds: Callable[[int], float], limit: float, low: int, high: int) -> int:
-    """The most, up to a few, that keeps within `limit`; `seconds` grows with it, and `low` is known to be within."""
+def _most(seconds: Callable[[int], float], limit: float, high: int) -> int:
+    """The most, up to a few, that keeps within `limit`; `seconds` grows with it, and 0 is known to be within."""
     at_high = seconds(high)
     if at_high <= limit:
         return high
-    at_low = seconds(low)
+    low, at_low = 0, seconds(0)
     for _ in range(TRIES):
         if high - low <= 1 or at_low >= limit or at_high == NEVER:
             break

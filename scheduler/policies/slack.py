@@ -100,8 +100,8 @@ class Slack(Qllm):
         ls = self.urgent
         if s.waiting.level() <= ls and batch.prefill(up_to=ls):
             self._join(s, batch)
-        elif self._ls(s) is not None:
-            self._decode_ls(s, batch, now)
+        elif (decoding := self._ls(s)) is not None:
+            self._decode_ls(s, batch, decoding, now)
         else:
             self._pacing.ls_left()
             batch.decode()
@@ -188,7 +188,7 @@ class Slack(Qllm):
         chunks = [(c.tokens, c.context) for c in p.prefill if c.request.level <= self.urgent]
         n = context = 0
         if p.decode is not None:
-            n = sum(k for level, k in p.decode.levels.items() if level <= self.urgent)
+            n = _ls_decodes(p, self.urgent)
             decoding = self._decoding
             held = decoding.context * n // decoding.n if decoding is not None else p.decode_context
             context = min(held, p.decode_context)
@@ -212,10 +212,8 @@ class Slack(Qllm):
             if tokens:
                 batch.prefill(tokens=tokens, chunk=True)
 
-    def _decode_ls(self, s: Scheduler, batch: PassBuilder, now: float) -> None:
+    def _decode_ls(self, s: Scheduler, batch: PassBuilder, decoding: Decoding, now: float) -> None:
         """LS decodes, and BE joins it; or BE prompts come first, while there is slack."""
-        decoding = self._ls(s)
-        assert decoding is not None
         slack = self._pacing.start_by(decoding) - now
         if decoding.seconds is None or slack <= 0 or s.suspended_passes:
             batch.decode(decoding.n)
@@ -246,10 +244,13 @@ class Slack(Qllm):
 
 def _be_part(p: Pass, ls: float) -> float:
     """Share of the tokens of `p` that are BE's."""
-    mine = sum(c.tokens for c in p.prefill if c.request.level <= ls)
-    if p.decode is not None:
-        mine += sum(n for level, n in p.decode.levels.items() if level <= ls)
+    mine = sum(c.tokens for c in p.prefill if c.request.level <= ls) + _ls_decodes(p, ls)
     return 1 - mine / p.tokens
+
+
+def _ls_decodes(p: Pass, ls: float) -> int:
+    """How many LS requests decode in `p`."""
+    return 0 if p.decode is None else sum(n for level, n in p.decode.levels.items() if level <= ls)
 
 
 def _weights(given: object) -> dict[str, float]:

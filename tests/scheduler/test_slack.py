@@ -224,7 +224,7 @@ def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, limit
     def seconds(n: int) -> float:
         return 0.01 + 0.1 * (n / 1000) ** power
 
-    found = _most(seconds, limit, 0, high)
+    found = _most(seconds, limit, high)
     assert 0 <= found <= high
     assert seconds(found) <= limit
     if power == 1.0:

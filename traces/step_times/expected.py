@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,6 +15,12 @@ FEW = 128  #: tokens up to which all counts are summed over; beyond, the normal 
 #: sizes of passes whose experts are worked out; those between lie between
 GRID = [*range(FEW // 2 + 1), *(int(FEW / 2 * 1.12**i) for i in range(1, 60))]
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
+
+
+@lru_cache(maxsize=4)
+def expected_seconds(steps: PassCostModel) -> ExpectedSeconds:
+    """The predictor of a cost model, one for all runs: what it has worked out for some serves the others."""
+    return ExpectedSeconds(steps)
 
 
 class ExpectedSeconds:

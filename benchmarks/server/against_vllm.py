@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import random
-import socket
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mixed_load import mean, percentile, wait_for
-from processes import EngineFailed, Process, end_children_on_sigterm, why_no_vllm
+from processes import EngineFailed, Process, end_children_on_sigterm, free_port, why_no_vllm
 from results_file import add_out, save, this_machine
 
 from qllm.executor.testing import CHECKPOINT_VOCAB, make_checkpoint
@@ -79,14 +78,6 @@ def vllm(row: str, port: int, args: argparse.Namespace) -> list[str]:
     command += ["--served-model-name", "m", "--dtype", "float32", "--port", str(port), "--max-model-len", "8192"]
     command += ["--max-num-batched-tokens", str(MAX_TOKENS), "--max-num-seqs", str(MAX_SEQS)]
     return [*command, "--gpu-memory-utilization", "0.3", "--scheduling-policy", "priority", *VLLM[row][0]]
-
-
-def free_port() -> int:
-    """One that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 def load(row: str, url: str, pid: int, workload: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,9 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from processes import free_port
 
 PROMPTS = 24
 NEW_TOKENS = (1, 24)
@@ -136,9 +138,7 @@ def main() -> int:
     parser.add_argument("--leaving", type=float, default=0.2, help="share of streams that are left before their end")
     parser.add_argument("--malformed", type=int, default=1000)
     args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, "-m", "qllm", "serve", "--port", str(port)], stderr=subprocess.DEVNULL)
     try:

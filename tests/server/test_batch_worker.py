@@ -262,3 +262,22 @@ def wait_for_end(folder, process):
     finally:
         reader.close()
         db.close()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_cancel_that_comes_with_news_ends_the_worker(tmp_path, turns):
+    """As when a server ends just as a line is answered."""
+
+    async def run():
+        world = World(tmp_path, good)
+        await asyncio.sleep(0.05)
+        world.worker.notify()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        world.task.cancel()
+        ended, _ = await asyncio.wait([world.task], timeout=20)
+        world.task.cancel()
+        world.store.close()
+        assert ended
+
+    asyncio.run(run())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -41,14 +43,18 @@ class Process:
             str(folder / "server.yaml"),
             *options,
         ]
-        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         ended = self.process.poll
-        wait_for(lambda: any("serving" in line for line in self.lines) or ended() is not None, self.start_s)
-        found = re.search(r"serving demo at (http://\S+)/v1", "".join(self.lines))
-        assert found, self.lines
+        try:
+            wait_for(lambda: any("serving" in line for line in self.lines) or ended() is not None, self.start_s)
+            found = re.search(r"serving demo at (http://\S+)/v1", "".join(self.lines))
+            assert found, self.lines
+        except AssertionError:
+            self.kill()
+            raise
         self.url = found[1]
 
     def _read(self) -> None:
@@ -56,9 +62,11 @@ class Process:
             self.lines.append(line)
 
     def kill(self) -> None:
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own processes too: they hold the same pipe
         self.process.wait()
-        self._reader.join()
+        self._reader.join(WAIT_S)
+        assert not self._reader.is_alive()
         self.process.stderr.close()
 
 

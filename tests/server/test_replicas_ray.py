@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -39,7 +41,8 @@ def served(tmp_path_factory):
     yield process
     if process.process.poll() is None:
         process.process.send_signal(signal.SIGTERM)  # it ends Ray's processes; they outlive a kill for a while
-        process.process.wait(WAIT_S)
+        with suppress(subprocess.TimeoutExpired):
+            process.process.wait(WAIT_S)
     process.kill()
 
 

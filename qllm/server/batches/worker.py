@@ -70,8 +70,9 @@ class Worker:
                     await self._turn()
                 except Exception as error:  # the disk is full, say: it may have room again
                     log.error("batches: %s", type(error).__name__)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), LOOK_S)
+                with suppress(TimeoutError):  # asyncio.wait_for of Python 3.11 would lose a cancel that comes with news
+                    async with asyncio.timeout(LOOK_S):
+                        await self._news.wait()
         finally:
             await self._drop(None)
 

@@ -31,12 +31,16 @@ class LsPass:
         self._n = n
         self._context = context
         self._each = _tokens_held(s, n, context)
+        self._known: dict[tuple[int, tuple[int, int] | None], float] = {}
 
     def seconds(self, decodes: int, chunk: tuple[int, int] | None = None) -> float:
         """Of the pass with so many further decodes and a further chunk; inf where that is not known."""
-        chunks = self._chunks if chunk is None else [*self._chunks, chunk]
-        found = self._s.seconds(chunks, self._n + decodes, self._context + decodes * self._each)
-        return NEVER if found is None else found
+        key = decodes, chunk
+        if key not in self._known:
+            chunks = self._chunks if chunk is None else [*self._chunks, chunk]
+            found = self._s.seconds(chunks, self._n + decodes, self._context + decodes * self._each)
+            self._known[key] = NEVER if found is None else found
+        return self._known[key]
 
     def decodes(self, limit: float, wanted: int, save: float = 0.0) -> int:
         """How many of the `wanted` further decodes keep the pass within `limit` seconds.
@@ -44,25 +48,27 @@ class LsPass:
         Each makes the pass longer by less than the one before. So where all of them would fit into `save` seconds, none
         goes before they do.
         """
-        if wanted <= 0 or self.seconds(wanted) <= limit:
-            return max(wanted, 0)
-        if self.seconds(wanted) <= save:
+        if wanted <= 0:
             return 0
-        return _most(self.seconds, limit, wanted)
+        of_all = self.seconds(wanted)
+        if of_all <= limit:
+            return wanted
+        return 0 if of_all <= save else _most(self.seconds, limit, 0, wanted)
 
     def tokens(self, limit: float, decodes: int, first: Request, most: int) -> int:
         """How many tokens of the prompt of `first` keep the pass within `limit` seconds; 0 where that is few."""
-        most = min(most, first.remaining)
-        found = _most(lambda n: self.seconds(decodes, (n, first.computed)), limit, most)
-        return found if found >= min(LEAST_CHUNK, first.remaining) else 0
+        most, least = min(most, first.remaining), min(LEAST_CHUNK, first.remaining)
+        return _most(lambda n: self.seconds(decodes, (n, first.computed)), limit, least, most)
 
 
-def _most(seconds: Callable[[int], float], limit: float, high: int) -> int:
-    """The most, up to a few, that keeps within `limit`; `seconds` grows with it, and 0 is known to be within."""
+def _most(seconds: Callable[[int], float], limit: float, low: int, high: int) -> int:
+    """The most from `low` to `high`, up to a few, that keeps within `limit`; 0: not even `low`. `seconds` grows."""
     at_high = seconds(high)
     if at_high <= limit:
         return high
-    low, at_low = 0, seconds(0)
+    at_low = seconds(low)
+    if at_low > limit:
+        return 0
     for _ in range(TRIES):
         if high - low <= 1 or at_low >= limit or at_high == NEVER:
             break

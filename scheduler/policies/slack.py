@@ -155,7 +155,8 @@ class Slack(Qllm):
             self._pacing.be_ran(now - p.launched)
         elif ended:
             took, be_part = p.running_s + now - p.launched, _be_part(p, ls)
-            self._pacing.ls_ran(now, took, self._alone(s, p), be_part, be_part > 0 or self._be_waits(s))
+            alone = self._alone(s, p) if be_part else took
+            self._pacing.ls_ran(now, took, alone, be_part, be_part > 0 or self._be_waits(s))
         if ended:
             for c in p.prefill:
                 if not c.context and not c.request.generated:

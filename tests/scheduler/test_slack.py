@@ -219,15 +219,17 @@ def test_a_suspended_pass_has_its_share_of_a_stream_of_ls_prefills():
     assert be.finish <= 0.1 + (0.71 + 0.5) / 0.2 + 1.0
 
 
-@given(st.sampled_from([0.5, 1.0, 2.0, 7.0]), st.integers(1, 3000), st.floats(0.011, 0.2))
-def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, limit):
+@given(st.sampled_from([0.5, 1.0, 2.0, 7.0]), st.integers(1, 3000), st.integers(0, 20), st.floats(0.011, 0.2))
+def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, low, limit):
     def seconds(n: int) -> float:
         return 0.01 + 0.1 * (n / 1000) ** power
 
-    found = _most(seconds, limit, high)
-    assert 0 <= found <= high
+    low = min(low, high)
+    found = _most(seconds, limit, low, high)
+    assert found == 0 or low <= found <= high
     assert seconds(found) <= limit
-    if power == 1.0:
+    assert found or seconds(max(low, 1)) > limit or not low
+    if power == 1.0 and found:
         assert found == high or seconds(found + 1) > limit
 
 

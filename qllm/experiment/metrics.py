@@ -50,8 +50,12 @@ SUMMARY_COLUMNS = (
     "blocking_mean_s",
     "blocking_p99_s",
     "tpot_mean_s",
+    "tpot_p50_s",
+    "tpot_p95_s",
     "tpot_p99_s",
     "turnaround_mean_s",
+    "turnaround_p50_s",
+    "turnaround_p95_s",
     "turnaround_p99_s",
     "suspended_mean_s",
     "slo_attainment",
@@ -69,6 +73,9 @@ SUMMARY_COLUMNS = (
 )
 #: The bounds that an SLO may have: keys of `Slo`, each with its column of the summary.
 BOUNDS = {"ttft": "slo_ttft_met", "ttft_over_isolated": "slo_ttft_over_isolated_met", "tpot": "slo_tpot_met"}
+#: What `totals` adds up: counts, and what is per second of the makespan that all classes share.
+_SUMS = ("sent", "completed", "rejected", "preemptions", "evictions")
+_RATES = ("goodput_rps", "throughput_rps", "output_tokens_per_s")
 _DRAWS = 1000  #: of the seeds, for a band
 
 
@@ -207,6 +214,30 @@ def summarise(
     return pd.DataFrame(rows, columns=["policy", "rate", "class", *SUMMARY_COLUMNS, *others])
 
 
+def totals(summary: pd.DataFrame) -> pd.DataFrame:
+    """Add the classes of a summary up: a row per policy and point, with the columns of `summary` but for `class`.
+
+    Counts and rates are sums. `slo_attainment` and `slo_*_met` are of the requests whose class has such a bound.
+    `saturated`: whether one of the classes is; `kv_peak` is of all of them anyway. Times are nan: a mean over requests
+    of different kinds says nothing about any of them.
+    """
+    point = [name for name in summary.columns if name not in SUMMARY_COLUMNS and name != "class"]
+    rows: list[dict[str, Any]] = []
+    for key, classes in summary.groupby(point, sort=False, observed=True, dropna=False):
+        row = dict(zip(point, key if isinstance(key, tuple) else (key,), strict=True))
+        row |= {name: int(classes[name].sum()) for name in _SUMS}
+        row |= {name: classes[name].sum(min_count=1) for name in _RATES}
+        row |= {name: _met(classes, name) for name in ("slo_attainment", *BOUNDS.values())}
+        rows.append({**row, "saturated": bool(classes["saturated"].any()), "kv_peak": classes["kv_peak"].max()})
+    return pd.DataFrame(rows, columns=[name for name in summary.columns if name != "class"])
+
+
+def _met(classes: pd.DataFrame, column: str) -> float:
+    """The share over all classes that have it, of a share of the requests of each class."""
+    given = classes[classes[column].notna()]
+    return float(np.average(given[column], weights=given["sent"])) if len(given) else float("nan")
+
+
 def judged(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.DataFrame:
     """`per_request` with the columns of `BOUNDS`, 1.0 where that bound is met, and "good" where all are."""
     values = per_request(requests)
@@ -239,8 +270,12 @@ def _summary_row(mine: pd.DataFrame, makespan: float) -> dict[str, Any]:
         "blocking_mean_s": mine["blocking_s"].mean(),
         "blocking_p99_s": percentile(mine["blocking_s"], 99),
         "tpot_mean_s": mine["tpot_s"].mean(),
+        "tpot_p50_s": percentile(mine["tpot_s"], 50),
+        "tpot_p95_s": percentile(mine["tpot_s"], 95),
         "tpot_p99_s": percentile(mine["tpot_s"], 99),
         "turnaround_mean_s": mine["turnaround_s"].mean(),
+        "turnaround_p50_s": percentile(mine["turnaround_s"], 50),
+        "turnaround_p95_s": percentile(mine["turnaround_s"], 95),
         "turnaround_p99_s": percentile(mine["turnaround_s"], 99),
         "suspended_mean_s": mine.loc[completed, "suspended_s"].mean(),
         "slo_attainment": mine["good"].mean(),

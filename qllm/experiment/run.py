@@ -15,6 +15,7 @@ from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
 from qllm.traces.requests.trace import RequestTrace
+from qllm.traces.requests.wants import BOUNDS, cell_of
 from qllm.traces.results import RunResult
 
 LAST_ARRIVAL_S = 1e8  #: of a simulation: three years
@@ -100,10 +101,11 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
             "rate": np.full(n, rate_of(run, trace)),
             "seed": np.full(n, run.seed, dtype=np.int64),
             "id": np.arange(n),
-            "class": np.array([names.index(name) for name in trace.classes], dtype=np.int8)[trace.cls],
+            "class": np.array([names.index(name) for name in trace.classes], dtype=np.int16)[trace.cls],
             "arrival_s": result.arrival,
             "prompt_tokens": trace.prompt_tokens,
             "output_tokens": trace.output_tokens,
+            **_wanted(trace),
             "first_launch_s": result.first_launch,
             "first_token_s": result.first_token,
             "finish_s": result.finish,
@@ -120,6 +122,17 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
     )
 
 
+def _wanted(trace: RequestTrace) -> dict[str, Any]:
+    """What requests want, in the columns that the trace has: seconds, nan for no bound; text, "" for nothing."""
+    found: dict[str, Any] = dict(trace.wanted())
+    for name, column in found.items():
+        if name in BOUNDS:
+            found[name] = np.array(column, dtype=np.float64)
+        else:
+            found[name] = [cell_of(value) if isinstance(value, dict) else value or "" for value in column]
+    return found
+
+
 def rate_of(run: Run, trace: RequestTrace) -> float:
     """Requests per second offered; 0 where all arrive at one instant: a batch has no rate."""
     return run.config.rate or trace.rate or 0.0
@@ -130,12 +143,13 @@ def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     config, n = run.config, len(found)
 
     def text(codes: Any, names: list[str]) -> Any:
-        return pd.Categorical.from_codes(np.asarray(codes, dtype=np.int8), categories=pd.Index(names))
+        return pd.Categorical.from_codes(np.asarray(codes, dtype=np.int16), categories=pd.Index(names))
 
     named = {
         "class": text(found["class"], list(config.classes)),
         "status": text(found["status"], [status.name.lower() for status in Status]),
     }
+    named |= {name: pd.Categorical(found[name]) for name in ("tenant", "tags") if name in found}
     columns = {name: named.get(name, found[name]) for name in found.columns}
     return pd.DataFrame(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import BOUNDS, bootstrap, percentile, span
@@ -33,6 +35,7 @@ from qllm.plots.style import (
     draw_line,
     finish_axes,
     hollow_sign,
+    legend_columns,
     log_axis,
     new_axes,
     new_figure,
@@ -40,6 +43,9 @@ from qllm.plots.style import (
 )
 
 MOST_FACETS = 8  #: combinations of further swept values that one figure shows
+MOST_ROWS = 16  #: of panels: of more classes, and of more classes times combinations, the figure shows the first
+_BOUND: dict[str, Any] = {"color": "0.3", "linestyle": "--", "linewidth": 1}
+_LETTERS = 40  #: that the side of a panel has room for
 
 
 class _Metric(NamedTuple):
@@ -132,7 +138,7 @@ def save_figures(results: Results, out: str | Path, caption: str, policies: Sequ
     """Write the figures of a sweep as PNG and SVG, a row of panels per class.
 
     They are "ttft" (mean and tail), "throughput" (turnaround and throughput) and, where a class has an SLO, "slo"
-    (attainment by bound).
+    (attainment, and by bound where a class has several).
 
     Args:
         results: What a sweep gave.
@@ -152,11 +158,10 @@ def save_figures(results: Results, out: str | Path, caption: str, policies: Sequ
         "ttft": {name: ["ttft_mean_s", tails[name]] for name in classes},
         "throughput": {name: ["turnaround_mean_s", "throughput_rps"] for name in classes},
     }
-    slo = {}
-    for name in classes:
-        given = [BOUNDS[key] for key, values in bounds_of(results, name).items() if values]
-        if given:
-            slo[name] = given if len(given) == 1 else [*given, "slo_attainment"]
+    given = {name: [BOUNDS[key] for key, values in bounds_of(results, name).items() if values] for name in classes}
+    slo = {name: columns for name, columns in given.items() if columns}
+    if any(len(columns) > 1 for columns in slo.values()):  # then all bounds together first, comparable among classes
+        slo = {name: ["slo_attainment", *(columns if len(columns) > 1 else [])] for name, columns in slo.items()}
     if slo:
         figures["slo"] = slo
     written = []
@@ -176,7 +181,9 @@ def _panels(results: Results, panels: dict[str, list[str]], caption: str, polici
     keys = other_keys(results)
     unique = results.summary[keys].drop_duplicates().itertuples(index=False, name=None) if keys else [()]
     facets = [dict(zip(keys, values, strict=True)) for values in unique]
-    left_out, facets = len(facets) - MOST_FACETS, facets[:MOST_FACETS]
+    no_room, panels = list(panels)[MOST_ROWS:], dict(list(panels.items())[:MOST_ROWS])
+    most = min(MOST_FACETS, max(1, MOST_ROWS // len(panels)))
+    combinations, facets = len(facets), facets[:most]
     columns = max(map(len, panels.values()))
     figure = new_figure(1.2 + 4.2 * columns, 1.2 + 3.1 * len(facets) * len(panels))
     grid = figure.subplots(len(facets) * len(panels), columns, squeeze=False)
@@ -198,18 +205,22 @@ def _panels(results: Results, panels: dict[str, list[str]], caption: str, polici
     hollow = any(artist.get_label() == SATURATED for *_, lines in drawn for line in lines for artist in line)
     _legend(figure, hollow)
     said = notes(results, columns={column for _, column, *_ in drawn}, hollow=hollow, parted=any(parted))
-    if left_out > 0:
-        said.append(f"{left_out} of {left_out + MOST_FACETS} combinations of swept values are in the table only.")
+    if combinations > most:
+        said.append(f"{combinations - most} of {combinations} combinations of swept values are in the table only.")
+    if no_room:
+        said.append(f"{len(no_room)} of {len(no_room) + len(panels)} classes are in the table only.")
     add_caption(figure, " ".join([f"{caption.rstrip('.')}.", *said]))
     return figure
 
 
 def _legend(figure: Figure, hollow: bool) -> None:
     shown = {label: line for ax in figure.axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    bounds = [label for label, line in shown.items() if _is_bound(line)]
+    if len(bounds) > 1:  # all look alike: which is which say the panels and the caption
+        shown["SLO of the class"], *_ = [shown.pop(label) for label in bounds]
     if hollow:
         shown["saturated"] = hollow_sign()
-    widest = max(map(len, shown), default=1)
-    columns = max(1, min(5, int(11 * figure.get_figwidth() / (widest + 7))))
+    columns = legend_columns(list(shown), figure.get_figwidth(), most=5)
     figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
@@ -240,7 +251,7 @@ def _draw(
     if column == "throughput_rps" and spread_out(results, x):
         _draw_offered(results, cls, facet or {}, x, ax)
     _draw_bound(results, cls, column, ax)
-    ax.set_ylabel(f"{cls} {metric.title}")
+    ax.set_ylabel(textwrap.fill(f"{cls} {metric.title}", _LETTERS))
     finish_axes(ax, x)
     name_places(results, x, [label for (label, _), _ in found], ax)
     if metric.scale == "share":
@@ -259,7 +270,11 @@ def _draw_bound(results: Results, cls: str, column: str, ax: Axes) -> None:
     key, unit = next((bound for start, bound in _BOUND_OF.items() if column.startswith(start)), (None, ""))
     bounds = bounds_of(results, cls)[key] if key else []
     if len(bounds) == 1:
-        ax.axhline(bounds[0], color="0.3", linestyle="--", linewidth=1, label=f"SLO {bounds[0]:g}{unit}")
+        ax.axhline(bounds[0], **_BOUND, label=f"SLO {bounds[0]:g}{unit}")
+
+
+def _is_bound(line: Artist) -> bool:
+    return isinstance(line, Line2D) and (line.get_color(), line.get_linestyle()) == (_BOUND["color"], "--")
 
 
 def _draw_offered(results: Results, cls: str, facet: Mapping[str, Any], x: str, ax: Axes) -> None:

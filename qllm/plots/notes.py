@@ -54,6 +54,9 @@ def notes(results: Results, columns: Set[str], hollow: bool, parted: bool) -> li
     rejected = int((results.counted["status"] == "rejected").sum())
     if rejected:
         said.append(f"{rejected} of {len(results.counted)} requests were rejected and have no times.")
+        by_class = results.counted.loc[results.counted["status"] == "rejected", "class"].value_counts(sort=False)
+        if len(results.config.classes) > 1:
+            said.append(f"By class: {', '.join(f'{name} {count}' for name, count in by_class.items() if count)}.")
     warmup = results.config.warmup
     if warmup is not None:
         what = f"{warmup.share:.0%} of the requests" if warmup.seconds is None else f"{warmup.seconds:g} s"

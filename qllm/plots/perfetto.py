@@ -1,8 +1,8 @@
 """The schedule of simulated runs as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
 
-A process per run (a policy at a point of the sweep), a track per class (a pass belongs to its most urgent), a slice per
-stretch that a pass ran. "preempted" and "resumed" markers name layer (and stage); an arrow joins the two. Format:
-"Trace Event Format", JSON object form; times in microseconds.
+A process per run (a policy at a point of the sweep), a track per priority with the names of its classes (a pass belongs
+to the most urgent in it), a slice per stretch that a pass ran. "preempted" and "resumed" markers name layer (and
+stage); an arrow joins the two. Format: "Trace Event Format", JSON object form; times in microseconds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
     return recorded
 
 
+def class_names(config: Config) -> dict[int, str]:
+    """The classes of each priority, which passes do not tell apart: "agent, evaluation"."""
+    names: dict[int, list[str]] = {}
+    for cls, job in config.classes.items():
+        names.setdefault(job.priority, []).append(cls)
+    return {priority: ", ".join(classes) for priority, classes in names.items()}
+
+
 def write_timeline(recorded: list[tuple[Run, RunResult]], path: str | Path, time: str = "simulated") -> int:
     """Write what `record` gave to `path`, and return the number of events; `time`: simulated or measured."""
     events = []
@@ -46,7 +54,7 @@ def write_timeline(recorded: list[tuple[Run, RunResult]], path: str | Path, time
 
 def trace_events(slices: list[PassSlice], config: Config, process: int = 1, name: str = "GPU") -> list[dict[str, Any]]:
     """The events of one run: metadata, then for each slice its own and the markers at its ends."""
-    tracks = {job.priority: cls for cls, job in reversed(config.classes.items())}
+    tracks = class_names(config)
     common = {"pid": process, "cat": "pass"}
     events: list[dict[str, Any]] = [{**common, "ph": "M", "name": "process_name", "args": {"name": name}}]
     # Perfetto takes a thread id of 0 for none at all, so tracks count from 1.

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from qllm.config.yaml_lines import ConfigError
+from qllm.experiment.metrics import totals
 from qllm.experiment.results import CONFIG, Results, load_results, portable
 from qllm.experiment.sweep import SEVERAL
 from qllm.plots.curves import save_figures
@@ -62,6 +63,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
     text = environment.get_template("report.html.j2").render(
         title=f"QLLM: {', '.join(dict.fromkeys(part['name'] for part in parts))}",
         parts=parts,
+        example=f"{next(iter(loaded[0].config.classes))} {policies[-1]}",
         figure_kinds=[kind for kind in _FIGURES if any(part["figures"][kind["name"]] for part in parts)],
         differences=differences(loaded),
         compared=_table(compare(loaded, labels)),
@@ -120,9 +122,16 @@ def _part(label: str, folder: Path, results: Results, policies: Sequence[str]) -
         "figures": figures,
         "timeline": _data(folder / "timeline.png"),
         "summary": _table(results.summary.drop(columns=["ttft_mean_lo_s", "ttft_mean_hi_s"])),
+        "totals": _totals(results),
         "failures": _table(results.failures),
         "config": (folder / CONFIG).read_text(encoding="utf-8"),
     }
+
+
+def _totals(results: Results) -> dict[str, Any]:
+    """The sums over the classes, without the columns that have none; no rows where there is one class."""
+    found = totals(results.summary).dropna(axis="columns", how="all")
+    return _table(found if len(results.config.classes) > 1 else found[:0])
 
 
 def _table(data: pd.DataFrame) -> dict[str, Any]:

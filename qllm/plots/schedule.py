@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.lines import Line2D
@@ -14,12 +17,14 @@ from matplotlib.patches import Patch
 
 from qllm.config.from_config import cost_model
 from qllm.experiment.run import Run
-from qllm.plots.style import COLOURS, add_caption, new_axes, new_figure
+from qllm.plots.perfetto import class_names
+from qllm.plots.style import COLOURS, add_caption, legend_columns, new_axes, new_figure
 from qllm.traces.results import PassSlice, RunResult
 
 _PREFILL, _DECODE = 0.85, 0.35  #: opacity of passes with a prefill in them, and of those that only decode
 _SHOWN = 24  #: slices in a panel of `save_timeline`
 _OTHER = "0.6"  #: colour of priorities without a name
+_LETTERS = 40  #: in a line of the legend
 _DOTTED: Any = (0, (1.5, 1.2))
 _STOP: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 4.5, "mfc": "w", "mec": "k"}
 
@@ -34,8 +39,8 @@ def plot_timeline(
 ) -> Axes:
     """Draw one run's schedule: seconds on the x axis, layers done on the y axis; a slice climbs in a straight line.
 
-    `names`: priority -> class. A pass has the colour of its most urgent class, grey where that has no name. `requests`:
-    (priority, arrival, first token) in seconds, bars below. `ax`: by default of a new figure.
+    `names`: priority -> class, or classes. A pass has the colour of its most urgent class, grey where that has no name.
+    `requests`: (priority, arrival, first token) in seconds, bars below. `ax`: by default of a new figure.
     """
     ax = ax or new_axes()
     colours = _colours(names)
@@ -79,10 +84,11 @@ def _draw_requests(
         lane = next((i for i, free in enumerate(lanes) if free < arrival), len(lanes))
         lanes[lane:] = [end, *lanes[lane + 1 :]]
         y = -height * (lane + 0.8)
-        ax.plot([arrival, end], [y, y], color=colours[priority], linewidth=2.5, solid_capstyle="butt")
-        ax.plot([arrival], [y], "^", ms=6, color=colours[priority], clip_on=False)
+        colour = colours.get(priority, _OTHER)
+        ax.plot([arrival, end], [y, y], color=colour, linewidth=2.5, solid_capstyle="butt")
+        ax.plot([arrival], [y], "^", ms=6, color=colour, clip_on=False)
         if token == token:
-            ax.plot([end], [y], "|", ms=8, mew=2, color=colours[priority])
+            ax.plot([end], [y], "|", ms=8, mew=2, color=colour)
             text = f"TTFT {1e3 * (end - arrival):,.0f} ms"
             ax.annotate(text, (end, y), (6, 0), textcoords="offset points", fontsize=8, va="center", color="0.2")
     return -height * (len(lanes) + 0.4) if lanes else 0.0
@@ -93,15 +99,17 @@ def timeline_key(names: Mapping[int, str]) -> dict[str, Any]:
     colours = _colours(names)
     signs: dict[str, Any] = {}
     for priority, colour in colours.items():
-        signs[f"{names[priority]} prefill"] = Patch(color=colour, alpha=_PREFILL)
-        signs[f"{names[priority]} decode"] = Patch(facecolor=colour, alpha=_DECODE)
+        signs[textwrap.fill(f"{names[priority]} prefill", _LETTERS)] = Patch(color=colour, alpha=_PREFILL)
+        signs[textwrap.fill(f"{names[priority]} decode", _LETTERS)] = Patch(facecolor=colour, alpha=_DECODE)
     signs["suspended, state kept"] = Line2D([], [], color="k", **{**_STOP, "linestyle": _DOTTED})
     signs["arrival to first token"] = Line2D([], [], color=next(iter(colours.values())), lw=2.5, marker="^", ms=6)
     return {"handles": list(signs.values()), "labels": list(signs), "handlelength": 2.4}
 
 
-def _colours(names: Mapping[int, str]) -> dict[int, str]:
-    return {priority: COLOURS[i % len(COLOURS)] for i, priority in enumerate(sorted(names))}
+def _colours(names: Mapping[int, str]) -> dict[int, Any]:
+    """A colour of its own for each priority."""
+    many = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(names)))
+    return dict(zip(sorted(names), COLOURS if len(names) <= len(COLOURS) else many, strict=False))
 
 
 def _climb(one: PassSlice, layers: int) -> list[tuple[float, float]]:
@@ -122,7 +130,7 @@ def save_timeline(
     if not any(slices for _, slices in shown):
         return False
     start, end = _window([slices for _, slices in shown])
-    classes = {job.priority: name for name, job in reversed(recorded[0][0].config.classes.items())}
+    classes = class_names(recorded[0][0].config)
     figure = new_figure(9, 1.2 + 2.0 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (run, slices) in zip(panels, shown, strict=True):
@@ -134,8 +142,10 @@ def save_timeline(
     panels[-1].set_xlim(start, end)
     key = timeline_key(classes)
     key = {**key, "handles": key["handles"][:-1], "labels": key["labels"][:-1]}
-    figure.legend(**key, loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    add_caption(figure, f"A pass has the colour of the most urgent class in it. {caption}")
+    columns = legend_columns(key["labels"], 9.0, len(classes) + 1)  # prefill above decode, where there is room
+    figure.legend(**key, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    signs = "A pass has the colour of the most urgent class in it, and the dark one where anybody's prefill is in it."
+    add_caption(figure, f"{signs} {caption}")
     figure.savefig(path, dpi=150, metadata={"Software": None})
     return True
 

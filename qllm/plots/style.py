@@ -112,6 +112,12 @@ def hollow_sign() -> Line2D:
     return Line2D([], [], marker="o", markerfacecolor="white", markeredgecolor="0.3", linestyle="", markersize=4.5)
 
 
+def legend_columns(labels: Sequence[str], width: float, most: int) -> int:
+    """How many columns a legend of such labels in small type may have, in a figure `width` inches wide."""
+    widest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+    return max(1, min(most, int(width / (0.075 * widest + 0.65))))
+
+
 def part_lines(ax: Axes, lines: Sequence[Sequence[Artist]]) -> bool:
     """Draw lines side by side that lie on each other over a stretch; whether there were any.
 

@@ -168,9 +168,9 @@ class _Workload:
             t.cls.tolist(),
             strict=True,
         )
-        plain = t.max_ttft_s is None and t.max_tpot_s is None and t.tenants is None
+        has_wants = t.has_wants
         for i, (arrival, prompt, output, cls) in enumerate(rows):
-            wants = {} if plain else t.wants(i)
+            wants = t.wants(i) if has_wants else {}
             yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **wants)
 
     def record(self, done: list[Request]) -> None:

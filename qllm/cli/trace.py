@@ -45,6 +45,7 @@ def describe(
     told["coinciding"] = _coinciding(told["requests"], *told["coinciding"].values())
     if "prefixes" in told:
         told["prefixes"] = prefixes_in_words(told["prefixes"])
+    told |= _wants(told)
     for key, value in told.items():
         typer.echo(f"{key:<12} {_number(value)}")
     for name, row in rows.items():
@@ -150,6 +151,20 @@ def _coinciding(requests: int, shared: int, shared_instants: int, instants: int,
     if gap_s is None:
         return f"{told}: a batch, without a rate"
     return f"{told}, {_number(gap_s)} s apart (spread: true in a configuration, trace make --spread)"
+
+
+def _wants(told: dict[str, Any]) -> dict[str, str]:
+    """What `describe` says of bounds, tenants and tags, in words."""
+    found = {}
+    for name in ("max_ttft_s", "max_tpot_s"):
+        if name in told:
+            numbers = "  ".join(f"{key} {_number(told[name][key])}" for key in ("min", "p50", "max"))
+            found[name] = f"of {told[name]['requests']} requests: {numbers}"
+    if "tenants" in told:
+        found["tenants"] = f"{told['tenants']['tenants']}, of {told['tenants']['requests']} requests"
+    if "tags" in told:
+        found["tags"] = "requests with " + ", ".join(f"{name}: {requests}" for name, requests in told["tags"].items())
+    return found
 
 
 def _tokenizer(path: Path | None) -> Any:

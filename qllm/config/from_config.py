@@ -52,13 +52,18 @@ def _read_trace(
 
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
-    """The requests of one run, by workload and seed alone: every policy sees the same. ConfigError, TraceError."""
+    """The requests of one run, by workload and seed alone: every policy sees the same. ConfigError, TraceError.
+
+    A request of a recorded trace keeps the bounds that it has there; one without gets the deadline of its class.
+    """
     trace = _requests(config, seed)
     wanted = {name: job.deadline for name, job in config.classes.items() if job.deadline is not None}
     for key in ("ttft", "tpot"):
         of_class = [getattr(wanted.get(name), key, None) or math.inf for name in trace.classes]
         if min(of_class) < math.inf:
-            trace = replace(trace, **{f"max_{key}_s": np.array(of_class)[trace.cls]})
+            name = f"max_{key}_s"
+            own, usual = getattr(trace, name), np.array(of_class)[trace.cls]
+            trace = replace(trace, **{name: usual if own is None else np.where(np.isinf(own), usual, own)})
     return trace
 
 

@@ -30,7 +30,9 @@ class Results:
     Attributes:
         requests: A row per request and run: policy, rate, further swept keys, seed, id, class, arrival_s,
             prompt_tokens, output_tokens, first_launch_s, first_token_s, finish_s, queueing_s, running_s, suspended_s,
-            preemptions, evictions, kv_peak (of the run), isolated_ttft_s, status, reason.
+            preemptions, evictions, kv_peak (of the run), isolated_ttft_s, status, reason. What requests brought of
+            their own stands behind output_tokens, as far as any did: max_ttft_s, max_tpot_s (nan: no bound), tenant,
+            tags (as lane=batch;region=eu). Policies go by that; the summary judges by the SLO of the class alone.
         summary: A row per point and class (see qllm.experiment.metrics).
         config: The resolved configuration, with provenance.
         failures: A row per simulation that failed: policy, swept keys, seed, error; the other tables lack these.
@@ -44,6 +46,10 @@ class Results:
     @classmethod
     def of(cls, requests: pd.DataFrame, config: Config, failures: pd.DataFrame | None = None) -> Results:
         """Results with the summary worked out from `requests`."""
+        lacking = [name for name in ("tenant", "tags") if name in requests and requests[name].isna().any()]
+        if lacking:  # some of the runs had no such column
+            texts = {name: requests[name].astype(object).fillna("").astype("category") for name in lacking}
+            requests = requests.assign(**texts)
         parts = [summarise(rows, _slos(at), list(config.sweep), at.warmup) for at, rows in _by_bounds(requests, config)]
         return cls(requests, pd.concat(parts), config, pd.DataFrame() if failures is None else failures)
 

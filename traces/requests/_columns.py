@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qllm.traces.requests._prefixes import Prefixes
 from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
+from qllm.traces.requests.wants import WANTS
 
 OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS_COLUMN = "class"
+OPTIONAL = (CLASS_COLUMN, *WANTS)  # what our own formats may have besides
 CLASSES_HEADER = "classes"  # own formats name their classes in order, so that one without a request survives
 
 # Format -> its columns: arrival, prompt tokens, output tokens.
@@ -44,6 +47,7 @@ class Columns:
     names: list[str] | None = None  # the class of each row; None: no such column
     classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
     prefixes: Prefixes | None = None  # the blocks of each row's prompt; None: the format has none
+    wants: dict[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
 
 
 class SkippedRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -18,20 +19,22 @@ from qllm.traces.requests._columns import (
     CLASS_COLUMN,
     CLASSES_HEADER,
     CSV_COLUMNS,
+    OPTIONAL,
     OWN_COLUMNS,
     Columns,
     SkippedRows,
     class_problem,
     text_lines,
 )
-from qllm.traces.requests._time_units import Number, whole
+from qllm.traces.requests._time_units import Number, bound, whole
 from qllm.traces.requests.trace import TraceError, check_classes
+from qllm.traces.requests.wants import BOUND, TAGS, TENANT, WANTS, first_odd, is_tenant, tags_of
 
 NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 _DATE = re.compile(r"((?:19|2[01])\d\d-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?:Z|\+00:00)?", re.ASCII)
 
-Convert = Callable[[Sequence[str]], np.ndarray | Sequence[Number]]
+Convert = Callable[[Sequence[str]], np.ndarray | Sequence[Any]]
 
 
 def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
@@ -44,12 +47,17 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
             raise TraceError(f"{path}: column {name!r} {problem}; format {format} has {', '.join(wanted)}")
     own = format == "csv"
     if own:
-        allowed = (*OWN_COLUMNS, CLASS_COLUMN)
+        allowed = (*OWN_COLUMNS, *OPTIONAL)
         for name in header:
             if name not in allowed:
                 raise TraceError(f"{path}: unknown column {name!r}; allowed: {', '.join(allowed)}")
-    cells = [header.index(name) for name in wanted]
-    converts: tuple[Convert, ...] = (_dates if format == "azure" else _numbers, _counts, _counts)
+            if header.count(name) > 1:
+                raise TraceError(f"{path}: column {name!r} stands twice; allowed: once each {', '.join(allowed)}")
+    wants = [name for name in WANTS if own and name in header]
+    names = (*wanted, *wants)
+    cells = [header.index(name) for name in names]
+    times: Convert = _dates if format == "azure" else _numbers
+    converts = (times, _counts, _counts, *(_WANTS[name] for name in wants))
 
     def convert(part: list[list[str]]) -> list[Any]:
         columns = list(zip(*part, strict=True))
@@ -66,7 +74,7 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
     except (ValueError, OverflowError):
         good = []
         for number, row in zip(numbers, rows, strict=True):
-            reason = _problem(row, wanted, cells, converts) or (None if at is None else problems[row[at]])
+            reason = _problem(row, names, cells, converts) or (None if at is None else problems[row[at]])
             if reason:
                 skipped.row(f"line {number}", reason)
             else:
@@ -75,8 +83,10 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
         if not rows:
             return NOTHING
         columns = convert(rows)
-    arrival, prompt, output = columns
-    return Columns(arrival, prompt, output, None if at is None else [row[at] for row in rows], classes)
+    arrival, prompt, output, *more = columns
+    classed = None if at is None else [row[at] for row in rows]
+    found = dict(zip(wants, more, strict=True))
+    return Columns(arrival, prompt, output, classed, classes, wants=found)
 
 
 def _table(path: Path, skipped: SkippedRows) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
@@ -161,7 +171,28 @@ def _dates(cells: Sequence[str]) -> np.ndarray:
     return seconds
 
 
+def _bounds(cells: Sequence[str]) -> np.ndarray:
+    """Seconds; inf where a cell is empty: no bound."""
+    return np.array([math.inf if not cell else bound(_decimal(cell)) for cell in cells], dtype=np.float64)
+
+
+def _tenants(cells: Sequence[str]) -> Sequence[str]:
+    if first_odd(cells, is_tenant) is not None:
+        raise ValueError
+    return cells
+
+
+def _tags(cells: Sequence[str]) -> list[dict[str, str]]:
+    known = {cell: tags_of(cell) for cell in set(cells)}
+    return [known[cell] for cell in cells]
+
+
+_WANTS: dict[str, Convert] = {"max_ttft_s": _bounds, "max_tpot_s": _bounds, "tenant": _tenants, "tags": _tags}
+
 _ALLOWED: dict[Convert, str] = {
+    _bounds: f"{BOUND}, or empty",
+    _tenants: f"{TENANT}, or empty",
+    _tags: f"pairs as lane=batch;region=eu, or empty: {TAGS}",
     _counts: "an integer >= 1",
     _numbers: "a number >= 0 (seconds)",
     _dates: "a date in UTC as 2023-11-16 18:15:46.6805900",

@@ -15,6 +15,7 @@ from qllm.traces.requests._columns import (
     CLASS_COLUMN,
     CLASSES_HEADER,
     JSONL_COLUMNS,
+    OPTIONAL,
     OWN_COLUMNS,
     Columns,
     SkippedRows,
@@ -22,8 +23,9 @@ from qllm.traces.requests._columns import (
     text_lines,
 )
 from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
-from qllm.traces.requests._time_units import Number, number, whole
+from qllm.traces.requests._time_units import Number, bound, number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
+from qllm.traces.requests.wants import BOUND, BOUNDS, NOTHING, TAGS, TENANT, WANTS, is_tags, is_tenant
 
 Tokenizer = Callable[[str], Sized]
 
@@ -47,6 +49,7 @@ def read_json(
     classes: tuple[str, ...] | None = None
     requests: list[Request] = []
     names: list[str] = []
+    wants: list[dict[str, Any]] = []
     prefixes = Prefixes() if format in USUAL_BLOCK else None
     for where, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
         try:
@@ -65,6 +68,7 @@ def read_json(
                 raise TraceError(f"{path}, {where}: {doubt}")
             request = (_time(entry, columns[0]), _tokens(entry, columns[1]), _tokens(entry, columns[2]))
             if format == "jsonl":
+                mine = _wants(entry)
                 if (CLASS_COLUMN in entry) != bool(names) and requests:
                     raise _BadRow(f"every line names its {CLASS_COLUMN}, or none does")
                 if CLASS_COLUMN in entry:
@@ -72,15 +76,17 @@ def read_json(
                     if problem:
                         raise _BadRow(problem)
                     names.append(entry[CLASS_COLUMN])
+                wants.append(mine)
             if prefixes is not None:
                 prefixes.add(_hash_ids(entry))
             requests.append(request)
         except _BadRow as error:
             skipped.row(where, str(error))
     arrival, prompt, output = zip(*requests, strict=True) if requests else ((), (), ())
-    return Columns(
-        arrival, np.array(prompt, dtype=np.int64), np.array(output, dtype=np.int64), names or None, classes, prefixes
-    )
+    prompts, outputs = (np.array(column, dtype=np.int64) for column in (prompt, output))
+    there = {name for row in wants for name in row}
+    found = {name: [row.get(name, NOTHING[name]) for row in wants] for name in there}
+    return Columns(arrival, prompts, outputs, names or None, classes, prefixes, found)
 
 
 def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
@@ -144,10 +150,24 @@ def _measured(turn: dict[str, Any], tokenizer: Tokenizer) -> int:
 
 
 def _check_keys(entry: dict[str, Any]) -> None:
-    allowed = (*OWN_COLUMNS, CLASS_COLUMN)
+    allowed = (*OWN_COLUMNS, *OPTIONAL)
     for key in entry:
         if key not in allowed:
             raise _BadRow(f"unknown key {key!r}; allowed: {', '.join(allowed)}")
+
+
+def _wants(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of `WANTS`; null says nothing."""
+    found = {name: entry[name] for name in WANTS if entry.get(name) is not None}
+    for name, value in found.items():
+        try:
+            if name in BOUNDS:
+                found[name] = bound(value)
+            elif not (is_tenant if name == "tenant" else is_tags)(value):
+                raise ValueError
+        except ValueError:
+            raise _BadRow(f"{name} is {_short(value)}, must be {_ALLOWED[name]}") from None
+    return found
 
 
 def _tokens(entry: dict[str, Any], key: str) -> int:
@@ -176,6 +196,12 @@ def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
         return check_classes(entry[CLASSES_HEADER])
     except TraceError as error:
         raise TraceError(f"{path}, {where}: {CLASSES_HEADER} must be a list of names: {error}") from None
+
+
+_ALLOWED = dict.fromkeys(BOUNDS, f"{BOUND}, or null") | {
+    "tenant": f"{TENANT}, or null",
+    "tags": f'an object as {{"lane": "batch"}}, or null: {TAGS}',
+}
 
 
 def _short(value: object) -> str:

@@ -32,6 +32,14 @@ def number(value: object) -> Number | None:
         return None
 
 
+def bound(value: object) -> float:
+    """`value` as seconds where it is a finite number > 0 that float64 holds. ValueError where it is not."""
+    found = number(value)
+    if found is None or not float(found) > 0:
+        raise ValueError
+    return float(found)
+
+
 def whole(value: object) -> int | None:
     """`value` as a count where it is a whole number from 1, 1087.0 as well as 1087, else None."""
     found = number(value)

@@ -34,6 +34,7 @@ from qllm.traces.requests._read_csv import read_csv
 from qllm.traces.requests._read_json import Tokenizer, read_json
 from qllm.traces.requests._time_units import BAILIAN_KEYS, UNITS, check_magnitude, seconds, unit_doubt
 from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError, TraceWarning
+from qllm.traces.requests.wants import WANTS
 
 
 def read_requests(
@@ -57,7 +58,9 @@ def read_requests(
                    first two turns make one request, its lengths len(tokenizer(text)); without a `tokenizer` each
                    entry must hold integers "prompt_tokens" and "output_tokens". There are no arrivals: all are 0 and
                    `rate` is None (see `assign_arrivals`)
-        csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class
+        csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class; as it has
+                   them, max_ttft_s and max_tpot_s (seconds), tenant and tags (lane=batch;region=eu, in jsonl an object
+                   of texts). An empty cell, null or a missing key of these four says nothing of the request
 
     Counts may be written 1087.0. `format` or `unit` is needed where rows do not say whether they are Mooncake's or
     Qwen-Bailian's; `unit` where the first arrival would be a date in another unit. The hash_ids of these two (prompts
@@ -152,4 +155,5 @@ def _trace(path: Path, columns: Columns, arrival: np.ndarray, source: dict[str, 
         classes = columns.classes or tuple(dict.fromkeys(columns.names))
         index = {name: i for i, name in enumerate(classes)}
         cls = np.array([index[name] for name in columns.names], dtype=np.int64)
-    return RequestTrace(arrival[order], prompt, columns.output[order], cls[order], classes, source)
+    wants: dict[str, Any] = {WANTS[name]: [column[i] for i in order.tolist()] for name, column in columns.wants.items()}
+    return RequestTrace(arrival[order], prompt, columns.output[order], cls[order], classes, source, **wants)

@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-BOUNDS = ("max_ttft_s", "max_tpot_s")  # columns that a trace may have
+from qllm.traces.requests.wants import (
+    BOUNDS,
+    NOTHING,
+    TAGS,
+    TENANT,
+    WANTS,
+    describe_wants,
+    first_odd,
+    is_tags,
+    is_tenant,
+)
+
 SINGLE_CLASS = ("all",)  # the class of every request in a trace that names none
 
 
@@ -35,7 +47,9 @@ class RequestTrace:
         max_ttft_s: Seconds within which the first token is wanted, float64[n] > 0, inf where there is no bound; None:
             no request has one.
         max_tpot_s: The same from token to token, on average.
-        tenants: Whose each request is; None: nobody says.
+        tenants: Whose each request is: printable text of up to 256 characters, "" where nobody says; None: nobody says
+            of any.
+        tags: What else a policy may go by, name -> text, of each request; None: no request has any.
         source: What the trace was read from, ready for JSON: format, unit of the arrivals, what is not used. Empty for
             one that was not read. Two traces may be equal without it.
 
@@ -52,6 +66,7 @@ class RequestTrace:
     max_ttft_s: np.ndarray | None = None
     max_tpot_s: np.ndarray | None = None
     tenants: tuple[str, ...] | None = None
+    tags: tuple[Mapping[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_classes(self.classes))
@@ -74,15 +89,31 @@ class RequestTrace:
                 allowed = f">= {low}" if high is None else f"{low} to {high}"
                 raise TraceError(f"{name}: request {i} has {column[i]}, must be {allowed}")
             object.__setattr__(self, name, column)
+        self._check_wants(n)
+
+    def _check_wants(self, n: int) -> None:
+        """The columns of `WANTS`; one that says nothing of any request is None, as if it had not been given."""
         for name in BOUNDS:
             given = getattr(self, name)
             if given is not None:
                 bound = _column(name, given, np.float64)
                 if len(bound) != n or not (bound > 0).all():
                     raise TraceError(f"{name}: must hold {n} numbers > 0 (seconds), one a request; inf: no bound")
-                object.__setattr__(self, name, bound)
-        if self.tenants is not None and len(self.tenants) != n:
-            raise TraceError(f"tenants: has {len(self.tenants)} elements, arrival has {n}")
+                object.__setattr__(self, name, None if np.isinf(bound).all() else bound)
+        for name, fits, allowed in (("tenants", is_tenant, TENANT), ("tags", is_tags, TAGS)):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            column = tuple(given)
+            if isinstance(given, str) or len(column) != n:
+                raise TraceError(f"{name}: has {len(column)} elements, arrival has {n}")
+            odd = first_odd(column, fits)
+            if odd is not None:
+                raise TraceError(f"{name}: request {odd} has {column[odd]!r:.80}, must be {allowed}")
+            if name == "tags":
+                copies = {id(tags): dict(tags) for tags in column}  # requests that share theirs go on so
+                column = tuple(copies[id(tags)] for tags in column)
+            object.__setattr__(self, name, column if any(column) else None)
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -90,19 +121,43 @@ class RequestTrace:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RequestTrace):
             return NotImplemented
-        names = ("arrival", "prompt_tokens", "output_tokens", "cls", *BOUNDS)
-        return (self.classes, self.tenants) == (other.classes, other.tenants) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in names
+        mine, others = self._columns(), other._columns()
+        return (self.classes, mine.keys()) == (other.classes, others.keys()) and all(
+            np.array_equal(column, others[name]) if isinstance(column, np.ndarray) else column == others[name]
+            for name, column in mine.items()
         )
 
-    def wants(self, i: int) -> dict[str, Any]:
-        """Keyword arguments of `qllm.scheduler.Request` for request `i`: its bounds and its tenant, if any."""
-        found: dict[str, Any] = {name: float(column[i]) for name, column in self._bounds()}
-        return found if self.tenants is None else found | {"tenant": self.tenants[i]}
+    def _columns(self) -> dict[str, Any]:
+        """What there is of each request: arrays, and tuples."""
+        named = ((one.name, getattr(self, one.name)) for one in fields(self) if one.name not in ("classes", "source"))
+        return {name: column for name, column in named if column is not None}
 
-    def _bounds(self) -> list[tuple[str, np.ndarray]]:
-        columns = ((name, getattr(self, name)) for name in BOUNDS)
-        return [(name, column) for name, column in columns if column is not None]
+    @property
+    def has_wants(self) -> bool:
+        """Whether any request has a bound, a tenant or a tag."""
+        return any(getattr(self, name) is not None for name in WANTS.values())
+
+    def wants(self, i: int) -> dict[str, Any]:
+        """Keyword arguments of `qllm.scheduler.Request` for request `i`: its bounds, tenant and tags, if any."""
+        found: dict[str, Any] = {}
+        for argument, name in WANTS.items():
+            column = getattr(self, name)
+            if column is not None:
+                value = column[i]
+                found[argument] = float(value) if name in BOUNDS else value
+        if "tags" in found:
+            found["tags"] = MappingProxyType(found["tags"])  # one mapping may be that of many requests
+        return found
+
+    def wanted(self) -> dict[str, list[Any]]:
+        """The bounds, tenants and tags that there are, by column of a file: an element a request, None for nothing."""
+        found: dict[str, list[Any]] = {}
+        for name, attribute in WANTS.items():
+            column = getattr(self, attribute)
+            if column is not None:
+                values = column.tolist() if isinstance(column, np.ndarray) else column
+                found[name] = [None if value == NOTHING[name] else value for value in values]
+        return found
 
     @property
     def rate(self) -> float | None:
@@ -161,22 +216,14 @@ class RequestTrace:
         """The first `n` requests; TraceError where the trace holds fewer, so that no experiment shrinks unseen."""
         if not 0 <= n <= len(self):
             raise TraceError(f"head: {n} requests asked for, the trace holds {len(self)}")
-        return replace(
-            self,
-            arrival=self.arrival[:n],
-            prompt_tokens=self.prompt_tokens[:n],
-            output_tokens=self.output_tokens[:n],
-            cls=self.cls[:n],
-            max_ttft_s=None if self.max_ttft_s is None else self.max_ttft_s[:n],
-            max_tpot_s=None if self.max_tpot_s is None else self.max_tpot_s[:n],
-            tenants=None if self.tenants is None else self.tenants[:n],
-        )
+        return replace(self, **{name: column[:n] for name, column in self._columns().items()})
 
     def describe(self) -> dict[str, Any]:
         """Statistics, ready for JSON; `arrival_cv` is the coefficient of variation of the gaps between arrivals.
 
         `coinciding` says how many requests share their instant with another (`requests`), at how many of the trace's
-        `instants` (`shared_instants`), and the gap from one instant to the next (`gap_s`: a tenth are shorter).
+        `instants` (`shared_instants`), and the gap from one instant to the next (`gap_s`: a tenth are shorter). Bounds,
+        tenants and tags stand there where requests have some, with the number of these requests.
         """
         gaps = np.diff(self.arrival)
         if len(gaps) and gaps.max() > 0:
@@ -197,6 +244,7 @@ class RequestTrace:
             },
             "prompt_tokens": _statistics(self.prompt_tokens),
             "output_tokens": _statistics(self.output_tokens),
+            **describe_wants(self),
             "classes": {
                 name: {
                     "requests": int(mask.sum()),

@@ -11,10 +11,14 @@ from pathlib import Path
 
 from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, OWN_COLUMNS
 from qllm.traces.requests.trace import RequestTrace, TraceError
+from qllm.traces.requests.wants import cell_of
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
     """Write a request trace. It names the classes in order: CSV in a line below the comment, JSONL in a first object.
+
+    Columns of bounds, tenants and tags are there if the trace has some; an empty cell, or no key, where a
+    request has none.
 
     Args:
         trace: The requests.
@@ -31,10 +35,13 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
         raise TraceError(f"{path}: a trace without requests is not written")
     if comment and path.suffix == ".jsonl":
         raise TraceError(f"{path}: JSONL holds no comment; write .csv")
-    header = (*OWN_COLUMNS, CLASS_COLUMN)
+    wanted = trace.wanted()
+    header = (*OWN_COLUMNS, CLASS_COLUMN, *wanted)
     names = [trace.classes[i] for i in trace.cls.tolist()]
+    if path.suffix == ".csv" and "tags" in wanted:
+        wanted["tags"] = [None if tags is None else cell_of(tags) for tags in wanted["tags"]]
     columns = (trace.arrival.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), names)
-    rows = zip(*columns, strict=True)
+    rows = zip(*columns, *wanted.values(), strict=True)
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
@@ -45,6 +52,7 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
                 writer.writerows(rows)
             else:
                 file.write(json.dumps({CLASSES_HEADER: trace.classes}) + "\n")
-                file.writelines(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in rows)
+                told = ({k: v for k, v in zip(header, row, strict=True) if v is not None} for row in rows)
+                file.writelines(json.dumps(row) + "\n" for row in told)
     except OSError as error:
         raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -71,7 +71,13 @@ class PassBuilder:
         return self.decoding
 
     def prefill(
-        self, up_to: float = NEVER, *, tokens: float = NEVER, chunk: bool = False, overcommit: bool = False
+        self,
+        up_to: float = NEVER,
+        *,
+        only: float | None = None,
+        tokens: float = NEVER,
+        chunk: bool = False,
+        overcommit: bool = False,
     ) -> bool:
         """Take waiting prefills, most urgent level first, in queue order.
 
@@ -80,6 +86,7 @@ class PassBuilder:
 
         Args:
             up_to: Levels above (less urgent than) this one are left alone.
+            only: All levels but this one are left alone.
             tokens: At most so many tokens are taken.
             chunk: Whether a prompt that does not fit whole is cut. Without it, only a prompt longer than
                 `limits.max_batched_tokens` is, and runs as several passes of that length.
@@ -88,13 +95,18 @@ class PassBuilder:
 
         Returns:
             Whether anything was taken.
+
+        Raises:
+            ValueError: `tokens` is not a number.
         """
+        if tokens != tokens:
+            raise ValueError("batch.prefill: tokens is nan, must be a number")
         memory, limits = self._memory, self._limits
         waiting = memory.waiting
         taken = len(self.chunks)
         places = limits.max_seqs - taken - (len(self._ready.batch) if self.decoding else 0)
         room = min(tokens, limits.max_batched_tokens - self.tokens)
-        for level in waiting.levels():
+        for level in waiting.levels() if only is None else (only,):
             # Once nobody new is let in at a level, nobody is at the levels below.
             closed = self._memory_short or not (overcommit or memory.has_slot(level))
             if level > up_to or places <= 0 or room <= 0 or (closed and not waiting.holding):

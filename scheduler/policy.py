@@ -7,6 +7,7 @@ do: call `batch.prefill(...)` and `batch.decode()`. It keeps no clock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qllm.scheduler.pass_builder import PassBuilder
@@ -88,40 +89,45 @@ class Policy:
 def checked_policy(policy: Policy, name: str = "") -> Policy:
     """`policy`, which messages call `name`, if its attributes are what is allowed. Raises UnknownPolicy."""
     name = name or repr(policy)
-    urgent, known = policy.urgent, get_args(Granularity)
-    if policy.granularity not in known:
-        raise UnknownPolicy(f"{name}: granularity is {policy.granularity!r:.80}; allowed: {', '.join(known)}")
-    for key in ("merge", "predicts"):
-        if not isinstance(getattr(policy, key), bool):
-            raise UnknownPolicy(f"{name}: {key} is {getattr(policy, key)!r:.80}, must be true or false")
-    if not isinstance(urgent, int | float) or isinstance(urgent, bool) or urgent != urgent:
-        raise UnknownPolicy(f"{name}: urgent is {urgent!r:.80}, must be a number")
-    for key in ("max_suspended_s", "max_wait_s"):
-        bound = getattr(policy, key)
-        if not isinstance(bound, int | float) or isinstance(bound, bool) or not bound >= 0:
-            raise UnknownPolicy(f"{name}: {key} is {bound!r:.80}, must be a number of at least 0")
+    for key, (fits, allowed) in _ATTRIBUTES.items():
+        try:
+            value = getattr(policy, key)
+        except Exception as error:
+            raise policy_error(policy, key, error) from error
+        if not fits(value):
+            raise UnknownPolicy(f"{name}: {key} is {value!r:.80}{allowed}")
     return policy
 
 
 def ask(policy: Policy, question: str, *args: Any) -> Any:
-    """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks."""
+    """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks or is none."""
     try:
         answer = getattr(policy, question)(*args)
         if hasattr(answer, "send"):  # a generator or a coroutine: nothing of it ran
             answer.close()
             raise TypeError("yield and async are not for a policy's questions")
-        return answer
     except PolicyError:  # of a question within the question
         raise
     except Exception as error:
         raise policy_error(policy, question, error) from error
+    return checked_answer(policy, question, answer)
+
+
+def checked_answer(policy: Policy, question: str, answer: Any) -> Any:
+    """`answer`, if it is one that `question` allows. Raises PolicyError."""
+    fits, allowed = _ANSWERS[question]
+    try:
+        good = fits(answer)
+    except Exception:  # it does not even compare
+        good = False
+    if not good:
+        raise PolicyError(f"{policy!r}: {question} gave {answer!r:.80}; allowed: {allowed}")
+    return answer
 
 
 def classify(policy: Policy, r: Request) -> tuple[int, tuple[Any, ...]]:
     """The level that the policy gives `r`, and its place in the queue. Raises PolicyError."""
     before, level = r.level, ask(policy, "level", r)
-    if not isinstance(level, int):
-        raise PolicyError(f"{policy!r}: level gave {level!r}; allowed: a whole number")
     r.level = level  # which `order` may ask for
     try:
         return level, ask(policy, "order", r)
@@ -135,3 +141,61 @@ def policy_error(policy: Policy, question: str, error: Exception) -> PolicyError
     while trace is not None:  # the last frame is where it broke
         where, trace = f" ({trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno})", trace.tb_next
     return PolicyError(f"{policy!r}: {question} raised {type(error).__name__}: {' '.join(str(error).split())}{where}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and float(value) <= NEVER  # OverflowError where a whole number is too large
+
+
+def _is_bound(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_nothing(answer: Any) -> bool:
+    return answer is None or isinstance(answer, bool)  # "return batch.decode()" is well meant
+
+
+def _is_yes_or_no(answer: Any) -> bool:
+    return answer in (True, False)  # those of numpy too
+
+
+def _is_key(answer: Any) -> bool:
+    return isinstance(answer, tuple) and all(part == part for part in answer)
+
+
+def _is_reason(answer: Any) -> bool:
+    return answer is None or (isinstance(answer, str) and bool(answer))
+
+
+_Check = tuple[Callable[[Any], bool], str]
+
+#: what the attributes of a policy may be, and how that is told
+_ATTRIBUTES: dict[str, _Check] = {
+    "granularity": (lambda value: value in get_args(Granularity), f"; allowed: {', '.join(get_args(Granularity))}"),
+    "merge": (_is_bool, ", must be true or false"),
+    "predicts": (_is_bool, ", must be true or false"),
+    "urgent": (_is_number, ", must be a number"),
+    "max_suspended_s": (_is_bound, ", must be a number of at least 0"),
+    "max_wait_s": (_is_bound, ", must be a number of at least 0"),
+}
+
+#: what a policy may answer
+_ANSWERS: dict[str, _Check] = {
+    "start": (_is_nothing, "None"),
+    "admits": (_is_reason, "why the request is turned away, in words, or None"),
+    "level": (lambda answer: isinstance(answer, int), "a whole number"),
+    "order": (_is_key, "a tuple without NaN"),
+    "select": (_is_nothing, "None, since `batch` takes what is chosen"),
+    "preempts": (_is_yes_or_no, "True or False"),
+    "resume": (_is_yes_or_no, "True or False"),
+    "ran": (_is_nothing, "None"),
+    "recheck_at": (_is_time, "seconds, or inf for never"),
+}

@@ -16,7 +16,8 @@ I3 causality: no token before the pass that makes it was launched.
 I4 KV conservation: free + held blocks = total; never negative; all free once nobody is in the system.
 I5 determinism: the same calls give the same answers.
 I6 work conservation: `next` returns a pass whenever a request is in the system and no pass runs.
-I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead.
+I7 no class inversion: `next` starts no prefill while a more urgent request could have been prefilled instead, but for
+   a policy that asks for one level by name (`only`).
 I8 bounded suspension: where the policy sets a bound, a pass that was suspended for so long in all is due. Before it
    goes on, nothing runs but the pass that ran when it fell due, and passes that were due before it.
 I9 bounded waiting: where the policy sets a bound, a request that was in no running pass for so long in all is LS.
@@ -34,9 +35,9 @@ from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.pass_times import PassSeconds, PassTimes
 from qllm.scheduler.passes import NEVER, Pass, longest_suspended
-from qllm.scheduler.policy import Policy, ask, checked_policy, classify, policy_error
+from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, policy_error
 from qllm.scheduler.reprioritize import change_priority
-from qllm.scheduler.request import PolicyError, Request, RequestShed, SchedulerError, State
+from qllm.scheduler.request import Request, RequestShed, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
 
@@ -179,16 +180,14 @@ class Scheduler:
         if self.ageing.next <= now:
             self.ageing.promote(self, now)
         try:
-            return self.policy.preempts(self, running, now)
+            answer = self.policy.preempts(self, running, now)
         except Exception as error:
             raise policy_error(self.policy, "preempts", error) from error
+        return answer if answer is True or answer is False else bool(checked_answer(self.policy, "preempts", answer))
 
     def recheck_at(self, running: Pass, now: float) -> float:
         """Return when `should_yield` may turn true without an event; inf if it never does."""
-        at = ask(self.policy, "recheck_at", self, running, now)
-        if not isinstance(at, int | float) or at != at:
-            raise PolicyError(f"{self.policy!r}: recheck_at gave {at!r}; allowed: seconds, or inf for never")
-        return min(float(at), self.ageing.next)
+        return min(float(ask(self.policy, "recheck_at", self, running, now)), self.ageing.next)
 
     # ---- what happened -----------------------------------------------------------------------------------------
 

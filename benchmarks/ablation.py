@@ -2,6 +2,9 @@
 
     python benchmarks/ablation.py [CONFIG ...] [--jobs 2]
     python benchmarks/ablation.py configs/long_prefill.yaml [--results FOLDER] --out docs/results/long_prefill.json
+    python benchmarks/ablation.py configs/three_classes.yaml --out docs/results/three_classes.json
+
+Of a configuration with other classes than LS and BE, a row per class, and the totals.
 
 Times are simulated on imported or modelled A100 timings (the caption says which), not measured.
 """
@@ -16,10 +19,14 @@ from paper import KEPT
 from results_file import add_out, save
 
 from qllm import load_results, simulate
+from qllm.experiment.metrics import BOUNDS, totals
 from qllm.traces.requests.trace import TraceError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ("paper", "long_prefill", "azure")
+#: columns of the summary that a results file of other classes has, and of its totals
+OF_ALL = ("sent", "rejected", "slo_attainment", "throughput_rps")
+OF_CLASSES = (*OF_ALL, *BOUNDS.values(), "ttft_p99_s", "tpot_p99_s", "turnaround_mean_s")
 
 
 def ablation(summary: pd.DataFrame) -> pd.DataFrame:
@@ -58,10 +65,15 @@ def main() -> None:
             print(f"\n{config}: left out: {error}")
             continue
         print(f"\n{Path(config).stem} ({results.config.provenance['timings']})")
-        print(ablation(results.summary).round(3).to_string())
+        if {"ls", "be"} <= results.config.classes.keys():
+            found = ablation(results.summary)
+            tables = {"ablation": found.reset_index(), "summary": results.summary[KEPT]}
+        else:
+            found = results.summary[[*KEPT[:4], *OF_CLASSES]]
+            tables = {"summary": found, "totals": totals(results.summary)[["policy", "rate", *OF_ALL]]}
+        print(found.round(3).to_string())
         if args.out:
             source = f"simulated; step times {results.config.provenance['timings']}"
-            tables = {"ablation": ablation(results.summary).reset_index(), "summary": results.summary[KEPT]}
             save(args.out, source=source, tables=tables, config=Path(config).name)
 
 

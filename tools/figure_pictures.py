@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from figure_classes import three_classes_slo
 from figure_results import caption, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -129,6 +130,7 @@ def _dots(ax: Axes, errors: pd.DataFrame, places: pd.DataFrame) -> None:
 PICTURES: dict[str, tuple[str, Callable[[str], Figure]]] = {
     "ttft.png": ("paper", ttft),
     "long_prefill_ttft.png": ("long_prefill", long_prefill_ttft),
+    "three_classes_slo.png": ("three_classes", three_classes_slo),
     "timeline.png": ("timeline", timeline),
     "validation_cpu.png": ("validation", validation),
 }

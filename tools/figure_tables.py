@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pandas as pd
+from figure_classes import three_classes
 from figure_markdown import markdown
 from figure_results import caption, load
 from figure_tables_server import server_batch, server_load
@@ -292,6 +293,7 @@ TABLES: dict[str, Callable[[], str]] = {
         paper,
         long_prefill,
         slack,
+        three_classes,
         throughput,
         mixed_load,
         server_load,

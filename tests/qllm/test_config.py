@@ -374,7 +374,7 @@ def test_no_file_and_no_mapping(tmp_path: Path) -> None:
             load_config(tmp_path / "odd.yaml")
 
 
-@pytest.mark.parametrize("name", ["paper", "long_prefill", "azure"])
+@pytest.mark.parametrize("name", ["paper", "long_prefill", "azure", "three_classes"])
 def test_shipped_configurations_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "configs" / f"{name}.yaml"
     try:

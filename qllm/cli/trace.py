@@ -155,7 +155,7 @@ def _coinciding(requests: int, shared: int, shared_instants: int, instants: int,
 
 def _wants(told: dict[str, Any]) -> dict[str, str]:
     """What `describe` says of bounds, tenants and tags, in words."""
-    found = {}
+    found: dict[str, str] = {}
     for name in ("max_ttft_s", "max_tpot_s"):
         if name in told:
             numbers = "  ".join(f"{key} {_number(told[name][key])}" for key in ("min", "p50", "max"))

@@ -159,6 +159,20 @@ def test_drawn_classes_leave_the_rest_alone(tmp_path: Path) -> None:
     assert trace.tenants == ("a", "a", "a", "a", "b", "")
 
 
+def test_the_documents_show_a_trace_with_every_column(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    text = page.partition("```csv\n")[2].partition("```")[0]
+    (tmp_path / "shown.csv").write_text(text)
+    trace = read_requests(tmp_path / "shown.csv")
+    assert {*trace.wanted()} == {*WANTS}
+    assert trace.wants(2) == {
+        "max_ttft_s": 2.0,
+        "max_tpot_s": np.inf,
+        "tenant": "ben",
+        "tags": {"lane": "chat", "region": "eu"},
+    }
+
+
 # ---- results --------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Columns:
     names: list[str] | None = None  # the class of each row; None: no such column
     classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
     prefixes: Prefixes | None = None  # the blocks of each row's prompt; None: the format has none
-    wants: dict[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
+    wants: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
 
 
 class SkippedRows:

@@ -74,7 +74,7 @@ def test_a_line_that_cannot_be_served_stands_in_the_error_file(engine, tmp_path)
 def test_lines_that_find_the_server_full_are_answered_later(engine, tmp_path):
     classes = {"ls": {"priority": 0, "max_waiting": 64, "max_waiting_tokens": 10**6}}
     classes["be"] = {"priority": 1, "max_waiting": 1, "max_waiting_tokens": 10**6}
-    app = server(engine, classes=classes, batches={"folder": str(tmp_path), "in_flight": 8})
+    app = server(engine, classes=classes, batches={"folder": str(tmp_path), "in_flight": 8, "longest_wait": 0.2})
     bodies = [{"prompt": "Hello", "max_tokens": 2} for _ in range(16)]
 
     async def run():

@@ -45,7 +45,7 @@ from qllm.plots.style import (
 MOST_FACETS = 8  #: combinations of further swept values that one figure shows
 MOST_ROWS = 16  #: of panels: of more classes, and of more classes times combinations, the figure shows the first
 _BOUND: dict[str, Any] = {"color": "0.3", "linestyle": "--", "linewidth": 1}
-_LETTERS = 40  #: that the side of a panel has room for
+_LETTERS = 36  #: that the side of a panel has room for
 
 
 class _Metric(NamedTuple):
@@ -251,7 +251,8 @@ def _draw(
     if column == "throughput_rps" and spread_out(results, x):
         _draw_offered(results, cls, facet or {}, x, ax)
     _draw_bound(results, cls, column, ax)
-    ax.set_ylabel(textwrap.fill(f"{cls} {metric.title}", _LETTERS))
+    label = f"{cls} {metric.title}"
+    ax.set_ylabel(label if len(label) <= _LETTERS else f"{textwrap.fill(cls, _LETTERS - 4)}\n{metric.title}")
     finish_axes(ax, x)
     name_places(results, x, [label for (label, _), _ in found], ax)
     if metric.scale == "share":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from figure_classes import three_classes_slo
+from figure_policies import policies
 from figure_results import caption, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -132,5 +133,6 @@ PICTURES: dict[str, tuple[str, Callable[[str], Figure]]] = {
     "long_prefill_ttft.png": ("long_prefill", long_prefill_ttft),
     "three_classes_slo.png": ("three_classes", three_classes_slo),
     "timeline.png": ("timeline", timeline),
+    "policies.png": ("policies", policies),
     "validation_cpu.png": ("validation", validation),
 }

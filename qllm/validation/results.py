@@ -31,7 +31,9 @@ def report(folder: Path) -> str:
     table["what"] = table["metric"].str.removesuffix("_s") + " " + table["statistic"]
     names = table["what"].unique().tolist()
     formats = {name: "{:+.0f}".format if name.startswith("preemptions") else "{:+.1%}".format for name in names}
-    shown = table.pivot(index=["policy", "rate", "class"], columns="what", values="error")[names]
+    rows = ["policy", "rate", "class"]
+    order = pd.MultiIndex.from_frame(table[rows].drop_duplicates())  # classes as they come, not by the alphabet
+    shown = table.pivot(index=rows, columns="what", values="error")[names].reindex(order)
     passes = pd.read_csv(folder / "passes.csv")
     parts = [
         "simulated / real - 1 (preemptions: difference)\n",

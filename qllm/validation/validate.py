@@ -130,11 +130,13 @@ def replay_run(run: Run, loaded: LoadedModel, engines: Engines | None = None) ->
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
     """How far the simulation is off, over the `Comparison.requests` of all seeds.
 
-    A row per policy, rate, class ("all" too), metric and statistic: real, simulated, error = simulated / real - 1
-    (preemptions: the difference). Throughput: requests per second from first arrival to last token.
+    A row per policy, rate, class (all of them too: "all", or "(all)" where a class is called that), metric and
+    statistic: real, simulated, error = simulated / real - 1 (preemptions: the difference). Throughput: requests per
+    second from first arrival to last token.
     """
     rows = []
-    pooled = pd.concat([requests, requests.assign(**{"class": "all"})])
+    everybody = "(all)" if "all" in set(requests["class"]) else "all"
+    pooled = pd.concat([requests, requests.assign(**{"class": everybody})])
     for (policy, rate, cls), group in pooled.groupby(["policy", "rate", "class"], sort=False):
         real, simulated = (_statistics(group[group["world"] == world]) for world in (REAL, SIMULATED))
         for (metric, name), value in real.items():

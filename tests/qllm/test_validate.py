@@ -120,6 +120,22 @@ def test_errors_are_of_the_simulation_against_the_engine():
     assert found["all", "preemptions", "sum"] == 0
 
 
+def test_any_classes_have_rows_in_their_order_and_their_total_no_name_of_theirs(tmp_path):
+    of = {"urgent": "ls", "all": "be", "batch": "ls"}  # the last the same numbers as the first
+    worlds = [requests(REAL, [1.0, 2.0], [2.0, 5.0]), requests(SIMULATED, [1.1, 2.6], [2.0, 4.0])]
+    both = pd.concat(worlds)
+    found = errors(pd.concat([both[both["class"] == old].assign(**{"class": new}) for new, old in of.items()]))
+    assert found["class"].unique().tolist() == [*of, "(all)"]
+    error = found.set_index(["class", "metric", "statistic"])["error"]
+    assert error["all", "ttft_s", "mean"] == pytest.approx(0.3)
+    assert error["(all)", "ttft_s", "mean"] == pytest.approx((1.1 + 2.6 + 1.1) / 4 - 1)
+    found.to_csv(tmp_path / "errors.csv", index=False)
+    pd.DataFrame({"kind": ["decode passes"], "share": [0.0]}).to_csv(tmp_path / "passes.csv", index=False)
+    told = report(tmp_path)
+    places = [told.index(f" {name} ") for name in (*of, "(all)")]
+    assert places == sorted(places)
+
+
 def test_files_and_report(compared, tmp_path):
     save(compared, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}

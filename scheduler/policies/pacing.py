@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 LONGEST_GAP = 3.0  #: LS decodes again at the latest after so many times what was allowed for it, whatever its slack
 CLOSE = 0.97  #: share of a bound that is aimed at: passes stop at their next preemption point, not at once
 OWED_S = 0.5  #: BE goes before an LS prefill where it is owed more than this
-RECENT = 1 / 8  #: weight of the last launch
+RECENT = 1 / 24  #: weight of the last launch
 
 
 class Decoding:

@@ -1,6 +1,6 @@
 """slack beside the other policies: LS latency, and what BE and throughput pay for it, at several loads.
 
-    python benchmarks/slack.py [--configs long_prefill azure] [--loads 0.6 0.8 0.95] [--jobs 2]
+    python benchmarks/slack/loads.py [--configs long_prefill azure] [--loads 0.6 0.8 0.95] [--jobs 2]
         [--out docs/results/slack.json]
 
 A load of 1 is the rate at which the best of `fcfs`, `priority`, `chunked` and `hybrid` serves requests that are all
@@ -18,40 +18,26 @@ best, BE turnaround at most 1.1 times that of `priority`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results_file import add_out, save
+from runs import CONFIGS, FOR_THROUGHPUT, OTHERS, Run, capacity, drawn, p99, pooled, run, throughput
 
 from qllm.config.config import Config, load_config
-from qllm.config.from_config import (
-    cost_model,
-    isolated,
-    load_timings,
-    popularity,
-    request_trace,
-    scheduler_limits,
-)
-from qllm.scheduler import make_policy
-from qllm.sim import simulate
-from qllm.traces.requests.trace import RequestTrace, TraceError
-from qllm.traces.step_times.expected import expected_seconds
+from qllm.config.from_config import load_timings
+from qllm.traces.requests.trace import TraceError
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-FOR_THROUGHPUT = ("fcfs", "priority", "chunked", "hybrid")
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "fcfs": ("fcfs", {}),
-    "priority": ("priority", {}),
-    "chunked": ("chunked", {"budget": 512}),
-    "layer": ("layer", {"fill_tokens": 0}),
-    "qllm": ("qllm", {"fill_tokens": 0}),
-    "hybrid": ("hybrid", {"budget": 2048}),
+    **{name: (name, settings) for name, settings in OTHERS.items()},
     "slack": ("slack", {}),
     "slack, shortest": ("slack", {"order": "shortest"}),
     "slack, LS TPOT x3": ("slack", {"tpot_stretch": 3.0}),
@@ -59,100 +45,31 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 LS_ONLY = "LS only"
 
 
-@dataclass
-class Run:
-    """One simulation."""
-
-    trace: RequestTrace
-    ttft: np.ndarray
-    tpot: np.ndarray
-    turnaround: np.ndarray
-    alone_ttft: np.ndarray
-    alone_tpot: np.ndarray
-    ls: np.ndarray
-    met: np.ndarray  #: of LS: whether another LS request was there before the first token
-    makespan: float
-
-
-def run(config: Config, row: str, seed: int, at_once: bool = False) -> Run:
-    """Simulate a row; `at_once`: with everybody there from the start."""
-    trace = request_trace(config, seed)
-    if at_once:
-        trace = replace(trace, arrival=np.zeros(len(trace)))
-    mine = trace.cls == trace.classes.index("ls")
-    if row == LS_ONLY:
-        trace = RequestTrace(
-            trace.arrival[mine], trace.prompt_tokens[mine], trace.output_tokens[mine], trace.cls[mine], trace.classes
-        )
-        mine = np.ones(len(trace), dtype=bool)
-    name, settings = ROWS.get(row, ("priority", {}))
-    steps = cost_model(config)
-    result = simulate(
-        trace,
-        priorities=config.priorities,
-        policy=make_policy(name, **settings),
-        limits=scheduler_limits(config, load_timings(config.timings)),
-        steps=steps,
-        popularity=popularity(config),
-        seed=seed,
-    )
-    expected = expected_seconds(steps)
-    middle = trace.prompt_tokens + trace.output_tokens // 2
-    gaps = np.where(trace.output_tokens > 1, trace.output_tokens - 1, np.nan)
-    arrival, first = result.arrival[mine], result.first_token[mine]
-    finish = result.finish[mine]
-    met = np.array([((arrival < t) & (finish > a)).sum() > 1 for a, t in zip(arrival, first, strict=True)])
-    return Run(
-        trace=trace,
-        ttft=result.first_token - result.arrival,
-        tpot=(result.finish - result.first_token) / gaps,
-        turnaround=result.finish - result.arrival,
-        alone_ttft=isolated(config, trace.prompt_tokens),
-        alone_tpot=np.array([expected((), 1, int(context)) for context in middle]),
-        ls=mine,
-        met=met,
-        makespan=float(np.nanmax(result.finish) - result.arrival[0]),
-    )
-
-
-def capacity(config: Config) -> float:
-    """Requests per second of the best policy for throughput, all requests there from the start."""
-    best = 0.0
-    for row in FOR_THROUGHPUT:
-        runs = [run(config, row, seed, at_once=True) for seed in config.seed_list]
-        best = max(best, sum(len(one.trace) for one in runs) / sum(one.makespan for one in runs))
-    return best
-
-
 def metrics(runs: list[Run]) -> dict[str, float]:
     """Of one row, requests of all seeds pooled."""
-
-    def ls(column: str) -> np.ndarray:
-        return np.concatenate([getattr(one, column)[one.ls] for one in runs])
-
-    def p99(values: np.ndarray) -> float:
-        kept = values[~np.isnan(values)]
-        return float(np.percentile(kept, 99)) if len(kept) else float("nan")
-
     met = np.concatenate([one.met for one in runs])
-    ttft, tpot = ls("ttft") / ls("alone_ttft"), ls("tpot") / ls("alone_tpot")
-    be = np.concatenate([one.turnaround[~one.ls] for one in runs])
+    of_ls = {name: pooled(runs, name, ls=True) for name in ("ttft", "tpot", "alone_ttft", "alone_tpot")}
+    ttft, tpot = of_ls["ttft"] / of_ls["alone_ttft"], of_ls["tpot"] / of_ls["alone_tpot"]
+    be = pooled(runs, "turnaround", ls=False)
     return {
-        "ttft_mean": float(ls("ttft").mean()),
+        "ttft_mean": float(of_ls["ttft"].mean()),
         "ttft_over_isolated_p99": p99(ttft),
         "ttft_over_isolated_p99_met_no_ls": p99(ttft[~met]),
-        "tpot_mean": float(np.nanmean(ls("tpot"))),
-        "tpot_p99": p99(ls("tpot")),
+        "tpot_mean": float(np.nanmean(of_ls["tpot"])),
+        "tpot_p99": p99(of_ls["tpot"]),
         "tpot_over_isolated_p50": float(np.nanmedian(tpot)),
         "tpot_over_isolated_p99": p99(tpot),
         "be_turnaround": float(be.mean()) if len(be) else float("nan"),
         "be_turnaround_p99": p99(be),
-        "throughput": sum(len(one.trace) for one in runs) / sum(one.makespan for one in runs),
+        "throughput": throughput(runs),
     }
 
 
 def row_at(config: Config, row: str) -> dict[str, float]:
-    return metrics([run(config, row, seed) for seed in config.seed_list])
+    """Metrics of one row of the table."""
+    policy, settings = ROWS.get(row, ("priority", {}))
+    only = "ls" if row == LS_ONLY else None
+    return metrics([run(config, drawn(config, seed, only), seed, policy, settings) for seed in config.seed_list])
 
 
 def table(config: Config, load: float, rate: float, jobs: int) -> pd.DataFrame:

@@ -91,6 +91,7 @@ SHARED = {
         "qllm.traces.files",
         "qllm.traces.import_defaults",
         "qllm.traces.messages",
+        "qllm.traces.wants",
     },
 }
 

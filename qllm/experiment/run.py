@@ -15,8 +15,8 @@ from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.requests.wants import BOUNDS, cell_of
 from qllm.traces.results import RunResult
+from qllm.traces.wants import BOUNDS, cell_of
 
 LAST_ARRIVAL_S = 1e8  #: of a simulation: three years
 SOURCE = "timings_source"  #: column of a sweep over timing traces: measured, imported or modelled, for each row

@@ -17,7 +17,7 @@ from qllm.experiment.sweep import simulate
 from qllm.scheduler import Request, make_policy
 from qllm.scheduler.policies.slack import Slack
 from qllm.traces.requests.readers import read_requests
-from qllm.traces.requests.wants import WANTS
+from qllm.traces.wants import WANTS
 from tests.cli_support import qllm, write_config
 
 ROWS = """\

@@ -18,8 +18,8 @@ from qllm.traces.requests import generate, lengths, readers
 from qllm.traces.requests.generate import assign_arrivals, assign_classes
 from qllm.traces.requests.readers import detect_format, read_requests
 from qllm.traces.requests.trace import RequestTrace, TraceError, TraceWarning
-from qllm.traces.requests.wants import MOST_TAGS, MOST_TEXT, WANTS
 from qllm.traces.requests.writers import write_requests
+from qllm.traces.wants import MOST_TAGS, MOST_TEXT, WANTS
 
 OWN = "arrival_s,prompt_tokens,output_tokens"
 

@@ -13,7 +13,7 @@ import numpy as np
 from qllm.traces.requests._prefixes import Prefixes
 from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
-from qllm.traces.requests.wants import WANTS
+from qllm.traces.wants import WANTS
 
 OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS_COLUMN = "class"

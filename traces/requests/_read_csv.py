@@ -28,7 +28,7 @@ from qllm.traces.requests._columns import (
 )
 from qllm.traces.requests._time_units import Number, bound, whole
 from qllm.traces.requests.trace import TraceError, check_classes
-from qllm.traces.requests.wants import BOUND, TAGS, TENANT, WANTS, first_odd, is_tenant, tags_of
+from qllm.traces.wants import BOUND, TAGS, TENANT, WANTS, first_odd, is_tenant, tags_of
 
 NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 

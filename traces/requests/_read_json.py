@@ -25,7 +25,7 @@ from qllm.traces.requests._columns import (
 from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
 from qllm.traces.requests._time_units import Number, bound, number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
-from qllm.traces.requests.wants import BOUND, BOUNDS, NOTHING, TAGS, TENANT, WANTS, is_tags, is_tenant
+from qllm.traces.wants import BOUND, BOUNDS, NOTHING, TAGS, TENANT, WANTS, is_tags, is_tenant
 
 Tokenizer = Callable[[str], Sized]
 

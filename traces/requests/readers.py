@@ -34,7 +34,7 @@ from qllm.traces.requests._read_csv import read_csv
 from qllm.traces.requests._read_json import Tokenizer, read_json
 from qllm.traces.requests._time_units import BAILIAN_KEYS, UNITS, check_magnitude, seconds, unit_doubt
 from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError, TraceWarning
-from qllm.traces.requests.wants import WANTS
+from qllm.traces.wants import WANTS
 
 
 def read_requests(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qllm.traces.requests.wants import (
+from qllm.traces.wants import (
     BOUNDS,
     NOTHING,
     TAGS,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, OWN_COLUMNS
 from qllm.traces.requests.trace import RequestTrace, TraceError
-from qllm.traces.requests.wants import cell_of
+from qllm.traces.wants import cell_of
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:

@@ -87,6 +87,18 @@ OPTIONAL = frozenset({"q_lora_rank", "sliding_window", "hidden_size_per_layer_in
 #: Where a family's own rules ask for more.
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "bailing_hybrid": {"layer_group_size": 2},
+    "kimi_linear": {
+        "linear_attn_config": {
+            "kda_layers": [1, 3],
+            "full_attn_layers": [2, 4],
+            "num_heads": 4,
+            "head_dim": 16,
+            "short_conv_kernel_size": 4,
+        },
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "zaya": {"num_experts_per_tok": 1},
     "mistral4": {"qk_rope_head_dim": 16, "head_dim": 32},
     "ernie4_5_vl_moe_text": {

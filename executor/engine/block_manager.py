@@ -10,6 +10,7 @@ import numpy as np
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.recurrent.states import to_device, to_host
 from qllm.scheduler import Pass, Scheduler, State
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,13 @@ class BlockManager:
         """The scheduler dropped the KV of `sequence`: it will be computed again."""
         log.info("request %s evicted: its KV is dropped, to be computed again", sequence.request_id)
         self.release(sequence)
-        sequence.computed = 0
+        sequence.computed, sequence.recurrent = 0, None
 
     def offload(self, sequence: EngineRequest) -> None:
         """Move the KV of `sequence` to host memory, unless the scheduler has decided otherwise since."""
         if sequence.host is None and sequence.request.state is State.OFFLOADED:
             host = self._cache.offload(sequence.blocks, sequence.computed)
+            to_host(sequence.recurrent)
             self.release(sequence)
             sequence.host = host
             log.info("request %s evicted: its KV is in host memory, %d bytes", sequence.request_id, host.nbytes)
@@ -72,6 +74,7 @@ class BlockManager:
         if sequence.host is not None and sequence.request.state is not State.OFFLOADED:
             self.grow(sequence, sequence.computed, others)
             self._cache.restore(sequence.host, sequence.blocks)
+            to_device(sequence.recurrent)
             sequence.host = None
 
     def move(self, p: Pass, sequences: Mapping[int, EngineRequest]) -> list[tuple[EngineRequest, Exception]]:

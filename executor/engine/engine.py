@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+STATES = 2  # room for the recurrent state of so many times `max_seqs` sequences: urgent ones come on top of others
 THREAD = "qllm-engine"  # the name of each engine's thread
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # as generation configurations call them
 
@@ -145,7 +146,7 @@ class Engine(Frontend):
         model: PreTrainedModel,
         tokenizer: Tokenizer | None = None,
         *,
-        policy: str | Policy = "qllm",
+        policy: str | Policy = "slack",
         limits: Limits | None = None,
         kv_memory: int | None = None,
         clock: Clock | None = None,
@@ -164,7 +165,8 @@ class Engine(Frontend):
         given = limits or Limits()
         blocks = given.kv_blocks
         if blocks is None or kv_memory is not None:
-            blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory)
+            states = STATES * given.max_seqs * facts["state_bytes"]
+            blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory, states)
         self.limits = given = dataclasses.replace(given, kv_blocks=blocks)
         shape = facts["experts"], facts["top_k"]
         policy = make_policy(policy) if isinstance(policy, str) else policy

@@ -21,6 +21,7 @@ from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import Point, RunAhead, RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split, Splitter, whole
+from qllm.executor.quantised.experts import has_nf4
 
 Graphs = Literal["load", "use", "off"]
 GRAPHS: tuple[Graphs, ...] = ("load", "use", "off")
@@ -94,7 +95,9 @@ class GraphRunner(Runner):
     ):
         super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels)
         self.recorded: dict[Bucket, list[Recorded]] = {}
-        self.graphs = graphs if self.kernels else "off"
+        self.graphs = graphs if self.kernels and not self.recurrent else "off"  # a state has no fixed address
+        if has_nf4(model):
+            self.graphs = "off"  # the host must know who goes where
         self._max_seqs = max_seqs
         self._scratch = Scratch(self.cache.zero_slot // SPLIT + DECODE[-1])
         self._recorder = recorder

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -23,6 +22,7 @@ from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
+from qllm.executor.recurrent.states import KNOWN
 
 PROBE_TOKENS = 8
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
@@ -62,7 +62,7 @@ def check_config(config: PreTrainedConfig) -> None:
         layers = DynamicCache(config=config).layers
     except KeyError as error:
         raise UnsupportedModelError(f"{name}: keeps state outside attention (layers of type {error})") from error
-    other = {type(layer).__name__ for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    other = {type(layer).__name__ for layer in layers if type(layer) not in KNOWN}
     if other:
         raise UnsupportedModelError(f"{name}: keeps state outside attention (cache layers {', '.join(sorted(other))})")
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())

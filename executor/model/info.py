@@ -13,6 +13,7 @@ from qllm.executor.errors import KVMemoryError
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import whole
+from qllm.executor.recurrent.states import state_bytes
 
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
 ACCELERATOR_SHARE = 0.8
@@ -22,10 +23,11 @@ log = logging.getLogger(__name__)
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
     """What a timing trace must agree on with `model`, seen in a pass over one token."""
-    # `layers` counts attention layers. A trace has no key for moe_layers and kv_bytes_per_token (of all these layers).
-    runner = Runner(model, kv_blocks=1, block_size=2, splitter=whole)
+    # `layers` counts those that mix tokens. A trace has no key for moe_layers, kv_bytes_per_token (of all these layers)
+    # and state_bytes (of a sequence, in its recurrent layers).
+    runner, sequence = Runner(model, kv_blocks=1, block_size=2, splitter=whole), Sequence([1], [0])
     with torch.inference_mode():
-        running = runner.begin([(Sequence([1], [0]), 1)])
+        running = runner.begin([(sequence, 1)])
         run_to_end(running)
     return {
         "layers": running.layer + 1,
@@ -35,6 +37,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "moe_layers": len(running.routing),
         "kv_bytes_per_token": runner.cache.bytes_per_block() // 2,
+        "state_bytes": state_bytes(sequence.recurrent),
     }
 
 
@@ -73,16 +76,27 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
-def blocks_in(model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None = None) -> int:
-    """KV blocks that fit `kv_memory` bytes (None: a share of the free memory). Raises KVMemoryError if none does."""
+def blocks_in(
+    model: PreTrainedModel, token_bytes: int, block_size: int, kv_memory: int | None = None, states: int = 0
+) -> int:
+    """KV blocks that fit `kv_memory` bytes (None: a share of the free memory). Raises KVMemoryError if none does.
+
+    Args:
+        model: is on its device.
+        token_bytes: KV of a token, all layers.
+        block_size: tokens in a block.
+        kv_memory: bytes for KV and states.
+        states: bytes of it that the states of recurrent layers take.
+    """
     if kv_memory is None:
         share = CPU_SHARE if model.device.type == "cpu" else ACCELERATOR_SHARE
         kv_memory = int(memory_bytes(model.device)[0] * share)
-    blocks = (kv_memory // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
+    blocks = ((kv_memory - states) // token_bytes - 1) // block_size  # a cache holds one slot more than its blocks
     if blocks < 1:
+        beside = f" beside {states} bytes of the sequences' recurrent state" if states else ""
         raise KVMemoryError(
-            f"kv_memory is {kv_memory} bytes; allowed: at least {(block_size + 1) * token_bytes}, one block of "
-            f"{block_size} tokens"
+            f"kv_memory is {kv_memory} bytes; allowed: at least {states + (block_size + 1) * token_bytes}, one block "
+            f"of {block_size} tokens{beside}"
         )
     return int(blocks)
 

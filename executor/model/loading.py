@@ -26,6 +26,7 @@ from qllm.executor.model.checks import (
 )
 from qllm.executor.model.hooks import speed_up
 from qllm.executor.model.info import blocks_in, memory_bytes, model_facts
+from qllm.executor.recurrent.mixers import hook_mixers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -89,6 +90,7 @@ def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.eval()
     check_config(model.config)
+    hook_mixers(model)
     check_model(model)
     speed_up(model)
     log.info("model loaded: %s, %s, on %s", model.config.model_type, str(model.dtype)[6:], model.device)

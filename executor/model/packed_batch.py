@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ class Sequence:
     tokens: list[int]  #: prompt and generated token ids
     blocks: list[int] = field(default_factory=list)  #: the engine's; `ceil((computed + n) / block_size)` for n tokens
     computed: int = 0  #: leading tokens whose KV is stored
+    recurrent: Any = None  #: state of recurrent layers after these tokens, a cache of transformers; None: has none
 
 
 @dataclass(frozen=True)

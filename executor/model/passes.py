@@ -48,7 +48,7 @@ class RunningPass:
         self.partners = partners  #: suspended passes whose waiting rows may be merged into its own
         self.point: Point | None = None  #: where the pass stands; None before the start and at the end
         self.logits = torch.empty(0)  #: `[len(sampled), vocab]`, after the end
-        self.layer = -1  #: the last attention layer begun
+        self.layer = -1  #: the last layer begun that attends, or mixes its tokens in another way
         self.windows: list[int | None] = []  #: what each attention layer so far told the hook
         self.declared_windows = declared_windows  #: of each layer, by configuration
         #: for each MoE layer begun, the rows of each expert; or where they end, which the device alone knows
@@ -144,9 +144,13 @@ class RunningPass:
         # Some models leave it to the mask, which they do not make for this hook: then the configuration tells it.
         self.layer += 1
         self.windows.append(window)
-        if window is None and self.layer < len(self.declared_windows):
-            return self.declared_windows[self.layer]
+        if window is None and len(self.windows) <= len(self.declared_windows):
+            return self.declared_windows[len(self.windows) - 1]
         return window
+
+    def begin_mixer(self) -> None:
+        """Called by the hook of recurrent layers: a new layer begins, which has no KV."""
+        self.layer += 1
 
     def shared_queues(self) -> list[Queues]:
         """Queues of the partners that wait at the same experts: those of the MoE layer where this pass stands."""

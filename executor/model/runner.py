@@ -8,12 +8,14 @@ from importlib.util import find_spec
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from qllm.executor.model.attention_plan import place_for_kernels
 from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import RunAhead, RunningPass
 from qllm.executor.model.split import Split, Splitter, whole
+from qllm.executor.recurrent.states import recurrent_layers
 
 
 class Runner:
@@ -38,6 +40,7 @@ class Runner:
         self.splitter = splitter
         self.n_experts = 0  #: of a layer, once the cache is made
         self.windows = declared_windows(model.config)
+        self.recurrent = bool(recurrent_layers(model.config))  #: whether sequences have a state beside their KV
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -70,6 +73,10 @@ class Runner:
             torch.cuda.set_device(self.device)  # of this thread: where Triton launches
         batch = Batch(entries, self.cache, max_positions=self.max_positions)
         split = self.splitter(batch) if split is None else split
+        if self.recurrent:
+            for entry in batch.entries:
+                if not entry.start:
+                    entry.seq.recurrent = DynamicCache(config=self.model.config)
         queues = queues or partners != ()
         forward = self.place(batch, split, queues=queues)
         return RunningPass(batch, split, forward, self._run_ahead, self.windows, partners, then, queues)
@@ -104,8 +111,9 @@ def run_to_end(running: RunningPass) -> torch.Tensor:
 
 
 def declared_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Sliding window of each layer by configuration (tokens, the token itself included); None for full attention."""
-    return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+    """Sliding window of each attention layer by configuration (tokens, the token itself included); None."""
+    layers = DynamicCache(config=config).layers
+    return [getattr(layer, "sliding_window", None) for layer in layers if isinstance(layer, DynamicLayer)]
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -1,0 +1,176 @@
+"""Layers with a state beside the KV: what is kept of each sequence is its own, whatever happens to the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import LinearAttentionLayer
+
+from qllm.executor import Engine
+from qllm.executor.errors import KVMemoryError
+from qllm.executor.model.info import blocks_in, model_facts
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.recurrent.mixers import hook_mixers, mixers
+from qllm.executor.recurrent.states import recurrent_layers, spread, stacked, state_bytes, tensors
+from qllm.executor.testing import run_batch, tiny_model
+from qllm.scheduler import Limits
+from tests.engine_worlds import finest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HYBRIDS = ("qwen3_next", "nemotron_h", "lfm2_moe")
+NEW = 8
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def world(request, one_thread):
+    """A model, and what transformers generates with it."""
+    model = tiny_model(request.param)
+    asked = prompts(5, 1, 21, 12, 30, 17)
+    wanted = [generated(model, p) for p in asked]
+    return prepare_model(model), asked, wanted
+
+
+def sequences(asked: list[list[int]]) -> list[Sequence]:
+    return [Sequence(list(p), list(range(i * 12, i * 12 + 12))) for i, p in enumerate(asked)]
+
+
+def runner_of(model, splitter=finest) -> Runner:
+    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter)
+
+
+@torch.inference_mode()
+def test_a_pass_stopped_at_any_point_gives_the_same_bits(world) -> None:
+    model, asked, _ = world
+
+    def begun():
+        """A pass over a part of one prompt, while another sequence decodes."""
+        runner = runner_of(model)
+        first, second = sequences(asked[2:4])
+        run_to_end(runner.begin([(first, len(first.tokens)), (second, 5)]))
+        first.tokens.append(7)
+        return runner, runner.begin([(first, 1), (second, 7)])
+
+    runner, running = begun()
+    alone, points = run_to_end(running), 0
+    _, running = begun()
+    while running.advance() is not None:
+        points += 1
+    assert points > 10
+    for at in range(points):
+        runner, running = begun()
+        for _ in range(at + 1):
+            running.advance()
+        other = Sequence(list(asked[4]), list(range(60, 72)))
+        run_batch(runner, [other], 2)
+        assert torch.equal(run_to_end(running), alone), at
+
+
+@torch.inference_mode()
+def test_a_pass_given_up_at_any_point_changes_nobody_else(world) -> None:
+    model, asked, wanted = world
+    at = 0
+    while True:
+        runner = runner_of(model)
+        left, kept = sequences([asked[2], asked[3]])
+        run_batch(runner, [kept], 2)
+        running = runner.begin([(left, len(left.tokens))])
+        for _ in range(at + 1):
+            if running.advance() is None:
+                return
+        running.close()
+        again = Sequence(list(asked[2]), left.blocks)
+        run_batch(runner, [kept, again], NEW - 2)
+        assert kept.tokens[len(asked[3]) :] == wanted[3]
+        assert again.tokens[len(asked[2]) :] == wanted[2][: NEW - 2]
+        at += 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+def test_prompts_in_chunks_of_any_size_while_others_decode(world, sizes) -> None:
+    model, asked, wanted = world
+    runner, all_ = runner_of(model), sequences(asked[:5])
+    with torch.inference_mode():
+        for n in [*sizes, 30]:
+            running = runner.begin((s, min(n, len(s.tokens) - s.computed)) for s in all_)
+            logits = run_to_end(running)
+            for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+                entry.seq.tokens.append(token)
+        run_batch(runner, all_, NEW)
+    for sequence, prompt, tokens in zip(all_, asked, wanted, strict=False):
+        assert sequence.tokens[len(prompt) :][:NEW] == tokens
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+def test_evicted_and_brought_back_under_load(world, evict) -> None:
+    model, asked, wanted = world
+    limits = Limits(max_seqs=4, max_batched_tokens=24, kv_blocks=16, block_size=4, evict=evict)
+    with Engine(model, policy="qllm", limits=limits) as engine:
+        streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked * 3)]
+        assert [s.result().tokens for s in streams] == wanted * 3
+        assert sum(s.times.evictions for s in streams) > 0
+        stats = engine.stats()
+        assert (stats.requests, stats.free_blocks) == (0, stats.total_blocks)
+
+
+def test_a_state_counts_in_the_memory_for_kv(world) -> None:
+    model, asked, _ = world
+    facts = model_facts(model)
+    state, token = facts["state_bytes"], facts["kv_bytes_per_token"]
+    assert state > 0
+    sequence = Sequence(list(asked[0]), list(range(4)))
+    with torch.inference_mode():
+        run_to_end(runner_of(model).begin([(sequence, 5)]))
+    assert state_bytes(sequence.recurrent) == state  # whatever the length
+    memory = 8 * state + 33 * token
+    assert blocks_in(model, token, 4, memory, states=8 * state) == 8
+    with pytest.raises(KVMemoryError, match="recurrent state"):
+        blocks_in(model, token, 4, 8 * state, states=8 * state)
+    with pytest.raises(KVMemoryError, match="recurrent state"):
+        Engine(model, limits=Limits(max_seqs=4), kv_memory=8 * state)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hooks_are_put_on_once_and_rest_outside_of_passes(family) -> None:
+    model, (prompt,) = tiny_model(family), prompts(9)
+    wanted = generated(model, prompt)
+    assert hook_mixers(model) == len(recurrent_layers(model.config)) > 0
+    before = [module.forward for module, _ in mixers(model)]
+    assert hook_mixers(model) == len(before)
+    assert [module.forward for module, _ in mixers(model)] == before
+    assert generated(model, prompt) == wanted
+
+
+@given(st.integers(1, 5), st.integers(0, 3))
+def test_stacked_rows_are_spread_to_where_they_came_from(n, seed) -> None:
+    def layer(i: int) -> LinearAttentionLayer:
+        made = LinearAttentionLayer()
+        made.update_conv_state(torch.full((1, 3, 4), float(i)))
+        made.update_recurrent_state(torch.full((1, 2, 5), float(10 * i + seed)))
+        return made
+
+    layers = [layer(i) for i in range(n)]
+    kept = [own[key] for one in layers for own, key in tensors(one)]
+    made = stacked(layers)
+    for own, key in tensors(made):
+        assert own[key].shape[0] == n
+        own[key].add_(1.0)
+    assert [float(own[key].mean()) for own, key in tensors(layers[-1])] == [n - 1.0, 10.0 * (n - 1) + seed]
+    spread(made, layers)
+    assert [float(own[key].mean()) for own, key in tensors(layers[-1])] == [float(n), 10.0 * (n - 1) + seed + 1]
+    assert [own[key].data_ptr() for one in layers for own, key in tensors(one)] == [t.data_ptr() for t in kept]

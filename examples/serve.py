@@ -11,7 +11,7 @@ from qllm.executor.testing import demo_model
 
 def main() -> None:
     model = demo_model()  # a path or a name on the Hugging Face Hub: Engine.from_pretrained(...)
-    with Engine(model, policy="hybrid") as engine:
+    with Engine(model, policy="slack") as engine:
         patient = engine.submit([5] * 600, max_new_tokens=8, priority=1)  # best-effort
         time.sleep(0.1)  # its pass runs now
         urgent = engine.submit([7, 8, 9], max_new_tokens=8, priority=0)  # latency-sensitive

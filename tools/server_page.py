@@ -59,7 +59,7 @@ def draw(url: str, file: Path) -> None:
 def main(file: Path = FILE) -> None:
     tokenizer = demo_tokenizer()
     limits = Limits(max_seqs=16, max_batched_tokens=4096, kv_blocks=4096)
-    with Engine(demo_model(len(tokenizer)), tokenizer, policy="hybrid", limits=limits, seed=0) as engine:
+    with Engine(demo_model(len(tokenizer)), tokenizer, policy="slack", limits=limits, seed=0) as engine:
         app = make_app(engine, ServerSettings(model_name="demo"))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
         thread = threading.Thread(target=server.run)

@@ -30,7 +30,7 @@ def serve(
         ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Policy of the scheduler; default: the configuration's, else hybrid")
+        str | None, typer.Option(help="Policy of the scheduler; default: the configuration's, else slack")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 for any that is free")] = 8000,

@@ -59,7 +59,7 @@ class ServerSettings(StrictModel):
     """How a model is served. Times in seconds, lengths in tokens unless a key says otherwise."""
 
     model_name: Annotated[str, Field(min_length=1)] | None = None  #: what clients call it; default: the checkpoint
-    policy: PolicyConfig = PolicyConfig.model_validate("hybrid")  #: a name, or a mapping as in sweeps
+    policy: PolicyConfig = PolicyConfig.model_validate("slack")  #: a name, or a mapping as in sweeps
     engine: EngineLimits = EngineLimits()
     max_step: Positive = 0.01  #: seconds that no step of a pass should exceed
     classes: dict[str, ClassSettings] = Field(default={"ls": _LS, "be": _BE}, min_length=1)

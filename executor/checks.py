@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -61,13 +61,19 @@ def check_seconds(name: str, value: Any, *, zero: bool) -> None:
         raise RequestError(f"{name} is {value!r:.80}; allowed: None, or seconds from {least:g} to 1e9")
 
 
-def wants_of(max_ttft: float | None, max_tpot: float | None, tenant: str) -> dict[str, Any]:
+def wants_of(
+    max_ttft: float | None, max_tpot: float | None, tenant: str, tags: Mapping[str, str] | None
+) -> dict[str, Any]:
     """What a scheduler is told of them. Raises RequestError for what is no number of seconds, or no name."""
     check_seconds("max_ttft", max_ttft, zero=False)
     check_seconds("max_tpot", max_tpot, zero=False)
     if not isinstance(tenant, str) or len(tenant) > MOST_ID:
         raise RequestError(f"tenant is {tenant!r:.80}; allowed: text of up to {MOST_ID} characters")
     found: dict[str, Any] = {"tenant": tenant} if tenant else {}
+    if tags is not None:
+        if not isinstance(tags, Mapping) or not all(isinstance(part, str) for pair in tags.items() for part in pair):
+            raise RequestError(f"tags is {tags!r:.80}; allowed: None, or a mapping of texts to texts")
+        found["tags"] = dict(tags)
     for name, seconds in (("max_ttft_s", max_ttft), ("max_tpot_s", max_tpot)):
         if seconds is not None:
             found[name] = float(seconds)

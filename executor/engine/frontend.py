@@ -80,6 +80,7 @@ class Frontend:
         max_ttft: float | None = None,
         max_tpot: float | None = None,
         tenant: str = "",
+        tags: Mapping[str, str] | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> Stream:
         """Queue a request. Returns at once.
@@ -100,6 +101,7 @@ class Frontend:
             max_ttft: seconds within which its first token is wanted, for policies that go by that (`slack`).
             max_tpot: the same from token to token, on average.
             tenant: whose it is, for policies that are fair to each.
+            tags: what else a policy of one's own may go by.
             sampling: the other arguments of `SamplingParams`. By default the likeliest token is chosen: what the
                 checkpoint recommends is `**engine.defaults`.
 
@@ -124,7 +126,7 @@ class Frontend:
             check_seconds("deadline", deadline, zero=False)
             if request_id is not None:
                 check_id(request_id)
-            now, wants = self.clock.now(), wants_of(max_ttft, max_tpot, tenant)
+            now, wants = self.clock.now(), wants_of(max_ttft, max_tpot, tenant, tags)
             sequence = self.make_request(prompt, max_new_tokens, priority, params, now, request_id, wants)
             if self.tokenizer is not None and texts:
                 own = Detokenizer(self.tokenizer, skip_special_tokens)

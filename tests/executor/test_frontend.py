@@ -441,13 +441,13 @@ def test_bounds_and_the_tenant_reach_the_scheduler(engine, monkeypatch):
     seen, original = [], engine.scheduler.add
 
     def spy(r, now):
-        seen.append((r.max_ttft_s, r.max_tpot_s, r.tenant))
+        seen.append((r.max_ttft_s, r.max_tpot_s, r.tenant, dict(r.tags)))
         original(r, now)
 
     monkeypatch.setattr(engine.scheduler, "add", spy)
-    engine.submit([5], max_new_tokens=1, max_ttft=2, max_tpot=0.5, tenant="ann").result()
+    engine.submit([5], max_new_tokens=1, max_ttft=2, max_tpot=0.5, tenant="ann", tags={"lane": "a"}).result()
     engine.submit([5], max_new_tokens=1).result()
-    assert seen == [(2.0, 0.5, "ann"), (float("inf"), float("inf"), "")]
-    for odd in ({"max_ttft": 0}, {"max_tpot": "x"}, {"tenant": 5}, {"tenant": "x" * 999}):
+    assert seen == [(2.0, 0.5, "ann", {"lane": "a"}), (float("inf"), float("inf"), "", {})]
+    for odd in ({"max_ttft": 0}, {"max_tpot": "x"}, {"tenant": 5}, {"tenant": "x" * 999}, {"tags": {"a": 1}}):
         with pytest.raises(RequestError, match=f"{next(iter(odd))} is"):
             engine.submit([5], **odd)

@@ -17,7 +17,6 @@ best, BE turnaround at most 1.1 times that of `priority`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,8 +28,8 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from results_file import add_out, save
-from runs import CONFIGS, FOR_THROUGHPUT, OTHERS, Run, capacity, drawn, p99, pooled, run, throughput
+from results_file import save
+from runs import CONFIGS, FOR_THROUGHPUT, OTHERS, Run, capacity, drawn, options, p99, pooled, run, throughput
 
 from qllm.config.config import Config, load_config
 from qllm.config.from_config import load_timings
@@ -99,14 +98,10 @@ SHOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "slack")
     parser.add_argument("--configs", nargs="+", default=["long_prefill", "azure"])
     parser.add_argument("--loads", nargs="+", type=float, default=[0.6, 0.8, 0.95])
-    parser.add_argument("--requests", type=int, help="sent in each run; default: as the configuration says")
-    parser.add_argument("--jobs", type=int, default=2)
-    add_out(parser, "slack")
     args = parser.parse_args()
-    pd.set_option("display.width", 200, "display.max_columns", 20)
     tables = []
     sources = []
     for name in args.configs:

@@ -17,7 +17,6 @@ turned away if those before it would take longer than `SHED_S` to be launched; a
 
 from __future__ import annotations
 
-import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -27,8 +26,8 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from results_file import add_out, save
-from runs import CONFIGS, OTHERS, Run, capacity, drawn, p99, pooled, run
+from results_file import save
+from runs import CONFIGS, OTHERS, Run, capacity, drawn, options, p99, pooled, run
 
 from qllm.config.config import Config, load_config
 from qllm.config.from_config import load_timings
@@ -89,14 +88,11 @@ SHOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "slack_overload")
     parser.add_argument("--ls-rate", type=float, default=0.5, help="LS requests per second")
     parser.add_argument("--times", type=float, default=4.0, help="the capacity")
-    parser.add_argument("--requests", type=int, default=1200, help="sent in each run")
-    parser.add_argument("--jobs", type=int, default=2)
-    add_out(parser, "slack_overload")
+    parser.set_defaults(requests=1200)
     args = parser.parse_args()
-    pd.set_option("display.width", 200, "display.max_columns", 20)
     config = load_config(CONFIGS / "long_prefill.yaml", ["sweep={}", "rate=1", f"requests={args.requests}"])
     config, most = at_load(config, args.ls_rate, args.times)
     bound = config.classes["ls"].slo.ttft_over_isolated

@@ -10,7 +10,6 @@ requests sent.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,8 +19,8 @@ from typing import Any
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from results_file import add_out, save
-from runs import CONFIGS, OTHERS, drawn, p99, pooled, run, throughput
+from results_file import save
+from runs import CONFIGS, OTHERS, drawn, options, p99, pooled, run, throughput
 
 from qllm.config.config import Config, load_config
 from qllm.config.from_config import load_timings
@@ -83,13 +82,9 @@ SHOWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "slack_paper")
     parser.add_argument("--rates", nargs="+", type=float, default=[1, 2, 4, 6, 7])
-    parser.add_argument("--requests", type=int, help="sent in each run; default: as the configuration says")
-    parser.add_argument("--jobs", type=int, default=2)
-    add_out(parser, "slack_paper")
     args = parser.parse_args()
-    pd.set_option("display.width", 220, "display.max_columns", 20)
     overrides = ["sweep={}", "rate=1", *([f"requests={args.requests}"] if args.requests else [])]
     config = load_config(CONFIGS / "paper.yaml", overrides)
     tables = []

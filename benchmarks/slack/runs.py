@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from results_file import add_out
 
 from qllm.config.config import Config
 from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
@@ -48,6 +51,16 @@ class Run:
     finish: np.ndarray
     makespan: float  #: from the first arrival to the last token
     busy: float  #: of which passes ran
+
+
+def options(told: str | None, out: str) -> argparse.ArgumentParser:
+    """The options of every script here; tables are printed wide."""
+    pd.set_option("display.width", 220, "display.max_columns", 20)
+    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, help="sent in each run; default: as the configuration says")
+    parser.add_argument("--jobs", type=int, default=2)
+    add_out(parser, out)
+    return parser
 
 
 def drawn(config: Config, seed: int, only: str | None = None) -> RequestTrace:

@@ -46,11 +46,15 @@ ARROWS = {
     "executor": {"executor/engine", "executor/model", "executor/sampling"},
     "executor/sampling": {"executor"},
     "executor/cpu": set(),
+    "executor/quantised": {"executor", "executor/cpu"},
     "executor/gpu": {"executor/gpu/fused"},
     "executor/gpu/fused": {"executor/gpu"},
-    "executor/model": {"executor", "executor/cpu", "executor/gpu", "executor/gpu/fused", "executor/recurrent"},
+    "executor/model": {
+        *("executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"),
+        *("executor/quantised", "executor/recurrent"),
+    },
     "executor/recurrent": {"executor/model"},
-    "executor/graphs": {"executor", "executor/gpu", "executor/model"},
+    "executor/graphs": {"executor", "executor/gpu", "executor/model", "executor/quantised"},
     "executor/engine": {
         "executor",
         *(f"executor/{below}" for below in ("cpu", "gpu", "graphs", "model", "recurrent", "sampling")),

@@ -207,6 +207,7 @@ class Engine(Frontend):
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "auto",
         trust_remote_code: bool = False,
+        experts: str = "plain",
         **settings: Any,
     ) -> Engine:
         """An engine for a Hugging Face checkpoint, with the checkpoint's tokenizer where it has one.
@@ -216,6 +217,7 @@ class Engine(Frontend):
             device: where the model is to run.
             dtype: of the weights; "auto" for that of the checkpoint.
             trust_remote_code: whether code that comes with the checkpoint may run.
+            experts: "plain", or "nf4" for four bits a weight.
             settings: the other arguments of Engine.
 
         Raises:
@@ -225,7 +227,8 @@ class Engine(Frontend):
             KVMemoryError: the KV blocks, or a single one, do not fit the memory.
         """
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
-        model = load_model(name_or_path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        given: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        model = load_model(name_or_path, experts=experts, **given)
         return cls(model, tokenizer, **settings)
 
     def call(self, function: Callable[[Loop], T]) -> T:

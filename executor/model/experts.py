@@ -17,7 +17,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from qllm.executor.cpu.linear import PackedWeights
 from qllm.executor.model.expert_queues import ExpertQueues, Queues
 from qllm.executor.model.passes import RunningPass, current_pass
 
@@ -36,6 +35,13 @@ class ExpertsModule(Protocol):
     post_expert_norm: Callable[[torch.Tensor], torch.Tensor]
 
     def _apply_gate(self, gate_up_out: torch.Tensor) -> torch.Tensor: ...
+
+
+class ExpertWeights(Protocol):
+    """Weights `[N, K]` of a layer's experts in a form of their own, in place of a plain parameter."""
+
+    def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+        """`x` `[S, K]` with weights `which`, `sizes` rows each in turn, to `[S, N]`."""
 
 
 def experts_forward(
@@ -80,8 +86,9 @@ def queues_of(
 
 
 def needs_queues(module: ExpertsModule, running: RunningPass) -> bool:
-    """Whether the host must know the rows of each expert: the layer is cut, or somebody asks for them."""
-    return running.keeps_queues or running.split.experts_per_group < module.num_experts
+    """Whether the host must know the rows of each expert: cut layers, weights with own products, or somebody asks."""
+    cut = running.split.experts_per_group < module.num_experts
+    return cut or running.keeps_queues or weights_of(module, "down_proj") is not None
 
 
 def on_device(
@@ -131,7 +138,8 @@ def tiles(experts: Sequence[int], counts: Sequence[int]) -> Iterator[list[int]]:
 
 def run_tile(module: ExpertsModule, tile: Sequence[int], queues: Queues, others: Sequence[Queues] = ()) -> None:
     """Run what waits in `queues` at each expert of `tile`, and in the same launch what may be merged from `others`."""
-    run = partial(run_group, tile=queues.tile) if queues.tile else run_experts
+    grouped = queues.tile and weights_of(module, "down_proj") is None  # plain weights alone can be multiplied at once
+    run = partial(run_group, tile=queues.tile) if grouped else run_experts
     merged = [q for q in others if any(map(q.can_merge, tile))]
     own = [queues.waiting[e] for e in tile]
     whole = slice(queues.span(tile[0]).start, queues.span(tile[-1]).stop)
@@ -179,15 +187,22 @@ def run_group(
     return run_experts(module, rows, experts[0], ends, tile)
 
 
+def weights_of(module: ExpertsModule, name: str) -> ExpertWeights | None:
+    """The weights `name` of a layer's experts where they do their own products: packed, or quantised."""
+    own: ExpertWeights | None = getattr(module, f"_qllm_{name}", None)
+    return own
+
+
 def project(
     module: ExpertsModule, name: str, experts: Sequence[int], sizes: Sequence[int], rows: torch.Tensor
 ) -> torch.Tensor:
     """`rows` through the weight (and bias) `name` of each expert in turn."""
-    packed: PackedWeights | None = getattr(module, f"_qllm_{name}", None)
+    own = weights_of(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    if packed is not None:
-        out = packed.products(rows, experts, sizes)
-        return out if bias is None else out.add_(bias[experts].repeat_interleave(torch.tensor(sizes), dim=0))
+    if own is not None:
+        out = own.products(rows, experts, sizes)
+        repeats = torch.tensor(sizes, device=out.device)
+        return out if bias is None else out.add_(bias[experts].repeat_interleave(repeats, 0, output_size=len(out)))
     weight = getattr(module, name)
     outputs = [
         F.linear(part, weight[e].t() if module.is_transposed else weight[e], None if bias is None else bias[e])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from qllm.executor.errors import KVMemoryError
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import whole
+from qllm.executor.quantised.experts import has_nf4
 from qllm.executor.recurrent.states import state_bytes
 
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
@@ -34,11 +36,29 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
         "hidden": embedding(model).weight.shape[1],
         "experts": len(running.routing[0]),
         "top_k": sum(running.routing[0]),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model),
         "moe_layers": len(running.routing),
         "kv_bytes_per_token": runner.cache.bytes_per_block() // 2,
         "state_bytes": state_bytes(sequence.recurrent),
     }
+
+
+def dtype_name(model: PreTrainedModel) -> str:
+    """What its weights are, as logs, results and timing traces name it: "bfloat16", or "bfloat16, experts nf4"."""
+    return str(model.dtype).removeprefix("torch.") + (", experts nf4" if has_nf4(model) else "")
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same model with its first `layers` layers that hold experts; leading layers without are left out."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if getattr(text, "first_k_dense_replace", 0):
+        text.first_k_dense_replace = 0
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, getattr(text, name)[-layers:])
+    return short
 
 
 def embedding(model: PreTrainedModel) -> torch.nn.Embedding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,8 @@ from qllm.executor.model.checks import (
     words,
 )
 from qllm.executor.model.hooks import speed_up
-from qllm.executor.model.info import blocks_in, memory_bytes, model_facts
+from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
+from qllm.executor.quantised.experts import checked_experts, quantise_experts, weights_bytes
 from qllm.executor.recurrent.mixers import hook_mixers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,6 +42,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    experts: str = "plain",
 ) -> PreTrainedModel:
     """Load a causal language model with the qllm hooks, in evaluation mode.
 
@@ -53,6 +54,7 @@ def load_model(
         device: where the model is to run.
         dtype: of the weights; "auto" for that of the checkpoint.
         trust_remote_code: whether code that comes with the checkpoint may run.
+        experts: "plain": of that type too; "nf4": four bits a weight. Then host memory has to hold the plain model.
 
     Raises:
         UnsupportedModelError: the model keeps state outside attention, is no causal decoder, its experts or attention
@@ -61,39 +63,47 @@ def load_model(
     """
     chosen = checked_dtype(dtype) if isinstance(dtype, str) else dtype
     with _logging_refusal():
-        return _load(str(name_or_path), checked_device(device), chosen, trust_remote_code)
+        return _load(str(name_or_path), checked_device(device), chosen, trust_remote_code, checked_experts(experts))
 
 
-def _load(name: str, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _load(
+    name: str, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool, experts: str
+) -> PreTrainedModel:
     with _naming(name):
         config = _read_config(name, trust_remote_code)
         method = expand_weights(config)
         found = torch_dtype(dtype, config) or torch.bfloat16
-        _check_size(_skeleton(config, found, trust_remote_code), place, method)
+        skeleton = _skeleton(config, found, trust_remote_code)
+        _check_size(skeleton, place, method, experts)
+        host = place if experts == "plain" else torch.device("cpu")  # the plain weights need not fit an accelerator
+        _check_size(skeleton, host, method)
         check_files(name, config, method)
-        return _prepare(_read_weights(name, config, place, dtype, trust_remote_code))
+        return _prepare(_read_weights(name, config, host, dtype, trust_remote_code), experts, place)
 
 
-def prepare_model(model: PreTrainedModel) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel, *, experts: str = "plain") -> PreTrainedModel:
     """Switch a loaded model over to the hooks.
 
     Args:
         model: where it is to run. It is changed, and returned.
+        experts: see `load_model`.
 
     Raises:
         UnsupportedModelError: as `load_model` does.
     """
     with _logging_refusal():
-        return _prepare(model)
+        return _prepare(model, checked_experts(experts), model.device)
 
 
-def _prepare(model: PreTrainedModel) -> PreTrainedModel:
+def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTrainedModel:
     model.eval()
     check_config(model.config)
+    if experts == "nf4":
+        quantise_experts(model, place)
     hook_mixers(model)
     check_model(model)
     speed_up(model)
-    log.info("model loaded: %s, %s, on %s", model.config.model_type, str(model.dtype)[6:], model.device)
+    log.info("model loaded: %s, %s, on %s", model.config.model_type, dtype_name(model), model.device)
     return model
 
 
@@ -155,12 +165,12 @@ def torch_dtype(dtype: str | torch.dtype, config: PreTrainedConfig) -> torch.dty
     return cast(torch.dtype, getattr(torch, dtype)) if isinstance(dtype, str) else dtype
 
 
-def _check_size(skeleton: PreTrainedModel, place: torch.device, method: str | None) -> None:
-    size, room = _bytes(skeleton), memory_bytes(place)[1]
+def _check_size(skeleton: PreTrainedModel, place: torch.device, method: str | None, experts: str = "plain") -> None:
+    size, room = weights_bytes(skeleton, experts), memory_bytes(place)[1]
     if size > room:
-        expanded = f" (expanded from {method})" if method else ""
+        told = f", experts {experts}" if experts != "plain" else f" (expanded from {method})" if method else ""
         raise LoadError(
-            f"does not fit: {size / 1e9:.0f} GB of weights in {str(skeleton.dtype)[6:]}{expanded}, {place} has "
+            f"does not fit: {size / 1e9:.0f} GB of weights in {str(skeleton.dtype)[6:]}{told}, {place} has "
             f"{room / 1e9:.0f} GB; choose a smaller model or dtype"
         )
 
@@ -230,7 +240,7 @@ class LoadedModel:
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, weights: str = "checkpoint") -> LoadedModel:
         """A whole model, prepared."""
-        return cls(name, model, model_facts(model)["layers"], _bytes(model), weights)
+        return cls(name, model, model_facts(model)["layers"], weights_bytes(model), weights)
 
     def kv_blocks(self, block_size: int) -> int:
         """KV blocks of `block_size` tokens that the device has room for, by what was free when first asked."""
@@ -246,15 +256,17 @@ def load(
     device: str = "cpu",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    experts: str = "plain",
     random_weights: bool = False,
 ) -> LoadedModel:
-    """Load what `--model`, `--device` and `--dtype` name. Raises as `load_model` does, for a command that prints it.
+    """Load what `--model`, `--device`, `--dtype` and `--experts` name. Raises as `load_model` does, for a command.
 
     With `random_weights` a folder that holds only a config.json gets random weights. Of a model that does not fit in
     memory FEW_LAYERS layers with random weights are built.
     """
     place = checked_device(device)
     checked_dtype(dtype)
+    checked_experts(experts)
     folder = Path(name_or_path)
     name = folder.name if folder.exists() else name_or_path
     try:
@@ -262,16 +274,17 @@ def load(
             with _naming(name_or_path):
                 config = _read_config(name_or_path, trust_remote_code)
                 found = torch_dtype(dtype, config) or torch.float32
-                size = _bytes(_skeleton(config, found, trust_remote_code))
+                skeleton = _skeleton(config, found, trust_remote_code)
             layers: int = config.get_text_config(decoder=True).num_hidden_layers
-            if size > MEMORY_SHARE * memory_bytes(place)[0]:
-                few = random_model(with_layers(config, FEW_LAYERS), found, place)
+            size = weights_bytes(skeleton, experts)
+            if weights_bytes(skeleton) > MEMORY_SHARE * memory_bytes(place)[0]:  # it is made plain
+                few = random_model(with_layers(config, FEW_LAYERS), found, place, experts)
                 weights = f"random, {FEW_LAYERS} of {layers} layers (the model does not fit)"
                 return LoadedModel(name, few, layers, size, weights)
             if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
-                model = random_model(config, found, place)
+                model = random_model(config, found, place, experts)
                 return LoadedModel(name, model, layers, size, "random (the folder holds none)")
-        model = _load(name_or_path, place, dtype, trust_remote_code)
+        model = _load(name_or_path, place, dtype, trust_remote_code, experts)
     except LoadError as error:
         raise LoadError(f"--model {error}") from None
     return LoadedModel.of(name, model)
@@ -295,26 +308,12 @@ def checked_dtype(dtype: str) -> str:
     return dtype
 
 
-def _bytes(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same model with its first `layers` layers that hold experts; leading layers without are left out."""
-    short = copy.deepcopy(config)
-    text = short.get_text_config(decoder=True)
-    text.num_hidden_layers = layers
-    if getattr(text, "first_k_dense_replace", 0):
-        text.first_k_dense_replace = 0
-    for name in ("layer_types", "mlp_layer_types"):
-        if getattr(text, name, None):
-            setattr(text, name, getattr(text, name)[-layers:])
-    return short
-
-
-def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, experts: str = "plain"
+) -> PreTrainedModel:
     """A model with random weights, made where it is to run."""
     torch.manual_seed(0)
     with device:
         model = auto_class(config).from_config(config, dtype=dtype)
-    return prepare_model(model)  # not inside: pinned buffers are host memory whatever the default device
+    # not inside: pinned buffers are host memory whatever the default device
+    return prepare_model(model, experts=experts)

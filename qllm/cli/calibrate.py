@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from qllm.cli.options import EXPERTS
+
 
 def calibrate(
     model: Annotated[str, typer.Option(help="Checkpoint (name or folder), or a folder with only a config.json")],
     out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)")],
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    experts: Annotated[str, typer.Option(help=EXPERTS)] = "plain",
     max_tokens: Annotated[int, typer.Option(help="Prompt tokens of the largest pass")] = 2048,
     max_context: Annotated[int, typer.Option(help="Tokens cached before them, at most")] = 4096,
     max_batch: Annotated[int, typer.Option(help="Sequences of the largest decode batch")] = 32,
@@ -41,7 +44,7 @@ def calibrate(
         torch.set_num_threads(threads)
     extent = Extent(max_tokens, max_context, max_batch)
     with progress("loading the model"):
-        loaded = load(model, device=device, dtype=dtype, random_weights=True)
+        loaded = load(model, device=device, dtype=dtype, experts=experts, random_weights=True)
     try:
         with progress("measuring") as update:
             timings = calibrate(loaded, out, extent, update)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qllm.cli.options import ANY_SIZE, FORCE, SET
+from qllm.cli.options import ANY_SIZE, EXPERTS, FORCE, SET
 from qllm.cli.table import Format, print_table, records
 
 
@@ -30,6 +30,7 @@ def run(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")] = "auto",
+    experts: Annotated[str, typer.Option(help=EXPERTS)] = "plain",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint")
     ] = False,
@@ -69,7 +70,7 @@ def run(
     with progress("loading the model") as update:
         from qllm.experiment import engine_run
 
-        target = engine_run.load_target(model, device, dtype, trust_remote_code)
+        target = engine_run.load_target(model, device, dtype, trust_remote_code, experts)
         typer.echo(engine_run.describe(target), err=True)
         results, shown = engine_run.run(loaded, target, update, graphs.value)
         update.phase("drawing figures")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qllm.cli.options import EXPERTS
 from qllm.cli.run import GraphsChoice
 
 
@@ -37,6 +38,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file with the server's settings")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16")] = "auto",
+    experts: Annotated[str, typer.Option(help=EXPERTS)] = "plain",
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint")
     ] = False,
@@ -78,6 +80,7 @@ def serve(
     chosen: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
+        "experts": experts,
         "trust_remote_code": trust_remote_code,
         "graphs": graphs.value,
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qllm.cli.options import FORCE, SET
+from qllm.cli.options import EXPERTS, FORCE, SET
 
 
 def validate(
@@ -17,6 +17,7 @@ def validate(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; default: out/<name>-validation")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    experts: Annotated[str, typer.Option(help=EXPERTS)] = "plain",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch chooses")] = None,
     force: Annotated[bool, typer.Option("--force", help=FORCE)] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET)] = None,
@@ -41,7 +42,7 @@ def validate(
     trace = Timings.load(timings)
     loaded = load_config(config, [f"timings={timings.resolve()}", *(set_ or [])])
     folder = claim(out or Path("out") / f"{loaded.name}-validation", loaded, "validation", force)
-    subject = load(model, device=device, dtype=dtype, random_weights=True)
+    subject = load(model, device=device, dtype=dtype, experts=experts, random_weights=True)
     facts = model_facts(subject.model)
     checked = {key: facts[key] for key in ("layers", "hidden", "experts", "top_k", "dtype")}
     trace.check_matches(device=device_name(subject.model.device), **checked)

@@ -22,7 +22,7 @@ from qllm.executor import Engine, RealClock, replay
 from qllm.executor.calibration.environment import device_name, versions
 from qllm.executor.errors import RequestError
 from qllm.executor.graphs.runner import Graphs
-from qllm.executor.model.info import model_facts
+from qllm.executor.model.info import dtype_name, model_facts
 from qllm.executor.model.loading import LoadedModel, checked_device, checked_dtype, load, prepare_model
 from qllm.executor.testing import DEMO, demo_model
 from qllm.experiment.engines import Engines
@@ -42,22 +42,26 @@ ISOLATED = (
 
 
 def load_target(
-    name: str | None, device: str = "cpu", dtype: str = "auto", trust_remote_code: bool = False
+    name: str | None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    experts: str = "plain",
 ) -> LoadedModel:
     """The model to run: a checkpoint (path or Hugging Face name), or the demo model (None; its dtype is float32).
 
     Raises LoadError (model, device or dtype is not there) and UnsupportedModelError.
     """
     if name is not None:
-        return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, experts=experts)
     place, chosen = checked_device(device), checked_dtype(dtype)
     model = demo_model(place, torch.float32 if chosen == "auto" else getattr(torch, chosen))
-    return LoadedModel.of(DEMO, prepare_model(model), "random")
+    return LoadedModel.of(DEMO, prepare_model(model, experts=experts), "random")
 
 
 def describe(target: LoadedModel) -> str:
     """Device, model and dtype, as results name them."""
-    return f"{device_name(target.model.device)}; {target.name}; {str(target.model.dtype).removeprefix('torch.')}"
+    return f"{device_name(target.model.device)}; {target.name}; {dtype_name(target.model)}"
 
 
 def engine_clock(target: LoadedModel, config: Config) -> RealClock:

@@ -433,7 +433,7 @@ def test_a_random_model_is_made_on_its_device_and_prepared_outside_of_it(monkeyp
     # `torch.empty(..., pin_memory=True)` inside would make a tensor of that device, which cannot be pinned.
     found = {}
 
-    def prepare(model):
+    def prepare(model, experts):
         found.update(made=model.device.type, prepared=torch.empty(1).device.type)
         return model
 

@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 
-from qllm.executor import Engine, Grammar, LoadError
+from qllm.executor import Engine, Grammar, LoadError, prepare_model
 from qllm.executor.errors import GrammarError
 from qllm.server.process import demo
 from qllm.server.settings import ServerSettings
 
 
 def load_engine(
-    model: str | None, settings: ServerSettings, *, device: str, dtype: str, trust_remote_code: bool, graphs: str
+    model: str | None,
+    settings: ServerSettings,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    graphs: str,
+    experts: str = "plain",
 ) -> tuple[Engine, str]:
     """An engine with these settings, and the name of its model.
 
@@ -29,7 +36,8 @@ def load_engine(
         "graphs": graphs,
     }
     if model is not None:
-        engine = Engine.from_pretrained(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, **given)
+        given |= {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "experts": experts}
+        engine = Engine.from_pretrained(model, **given)
         with suppress(GrammarError):  # without the extra, or a fast tokenizer
             engine.compile(Grammar.regex(""))  # reads the tokenizer; other requests would stand still meanwhile
         return engine, model.rstrip("/").split("/")[-1]
@@ -37,4 +45,5 @@ def load_engine(
     if dtype not in kinds:
         raise LoadError(f"dtype is {dtype!r:.80}; allowed: {', '.join(kinds)}")
     tokenizer: Any = demo.demo_tokenizer()
-    return Engine(demo.demo_model(len(tokenizer), device, kinds[dtype]), tokenizer, **given), demo.NAME
+    made = prepare_model(demo.demo_model(len(tokenizer), device, kinds[dtype]), experts=experts)
+    return Engine(made, tokenizer, **given), demo.NAME

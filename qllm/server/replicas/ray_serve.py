@@ -46,6 +46,7 @@ class ReplicaOptions(StrictModel):
     model: str | None = None  #: a folder or a model hub's name; none: the demo's random model
     device: str = "cpu"
     dtype: str = "auto"
+    experts: str = "plain"
     trust_remote_code: bool = False
     graphs: str = "load"
     replicas: Count = 2

@@ -1,63 +1,98 @@
-"""Prints the tables of docs/models.md: model types of the installed transformers, and what released checkpoints hold.
+"""Writes the tables of docs/models.md: what becomes of released checkpoints and of each model type of transformers.
 
-    python tools/list_model_families.py
+    python tools/list_model_families.py [--check]
 
-Each type is built tiny, with random weights, and put through the checks that a checkpoint meets at load. How released
-checkpoints are quantised stands here, as their config.json says it; what becomes of that is asked of the loader.
+Each model type of the installed transformers is built tiny, with random weights, and put through the checks that a
+checkpoint meets at load. Memory is computed on the meta device, where a model of any size takes none. A table stands
+between `<!-- models: NAME -->` and `<!-- /models -->`. `--check` writes nothing, and fails where the page is out of
+date.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import AutoModelForMultimodalLM
+from figure_markdown import markdown
+from released_checkpoints import OTHERS, TWENTY, Checkpoint, Quantised
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig
 
+from qllm.executor.engine.engine import STATES
 from qllm.executor.errors import UnsupportedModelError
-from qllm.executor.model.checks import auto_class, expand_weights
+from qllm.executor.model.checks import auto_class, check_config, expand_weights
+from qllm.executor.model.hooks import PASS_THROUGH
+from qllm.executor.model.info import ACCELERATOR_SHARE
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.recurrent.states import state_bytes
 from qllm.executor.testing import families, tiny_config, tiny_model
+from qllm.scheduler import Limits
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+MARKED = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- /models -->)", re.DOTALL)
 UNKNOWN = "not tried: no tiny configuration of it is known here"
+SIZES = "qllm_sizes"  #: attention that notes what it is given
+GPU_BYTES = 80 * 10**9
+#: What errors say, and what that means.
+PLAIN = {
+    "DynamicIndexedLayer": "sparse attention: an indexer chooses what is attended, and keeps keys of its own",
+    "LinearAttentionAnd": "attention and a recurrent state in one layer",
+    "heavily_compressed_attention": "attends to compressed keys, which it keeps in a cache of its own",
+    "reference_sliding_attention": "attends to a part of the tokens that the engine does not know",
+    "not causal": "its attention is not causal: it generates text by diffusion",
+    "get_linear_cache": "its linear attention keeps its state in a cache class of its own",
+    "in two passes": "a prompt computed in two passes gives other logits than in one",
+}
 
 
-class Released(NamedTuple):
-    """A checkpoint, its model type, parameters in billions, quantisation method, and what else speaks against it."""
+class Memory(NamedTuple):
+    """What a model takes in bfloat16."""
 
-    name: str
-    model_type: str
-    billions: float
-    method: str | None = None
-    but: str = ""
+    weights: int  #: bytes, of what sees and hears too
+    kv: int  #: bytes a token; 0: unknown
+    state: int  #: bytes a sequence, of recurrent layers
 
 
-RELEASED = [
-    Released("Qwen/Qwen3-30B-A3B", "qwen3_moe", 30.5),
-    Released("Qwen/Qwen3-30B-A3B-FP8", "qwen3_moe", 30.5, "fp8"),
-    Released("Qwen/Qwen3-30B-A3B-GPTQ-Int4", "qwen3_moe", 30.5, "gptq"),
-    Released("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl_moe", 31.1),
-    Released("Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", 81.3),
-    Released("Qwen/Qwen1.5-MoE-A2.7B", "qwen2_moe", 14.3),
-    Released("mistralai/Mixtral-8x7B-v0.1", "mixtral", 46.7),
-    Released("TheBloke/Mixtral-8x7B-Instruct-v0.1-AWQ", "mixtral", 46.7, "awq"),
-    Released("openai/gpt-oss-20b", "gpt_oss", 20.9, "mxfp4"),
-    Released("openai/gpt-oss-120b", "gpt_oss", 116.8, "mxfp4"),
-    Released("deepseek-ai/DeepSeek-V2-Lite", "deepseek_v2", 15.7),
-    Released(
-        "deepseek-ai/DeepSeek-V3", "deepseek_v3", 671, "fp8",
-        "its blocks of 128 rows do not divide the 576 of kv_a_proj_with_mqa, which transformers misreads",
-    ),
-    Released("zai-org/GLM-4.5-Air", "glm4_moe", 106.9),
-    Released("zai-org/GLM-4.5-Air-FP8", "glm4_moe", 106.9, "compressed-tensors"),
-    Released("MiniMaxAI/MiniMax-M2", "minimax_m2", 228.7, "fp8"),
-    Released("baidu/ERNIE-4.5-21B-A3B-PT", "ernie4_5_moe", 21.8),
-    Released("tencent/Hunyuan-A13B-Instruct", "hunyuan_v1_moe", 80.4),
-    Released("allenai/OLMoE-1B-7B-0924", "olmoe", 6.9),
-    Released("microsoft/Phi-3.5-MoE-instruct", "phimoe", 41.9),
-]  # fmt: skip
+def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """The configuration of a released checkpoint, as far as its sizes go."""
+    return CONFIG_MAPPING[checkpoint.model_type](**(checkpoint.sizes or {}))
 
 
+def memory_of(config: PreTrainedConfig) -> Memory:
+    """Memory of a model, computed from one token without any weights."""
+    kept: list[int] = []
+
+    def attention(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        kept.append(key.nbytes + value.nbytes)
+        rows, heads = query.shape[2], query.shape[1]
+        return query.new_empty((query.shape[0], rows, heads, value.shape[-1])), None
+
+    AttentionInterface.register(SIZES, attention)
+    with torch.device("meta"), torch.inference_mode():
+        model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
+        model.set_experts_implementation(PASS_THROUGH)  # where rows go would depend on numbers
+        model.set_attn_implementation(SIZES)
+        try:
+            cache = model(input_ids=torch.ones((1, 1), dtype=torch.int64), use_cache=True).past_key_values
+        except NotImplementedError:  # numbers decide what is attended, and there are none
+            return Memory(weights_of(model), 0, 0)
+    return Memory(weights_of(model), sum(kept), state_bytes(cache))
+
+
+def weights_of(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights, shared ones once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@functools.cache
 def verdict(model_type: str) -> str:
     """Empty where a model of that type is served, else the reason why not."""
     try:
@@ -73,11 +108,118 @@ def verdict(model_type: str) -> str:
     return ""
 
 
-def outcome(checkpoint: Released, reason: str) -> str:
-    """What the loader makes of a released checkpoint, of a type that is refused for `reason` (empty: served)."""
-    reason = reason or checkpoint.but
+def in_plain_words(reason: str) -> str:
+    return next((told for found, told in PLAIN.items() if found in reason), reason)
+
+
+def keeps(config: PreTrainedConfig) -> str:
+    """What a model keeps of a sequence."""
+    text = config.get_text_config(decoder=True)
+    text.allow_global_per_layer_attribute_access = True
+    try:
+        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    except KeyError as error:
+        return f"keys and values of {error.args[0].replace('_', ' ')}"
+    both = any(name.startswith("LinearAttentionAnd") for name in layers)
+    found = []
+    if both or layers & {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        found.append("latent attention" if getattr(text, "kv_lora_rank", None) else "attention")
+    if any("SlidingWindow" in name for name in layers):
+        found.append("sliding windows")
+    if "DynamicIndexedLayer" in layers:
+        found.append("sparse attention")
+    if both:
+        found.append("a recurrent state in the same layer")
+    if "LinearAttentionLayer" in layers:
+        mamba = any(name.startswith(("mamba", "ssm")) for name in vars(text))
+        conv = "conv" in (getattr(text, "layer_types", None) or ())
+        found.append("convolution" if conv else "state space" if mamba else "linear attention")
+    return ", ".join(found)
+
+
+def short(number: int, unit: int) -> str:
+    """`number` in units, three digits at most."""
+    value = number / unit
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def fits(memory: Memory) -> str:
+    """Whether a model fits a GPU of 80 GB, and KV of how many tokens beside it."""
+    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - STATES * Limits().max_seqs * memory.state
+    if left <= 0 or not memory.kv:
+        return "no" if left <= 0 else "-"
+    tokens = int(left / memory.kv) // 1000
+    return f"yes, KV of {tokens:,},000 tokens" if tokens else "no"
+
+
+def checkpoints() -> str:
+    """The twenty: served or not, and the memory that they take."""
+    columns = ("checkpoint", "model type", "served", "fits 80 GB", "weights", "KV a token", "state a sequence", "sizes")
+    return markdown(columns, map(row_of, TWENTY))
+
+
+def row_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Its row in the table."""
+    name = checkpoint.name + (f" ({checkpoint.like})" if checkpoint.like else "")
+    source = "default" if checkpoint.sizes is None else "config.json"
+    config = config_of(checkpoint)
+    reason, memory = in_plain_words(refusal(config)), memory_of(config)
+    told = (f"no: {reason}", "-") if reason else ("yes", fits(memory))
+    sizes = [f"{short(memory.weights, 10**9)} GB"]
+    sizes += [f"{short(memory.kv, 10**3)} kB" if memory.kv and not reason else "-"]
+    sizes += [f"{short(memory.state, 10**6)} MB" if memory.state and not reason else "-"]
+    return name, f"`{checkpoint.model_type}`", *told, *sizes, source
+
+
+def refusal(config: PreTrainedConfig) -> str:
+    """Empty where a configuration and a tiny model of its type are served, else the reason why not."""
+    try:
+        check_config(config)
+    except UnsupportedModelError as error:
+        return str(error)
+    return verdict(config.model_type)
+
+
+def types() -> str:
+    """Every model type: what it keeps of a sequence, and whether it is served."""
+    rows = [type_row(name) for name in families()]
+    served = sum(row[2].startswith("yes") for row in rows)
+    told = f"transformers {transformers.__version__}: {served} of {len(rows)} model types are served."
+    return told + "\n\n" + markdown(("model type", "keeps of a sequence", "served"), rows)
+
+
+def type_row(name: str) -> tuple[str, ...]:
+    """Its row in the table."""
+    config = config_to_show(name)
+    reason = in_plain_words(refusal(config))
+    text = ", text only" if auto_class(config) is AutoModelForMultimodalLM else ""
+    served = f"yes{text}" if not reason else reason if reason == UNKNOWN else f"no: {reason}"
+    return f"`{name}`", keeps(config), served
+
+
+def config_to_show(name: str) -> PreTrainedConfig:
+    """A tiny configuration of a model type, where one is known, else the default."""
+    try:
+        return tiny_config(name)
+    except Exception:  # a class of configurations may ask for anything
+        return CONFIG_MAPPING[name]()
+
+
+def quantised() -> str:
+    """How released checkpoints hold their weights, and what becomes of that."""
+    rows = []
+    for row in OTHERS:
+        size = f"{2 * row.billions:.0f} GB"
+        held = f"{row.method}, {size} in bfloat16" if row.method else f"bfloat16, {size}"
+        rows.append((row.name, f"`{row.model_type}`", held, outcome(row)))
+    return markdown(("checkpoint", "model type", "weights", "result"), rows)
+
+
+def outcome(checkpoint: Quantised) -> str:
+    """What the loader makes of a released checkpoint."""
+    reason = verdict(checkpoint.model_type) or checkpoint.but
     if reason:
-        return f"refused: {reason}"
+        return f"refused: {in_plain_words(reason)}"
     if checkpoint.method is None:
         return "loads"
     config = tiny_config(checkpoint.model_type)
@@ -89,24 +231,26 @@ def outcome(checkpoint: Released, reason: str) -> str:
     return "loads, expanded"
 
 
-def main() -> None:
+TABLES: dict[str, Callable[[], str]] = {made.__name__: made for made in (checkpoints, types, quantised)}
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked table written anew."""
     transformers.logging.set_verbosity_error()
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n\n{found[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is out of date")
+    check = parser.parse_args().check
     torch.set_num_threads(1)
-    verdicts = {model_type: verdict(model_type) for model_type in families()}
-    served = [name for name, reason in verdicts.items() if not reason]
-    composite = [name for name in served if auto_class(tiny_config(name)) is AutoModelForMultimodalLM]
-    print(f"transformers {transformers.__version__}: {len(served)} of {len(verdicts)} model types are served\n")
-    print(", ".join(name for name in served if name not in composite) + "\n")
-    print(", ".join(composite) + "\n")
-    print("| refused | reason |\n|---|---|")
-    for name, reason in verdicts.items():
-        if reason:
-            print(f"| {name} | {reason} |")
-    print("\n| checkpoint | model type | weights | result |\n|---|---|---|---|")
-    for row in RELEASED:
-        size = f"{2 * row.billions:.0f} GB"
-        held = f"{row.method}, {size} in bfloat16" if row.method else f"bfloat16, {size}"
-        print(f"| {row.name} | {row.model_type} | {held} | {outcome(row, verdicts[row.model_type])} |")
+    held = PAGE.read_text(encoding="utf-8")
+    made = with_tables(held)
+    if not check:
+        PAGE.write_text(made, encoding="utf-8")
+    elif made != held:
+        sys.exit("docs/models.md is out of date: run python tools/list_model_families.py")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_loading_and_closing(told):
         engine.submit(SECRET, max_new_tokens=2, stop=()).result()
     assert told() == [
         ("INFO", "model loaded: qwen3_moe, float32, on cpu"),
-        ("INFO", "engine started: qwen3_moe, float32, on cpu, 50 KV blocks of 4 tokens, policy Qllm"),
+        ("INFO", "engine started: qwen3_moe, float32, on cpu, 50 KV blocks of 4 tokens, policy Slack"),
         ("INFO", "engine closed after 2 passes; 0 requests were left"),
     ]
 

@@ -9,7 +9,7 @@ from figure_classes import three_classes
 from figure_markdown import markdown
 from figure_results import caption, load
 from figure_tables_server import server_batch, server_load
-from figure_tables_slack import slack
+from figure_tables_slack import slack, slack_engine, slack_overload, slack_paper
 
 METRICS = ("ttft", "tpot", "turnaround")
 STATISTICS = ("mean", "p50", "p99")
@@ -293,6 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
         paper,
         long_prefill,
         slack,
+        slack_paper,
+        slack_overload,
+        slack_engine,
         three_classes,
         throughput,
         mixed_load,

@@ -76,6 +76,16 @@ TINY: dict[str, Any] = {
     "qk_head_dim": 24,
     "v_head_dim": 16,
     "sliding_window": 8,
+    "index_topk": 6,
+    "index_head_dim": 16,
+    "index_n_heads": 32,  # with few, many scores are 0, and which of them are chosen is anybody's guess
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+    "indexer_n_heads": 8,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
     "initializer_range": 0.2,  # the usual 0.02 at this size gives the same token over and over
     "max_position_embeddings": 256,
     "pad_token_id": 0,
@@ -99,6 +109,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 2},
     "zaya": {"num_experts_per_tok": 1},
     "mistral4": {"qk_rope_head_dim": 16, "head_dim": 32},
     "ernie4_5_vl_moe_text": {

@@ -51,9 +51,10 @@ ARROWS = {
     "executor/gpu/fused": {"executor/gpu"},
     "executor/model": {
         *("executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"),
-        *("executor/quantised", "executor/recurrent"),
+        *("executor/quantised", "executor/recurrent", "executor/unpacked"),
     },
     "executor/recurrent": {"executor/model"},
+    "executor/unpacked": {"executor/model", "executor/recurrent"},
     "executor/graphs": {"executor", "executor/gpu", "executor/model", "executor/quantised"},
     "executor/engine": {
         "executor",

@@ -32,6 +32,7 @@ from qllm.executor.model.info import ACCELERATOR_SHARE
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.recurrent.states import state_bytes
 from qllm.executor.testing import families, tiny_config, tiny_model
+from qllm.executor.unpacked.caches import unpacked_layers
 from qllm.scheduler import Limits
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
@@ -41,12 +42,10 @@ SIZES = "qllm_sizes"  #: attention that notes what it is given
 GPU_BYTES = 80 * 10**9
 #: What errors say, and what that means.
 PLAIN = {
-    "DynamicIndexedLayer": "sparse attention: an indexer chooses what is attended, and keeps keys of its own",
-    "LinearAttentionAnd": "attention and a recurrent state in one layer",
+    "index out of range": "the index of its sparse attention asks for the positions of all tokens",
     "heavily_compressed_attention": "attends to compressed keys, which it keeps in a cache of its own",
     "reference_sliding_attention": "attends to a part of the tokens that the engine does not know",
     "not causal": "its attention is not causal: it generates text by diffusion",
-    "get_linear_cache": "its linear attention keeps its state in a cache class of its own",
     "in two passes": "a prompt computed in two passes gives other logits than in one",
 }
 
@@ -67,11 +66,13 @@ def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
 def memory_of(config: PreTrainedConfig) -> Memory:
     """Memory of a model, computed from one token without any weights."""
     kept: list[int] = []
+    unpacked = unpacked_layers(config)
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        kept.append(key.nbytes + value.nbytes)
+        if module.layer_idx not in unpacked:
+            kept.append(key.nbytes + value.nbytes)
         rows, heads = query.shape[2], query.shape[1]
         return query.new_empty((query.shape[0], rows, heads, value.shape[-1])), None
 
@@ -84,6 +85,9 @@ def memory_of(config: PreTrainedConfig) -> Memory:
             cache = model(input_ids=torch.ones((1, 1), dtype=torch.int64), use_cache=True).past_key_values
         except NotImplementedError:  # numbers decide what is attended, and there are none
             return Memory(weights_of(model), 0, 0)
+    for layer in (cache.layers[i] for i in unpacked):  # of these the engine keeps what transformers does
+        found = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
+        kept += [tensor.nbytes for tensor in found if tensor is not None]
     return Memory(weights_of(model), sum(kept), state_bytes(cache))
 
 

@@ -153,7 +153,7 @@ class Profiler:
     def bandwidth(self) -> float:
         """Bytes per second at which the KV of a sequence moves between the device and host memory."""
         cache = self.runner.cache
-        of_token = sum(store[0].nbytes for store in (*cache.keys, *cache.values))
+        of_token = sum(store[0].nbytes for store in cache.stores)
         most = MOVED if self.runner.device.type == "cpu" else max(MOVED, ACCELERATOR_MOVED // of_token)
         tokens = min(most, cache.n_blocks * BLOCK)
         blocks = list(range(-(-tokens // BLOCK)))

@@ -58,7 +58,7 @@ class PassTimes:
 def fill_cache(runner: Runner) -> None:
     """Fill the KV cache with random values: memory that was never written is read faster than KV ever is in serving."""
     runner.make_cache()
-    for store in (*runner.cache.keys, *runner.cache.values):
+    for store in runner.cache.stores:
         store[: runner.cache.zero_slot].normal_()
 
 

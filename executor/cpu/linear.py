@@ -9,7 +9,7 @@ of our own does the products where it can read the packed format (`qllm.executor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,18 +75,19 @@ def linear_of_even_size(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear(F.pad(x, (0, 0, 0, more)), weight)[: x.shape[0]] if more else linear(x, weight)
 
 
-def pack_model(model: torch.nn.Module) -> int:
+def pack_model(model: torch.nn.Module, called: Container[torch.nn.Module] | None = None) -> int:
     """Pack the linear layers and experts of a float32 CPU model, free the plain weights; the number packed.
 
     The parameters keep their shapes but hold NaN without memory; one that several modules share is kept. Only exact
     `torch.nn.Linear` modules are packed: a subclass, for a quantised layer say, has its own forward.
+    Of those only the ones that are `called` (None: all of them): another module may read the weight of the others.
     """
     if not can_pack():
         return 0
     users = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     count = 0
     for module in model.modules():
-        if type(module) is torch.nn.Linear and packable(module.weight):
+        if type(module) is torch.nn.Linear and packable(module.weight) and (called is None or module in called):
             module.forward = forward_of(PackedWeights([module.weight]), module.bias)  # type: ignore[assignment, method-assign]  # in place of its own
             if users[id(module.weight)] == 1:
                 release(module.weight)

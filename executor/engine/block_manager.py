@@ -10,7 +10,7 @@ import numpy as np
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.kv_cache import PagedKVCache
-from qllm.executor.recurrent.states import to_device, to_host
+from qllm.executor.recurrent.states import move_state
 from qllm.scheduler import Pass, Scheduler, State
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class BlockManager:
         """Move the KV of `sequence` to host memory, unless the scheduler has decided otherwise since."""
         if sequence.host is None and sequence.request.state is State.OFFLOADED:
             host = self._cache.offload(sequence.blocks, sequence.computed)
-            to_host(sequence.recurrent)
+            move_state(sequence.recurrent, "cpu")
             self.release(sequence)
             sequence.host = host
             log.info("request %s evicted: its KV is in host memory, %d bytes", sequence.request_id, host.nbytes)
@@ -74,7 +74,7 @@ class BlockManager:
         if sequence.host is not None and sequence.request.state is not State.OFFLOADED:
             self.grow(sequence, sequence.computed, others)
             self._cache.restore(sequence.host, sequence.blocks)
-            to_device(sequence.recurrent)
+            move_state(sequence.recurrent, self._cache.device)
             sequence.host = None
 
     def move(self, p: Pass, sequences: Mapping[int, EngineRequest]) -> list[tuple[EngineRequest, Exception]]:

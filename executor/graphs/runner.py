@@ -95,7 +95,8 @@ class GraphRunner(Runner):
     ):
         super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels)
         self.recorded: dict[Bucket, list[Recorded]] = {}
-        self.graphs = graphs if self.kernels and not self.recurrent else "off"  # a state has no fixed address
+        # The state of a sequence has no fixed address, and what is called for one at a time no fixed number of calls.
+        self.graphs = "off" if self.recurrent or self.unpacked or not self.kernels else graphs
         if has_nf4(model):
             self.graphs = "off"  # the host must know who goes where
         self._max_seqs = max_seqs

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -22,7 +23,9 @@ from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
+from qllm.executor.recurrent.mixers import mix_one_by_one
 from qllm.executor.recurrent.states import KNOWN
+from qllm.executor.unpacked.caches import is_unpacked
 
 PROBE_TOKENS = 8
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
@@ -62,7 +65,7 @@ def check_config(config: PreTrainedConfig) -> None:
         layers = DynamicCache(config=config).layers
     except KeyError as error:
         raise UnsupportedModelError(f"{name}: keeps state outside attention (layers of type {error})") from error
-    other = {type(layer).__name__ for layer in layers if type(layer) not in KNOWN}
+    other = {type(layer).__name__ for layer in layers if type(layer) not in KNOWN and not is_unpacked(layer)}
     if other:
         raise UnsupportedModelError(f"{name}: keeps state outside attention (cache layers {', '.join(sorted(other))})")
     types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
@@ -157,14 +160,26 @@ def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
         raise LoadError(f"{file.name} is {told}") from None
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Run a tiny input through the hooks, which stay on. Raise UnsupportedModelError where the model ignores them."""
+def check_model(model: PreTrainedModel) -> set[torch.nn.Module]:
+    """Run a tiny input through the hooks, which stay on; the modules that a pass calls.
+
+    Raises UnsupportedModelError where the model ignores the hooks.
+    """
+    try:
+        return _check_model(model)
+    except UnsupportedModelError:
+        if not mix_one_by_one(model):
+            raise
+        return _check_model(model)
+
+
+def _check_model(model: PreTrainedModel) -> set[torch.nn.Module]:
     # Two passes over a prompt, the second packed with another sequence, against the model's own logits in one pass:
     # state outside attention is lost between. Experts return their input here, since in half precision rounding alone
     # changes a token's experts.
     name = model.config.model_type
     try:
-        expected, logits, running = _compare(model)
+        expected, logits, running, called = _compare(model)
     except UnsupportedModelError:
         raise
     except Exception as broken:
@@ -185,10 +200,15 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name}: a prompt computed in two passes gives other logits than in one (relative error "
             f"{error / size:.2g}): it keeps state outside attention, or attends in a way that the hook does not know"
         )
+    return called
 
 
-def _compare(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, RunningPass]:
-    """Logits of one pass without the hooks and of two with them; a pass through the model's own experts."""
+def _compare(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, RunningPass, set[torch.nn.Module]]:
+    """Logits of one pass without the hooks and of two with them; a pass through the model's own experts.
+
+    Also the modules that it calls: of the others another one may read a weight.
+    """
+    called: set[torch.nn.Module] = set()
     vocab = embedding(model).num_embeddings
     prompt = [(7 * i + 3) % vocab for i in range(PROBE_TOKENS)]
     with torch.inference_mode():
@@ -199,8 +219,12 @@ def _compare(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, Runnin
         model.set_attn_implementation(NAME)
         logits, _ = probe(model, prompt)
         model.set_experts_implementation(NAME)
-        _, running = probe(model, prompt)
-    return expected, logits, running
+        recorder = register_module_forward_pre_hook(lambda module, _: called.add(module))
+        try:
+            _, running = probe(model, prompt)
+        finally:
+            recorder.remove()
+    return expected, logits, running, called
 
 
 def probe(model: PreTrainedModel, prompt: list[int]) -> tuple[torch.Tensor, RunningPass]:

@@ -6,6 +6,7 @@ Importing it is enough; `set_attn_implementation` and `set_experts_implementatio
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 
 import torch
 from transformers import AttentionInterface
@@ -30,9 +31,12 @@ def pass_through(
     return hidden.clone()
 
 
-def speed_up(model: torch.nn.Module) -> None:
-    """Pack the weights of a float32 model on a CPU; on a GPU make norms and rotary positions one launch each."""
-    if pack_model(model):
+def speed_up(model: torch.nn.Module, called: Container[torch.nn.Module]) -> None:
+    """Pack the weights of a float32 model on a CPU; on a GPU make norms and rotary positions one launch each.
+
+    `called`: the modules that a pass calls.
+    """
+    if pack_model(model, called):
         collapse_anonymous()
     if has_kernels(next(model.parameters()).device):
         from qllm.executor.gpu.fused.norms import fuse_norms  # Triton, which is there with a GPU only

@@ -22,7 +22,7 @@ class HostKV:
     """KV of the first `tokens` positions of one sequence in host memory."""
 
     tokens: int
-    kept: HostRows | tuple[torch.Tensor, ...]  #: of K of all layers, then of V; tensors `[tokens, kv_heads, width]`
+    kept: HostRows | tuple[torch.Tensor, ...]  #: of each store; tensors `[tokens, heads, width]`
 
     @property
     def nbytes(self) -> int:
@@ -53,6 +53,7 @@ class PagedKVCache:
         self.zero_slot = n_blocks * block_size
         self.keys: list[torch.Tensor] = []  #: a tensor for each layer so far, `[slots + 1, kv_heads, width]`
         self.values: list[torch.Tensor] = []  #: the same
+        self.indexes: dict[int, torch.Tensor] = {}  #: keys of an index, `[slots + 1, 1, width]`, of some layers
         self._copies: HostCopies | None = None
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,22 +70,38 @@ class PagedKVCache:
     def write(self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store `key`, `value` (`[T, kv_heads, width]`) of layer `index` in `slots` (int64 `[T]`)."""
         for store, new in zip(self.layer(index, key, value), (key, value), strict=True):
-            store.flatten(1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+            store.flatten(1).index_copy_(0, slots, new.flatten(1))
 
     def read(self, index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of layer `index` in `slots` (int64 `[n]`), each `[n, kv_heads, width]`."""
         return gather(self.keys[index], slots), gather(self.values[index], slots)
 
+    def write_index(self, index: int, slots: torch.Tensor, key: torch.Tensor) -> None:
+        """Store keys of the index of layer `index`, `[T, 1, width]`, in `slots` (int64 `[T]`)."""
+        if index not in self.indexes:
+            self.indexes[index] = torch.zeros((self.zero_slot + 1, *key.shape[1:]), dtype=key.dtype, device=key.device)
+        self.indexes[index].flatten(1).index_copy_(0, slots, key.flatten(1))
+
+    def read_index(self, index: int, slots: torch.Tensor) -> torch.Tensor:
+        """Keys of the index of layer `index` in `slots` (int64 `[n]`), `[n, 1, width]`."""
+        return gather(self.indexes[index], slots)
+
+    @property
+    def stores(self) -> tuple[torch.Tensor, ...]:
+        """All that is kept of tokens, each `[slots + 1, heads, width]`."""
+        found = (*self.keys, *self.values, *self.indexes.values())
+        return tuple(store for store in found if store.shape[-1])  # some attention has no V of its own, or no K
+
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers; 0 before the first pass."""
-        return sum(t[0].nbytes for t in (*self.keys, *self.values)) * self.block_size
+        return sum(t[0].nbytes for t in self.stores) * self.block_size
 
     def offload(self, blocks: Sequence[int], tokens: int) -> HostKV:
         """Copy the first `tokens` positions of the sequence in `blocks` to host memory.
 
         On CUDA to pinned memory, while passes and the host go on; `blocks` may be given to others at once.
         """
-        slots, stores = self._slots(blocks, tokens), (*self.keys, *self.values)
+        slots, stores = self._slots(blocks, tokens), self.stores
         if self._copies is None and self.device.type == "cuda":
             self._copies = HostCopies.on(self.device)
         if self._copies is not None:
@@ -96,7 +113,7 @@ class PagedKVCache:
 
         On CUDA the next pass waits for the copy, the host does not; `host` may be dropped at once.
         """
-        slots, stores = self._slots(blocks, host.tokens), (*self.keys, *self.values)
+        slots, stores = self._slots(blocks, host.tokens), self.stores
         if isinstance(host.kept, tuple):
             for store, kept in zip(stores, host.kept, strict=True):
                 store.flatten(1).index_copy_(0, slots, kept.to(self.device).flatten(1))
@@ -111,4 +128,4 @@ class PagedKVCache:
 def gather(store: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """`store[slots]` for `store` `[slots, kv_heads, width]`, as whole rows."""
     # Over three dimensions, or by index_select, the copy takes several times as long on a CPU.
-    return F.embedding(slots, store.flatten(1)).view(-1, *store.shape[1:])
+    return F.embedding(slots, store.flatten(1)).view(len(slots), *store.shape[1:])

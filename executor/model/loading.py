@@ -26,7 +26,7 @@ from qllm.executor.model.checks import (
 from qllm.executor.model.hooks import speed_up
 from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
 from qllm.executor.quantised.experts import checked_experts, quantise_experts, weights_bytes
-from qllm.executor.recurrent.mixers import hook_mixers
+from qllm.executor.unpacked.attention import hook_layers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -100,9 +100,8 @@ def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTr
     check_config(model.config)
     if experts == "nf4":
         quantise_experts(model, place)
-    hook_mixers(model)
-    check_model(model)
-    speed_up(model)
+    hook_layers(model)
+    speed_up(model, check_model(model))
     log.info("model loaded: %s, %s, on %s", model.config.model_type, dtype_name(model), model.device)
     return model
 

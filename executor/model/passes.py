@@ -128,7 +128,7 @@ class RunningPass:
                     storage = value.untyped_storage()
                     held[storage.data_ptr()] = storage.nbytes()
             frame = frame.f_back
-        for tensor in (*self.batch.cache.keys, *self.batch.cache.values):
+        for tensor in self.batch.cache.stores:
             held.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(held.values())
 

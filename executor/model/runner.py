@@ -15,7 +15,8 @@ from qllm.executor.model.kv_cache import PagedKVCache
 from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import RunAhead, RunningPass
 from qllm.executor.model.split import Split, Splitter, whole
-from qllm.executor.recurrent.states import recurrent_layers
+from qllm.executor.recurrent.states import keeps_state, new_state
+from qllm.executor.unpacked.caches import unpacked_layers
 
 
 class Runner:
@@ -40,7 +41,8 @@ class Runner:
         self.splitter = splitter
         self.n_experts = 0  #: of a layer, once the cache is made
         self.windows = declared_windows(model.config)
-        self.recurrent = bool(recurrent_layers(model.config))  #: whether sequences have a state beside their KV
+        self.recurrent = keeps_state(model.config)  #: whether sequences have a state beside their KV
+        self.unpacked = bool(unpacked_layers(model.config))  #: whether attention is called for each sequence alone
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -76,7 +78,7 @@ class Runner:
         if self.recurrent:
             for entry in batch.entries:
                 if not entry.start:
-                    entry.seq.recurrent = DynamicCache(config=self.model.config)
+                    entry.seq.recurrent = new_state(self.model)
         queues = queues or partners != ()
         forward = self.place(batch, split, queues=queues)
         return RunningPass(batch, split, forward, self._run_ahead, self.windows, partners, then, queues)

@@ -47,11 +47,23 @@ def mixers(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, str]]:
             yield module, cache
 
 
+def mix_one_by_one(model: PreTrainedModel) -> bool:
+    """Have mixers go on with a prompt one token at a time, as in decoding; whether they did not yet.
+
+    Some begin anew where they get several tokens, whatever their state.
+    """
+    hooks = [m.forward for m, _ in mixers(model) if isinstance(m.forward, _Mixer) and not m.forward.one_by_one]
+    for hook in hooks:
+        hook.one_by_one = True
+    return bool(hooks)
+
+
 class _Mixer:
     """In place of a mixer's `forward`."""
 
     def __init__(self, module: torch.nn.Module, cache: str):
         self.cache = cache
+        self.one_by_one = False  #: whether tokens after the first chunk of a prompt go through it one at a time
         self._forward: Callable[..., Any] = module.forward
         self._layer = cast(int, module.layer_idx)
         names = inspect.signature(module.forward).parameters
@@ -72,14 +84,18 @@ class _Mixer:
 
     def _run(self, running: RunningPass, hidden: torch.Tensor, kwargs: dict[str, Any]) -> Any:
         entries = running.batch.entries
-        decoding = [e for e in entries[: running.batch.n_decode] if e.start]
+        decoding = [
+            e for e in entries[: running.batch.n_decode] if e.start and type(e.seq.recurrent) is DynamicCache
+        ]  # what a cache of another class keeps cannot be stacked
         parts, tail = [], None
         if decoding:
             part, tail = self._decode(decoding, hidden, kwargs)
             parts.append((0, part))
         for e in entries[len(decoding) :]:
-            part, tail = _parts(self._call(hidden[:, e.row : e.row + e.n], e.seq.recurrent, kwargs))
-            parts.append((e.row, part))
+            step = 1 if self.one_by_one and e.start else e.n
+            for row in range(e.row, e.row + e.n, step):
+                part, tail = _parts(self._call(hidden[:, row : row + step], e.seq.recurrent, kwargs))
+                parts.append((row, part))
         if len(parts) == 1 and parts[0][1].shape[1] == hidden.shape[1]:
             out = parts[0][1]
         else:

@@ -7,10 +7,12 @@ sequences that decode keep in a layer is stacked for one call, and spread over t
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 #: exact classes of cache layers that are served; subclasses keep more than these do
@@ -51,23 +53,37 @@ def spread(made: LinearAttentionLayer, layers: Sequence[LinearAttentionLayer]) -
         torch._foreach_copy_([own[number] for own in of_each], list(kept[key].split(1)))
 
 
+def keeps_state(config: PreTrainedConfig) -> bool:
+    """Whether sequences have a state beside their KV."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=config).layers)
+
+
+def new_state(model: PreTrainedModel) -> DynamicCache:
+    """An empty state of one sequence: a cache of the class that comes with the model, or else a plain one."""
+    home = type(model).__module__
+    beside = (found for found in vars(sys.modules[home]).values() if isinstance(found, type))
+    own = next((found for found in beside if issubclass(found, DynamicCache) and found.__module__ == home), None)
+    return DynamicCache(config=model.config) if own is None else own()
+
+
+def kept_in(state: DynamicCache | None) -> Iterator[tuple[Any, int]]:
+    """Where the tensors of a sequence's state stand: (dictionary or list, key) of each."""
+    if state is None:
+        return
+    for layer in state.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            yield from tensors(layer)
+    for kept in vars(state).values():  # of a cache of the model's own class
+        if isinstance(kept, list):
+            yield from ((kept, i) for i, value in enumerate(kept) if isinstance(value, torch.Tensor))
+
+
 def state_bytes(state: DynamicCache | None) -> int:
     """Bytes of a sequence's state."""
-    if state is None:
-        return 0
-    layers = (layer for layer in state.layers if type(layer) is LinearAttentionLayer)
-    return sum(kept[key].nbytes for layer in layers for kept, key in tensors(layer))
+    return sum(kept[key].nbytes for kept, key in kept_in(state))
 
 
-def to_host(state: DynamicCache | None) -> None:
-    """Move a sequence's state to host memory, where it is not there."""
-    for layer in state.layers if state is not None else ():
-        if type(layer) is LinearAttentionLayer:
-            layer.offload()
-
-
-def to_device(state: DynamicCache | None) -> None:
-    """Bring it back."""
-    for layer in state.layers if state is not None else ():
-        if type(layer) is LinearAttentionLayer:
-            layer.prefetch()
+def move_state(state: DynamicCache | None, device: torch.device | str) -> None:
+    """Move a sequence's state to that device: to host memory when it is evicted, and back."""
+    for kept, key in kept_in(state):
+        kept[key] = kept[key].to(device)

@@ -1,0 +1,149 @@
+"""Attention that is called for each sequence alone, and mixers of their own kind: the same tokens as `generate`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qllm.executor import Engine
+from qllm.executor.model.info import model_facts
+from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.packed_batch import Entry, Sequence
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.testing import run_batch, tiny_model
+from qllm.executor.unpacked.attention import hook_unpacked, part_of, unpacked
+from qllm.executor.unpacked.caches import unpacked_layers
+from qllm.scheduler import Limits
+from tests.engine_worlds import finest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NEW = 8
+SHARED = ["full", "shared", "full", "shared"]
+MODELS = {
+    "deepseek_v32": {},
+    "glm_moe_dsa": {"indexer_types": SHARED},
+    "mistral_large4": {"indexer_types": SHARED},
+    "inkling_text": {},
+    "zaya": {},
+    "minimax": {},
+    "jamba": {},
+}
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def world(request, one_thread):
+    """A model, and what transformers generates with it."""
+    model = tiny_model(request.param, **MODELS[request.param])
+    asked = prompts(5, 1, 21, 12, 30)
+    wanted = [generated(model, p) for p in asked]
+    return prepare_model(model), asked, wanted
+
+
+def sequences(asked: list[list[int]]) -> list[Sequence]:
+    return [Sequence(list(p), list(range(i * 12, i * 12 + 12))) for i, p in enumerate(asked)]
+
+
+def runner_of(model, splitter=finest) -> Runner:
+    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter)
+
+
+@torch.inference_mode()
+def test_a_pass_stopped_at_any_point_gives_the_same_bits(world) -> None:
+    model, asked, _ = world
+
+    def begun():
+        """A pass over a part of one prompt, while another sequence decodes."""
+        runner = runner_of(model)
+        first, second = sequences(asked[2:4])
+        run_to_end(runner.begin([(first, len(first.tokens)), (second, 5)]))
+        first.tokens.append(7)
+        return runner, runner.begin([(first, 1), (second, 7)])
+
+    runner, running = begun()
+    alone, points = run_to_end(running), 0
+    _, running = begun()
+    while running.advance() is not None:
+        points += 1
+    assert points > 15
+    for at in range(0, points, 7):
+        runner, running = begun()
+        for _ in range(at + 1):
+            running.advance()
+        other = Sequence(list(asked[4]), list(range(60, 72)))
+        run_batch(runner, [other], 2)
+        assert torch.equal(run_to_end(running), alone), at
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_prompts_in_chunks_of_any_size_while_others_decode(world, sizes) -> None:
+    model, asked, wanted = world
+    runner, all_ = runner_of(model), sequences(asked)
+    with torch.inference_mode():
+        for n in [*sizes, 30]:
+            running = runner.begin((s, min(n, len(s.tokens) - s.computed)) for s in all_)
+            logits = run_to_end(running)
+            for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+                entry.seq.tokens.append(token)
+        run_batch(runner, all_, NEW)
+    for sequence, prompt, tokens in zip(all_, asked, wanted, strict=True):
+        assert sequence.tokens[len(prompt) :][:NEW] == tokens
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+def test_evicted_and_brought_back_under_load(world, evict) -> None:
+    model, asked, wanted = world
+    limits = Limits(max_seqs=4, max_batched_tokens=24, kv_blocks=16, block_size=4, evict=evict)
+    with Engine(model, policy="qllm", limits=limits) as engine:
+        streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked * 2)]
+        assert [s.result().tokens for s in streams] == wanted * 2
+        assert sum(s.times.evictions for s in streams) > 0
+        stats = engine.stats()
+        assert (stats.requests, stats.free_blocks) == (0, stats.total_blocks)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "inkling_text"])
+def test_hooks_are_put_on_once_and_rest_outside_of_passes(model_type) -> None:
+    model, prompt = tiny_model(model_type), prompts(21)[0]
+    wanted = generated(model, prompt)
+    assert hook_unpacked(model) >= len(unpacked_layers(model.config)) > 0
+    before = [module.forward for module, _ in unpacked(model)]
+    assert len(before) == hook_unpacked(model)
+    assert [module.forward for module, _ in unpacked(model)] == before
+    assert generated(model, prompt) == wanted
+
+
+def test_the_index_chooses_among_the_tokens_and_its_keys_count_in_the_memory_for_kv() -> None:
+    prompt = prompts(30)[0]
+    few, all_ = tiny_model("deepseek_v32"), tiny_model("deepseek_v32", index_topk=64)
+    assert generated(few, prompt) != generated(all_, prompt)
+    config = few.config
+    of_layer = config.kv_lora_rank + config.qk_rope_head_dim + config.index_head_dim
+    facts = model_facts(prepare_model(few))
+    assert facts["kv_bytes_per_token"] == config.num_hidden_layers * of_layer * 4
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(1, 6))
+def test_rows_follow_the_first_dimension_of_size_one(first, others, width) -> None:
+    n = 6 - others if others < 6 else 1
+    seq = Sequence([0] * 9, [0])
+    entry, rows = Entry(seq, n, 0, others), others + n
+    for shape in ((1, rows, width), (first + 1, 1, rows), (1, rows)):
+        whole = torch.arange(torch.Size(shape).numel()).view(shape)
+        part = part_of((whole, [whole]), 0, entry, rows)
+        dim = 1 if shape[0] == 1 else 2
+        assert torch.equal(part[0], whole.narrow(dim, others, n))
+        assert torch.equal(part[1][0], part[0])

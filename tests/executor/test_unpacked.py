@@ -11,15 +11,13 @@ from qllm.executor import Engine
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Entry, Sequence
-from qllm.executor.model.runner import Runner, run_to_end
-from qllm.executor.testing import run_batch, tiny_model
+from qllm.executor.testing import tiny_model
 from qllm.executor.unpacked.attention import hook_unpacked, part_of, unpacked
 from qllm.executor.unpacked.caches import unpacked_layers
 from qllm.scheduler import Limits
-from tests.engine_worlds import finest
+from tests.executor.kept_worlds import NEW, generated, in_chunks, prompts, stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NEW = 8
 SHARED = ["full", "shared", "full", "shared"]
 MODELS = {
     "deepseek_v32": {},
@@ -32,18 +30,10 @@ MODELS = {
 }
 
 
-def prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+FEW = ("deepseek_v32", "zaya", "jamba")  #: of each kind one; all are in test_families.py
 
 
-def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return out[0, len(prompt) :].tolist()
-
-
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def world(request, one_thread):
     """A model, and what transformers generates with it."""
     model = tiny_model(request.param, **MODELS[request.param])
@@ -52,55 +42,18 @@ def world(request, one_thread):
     return prepare_model(model), asked, wanted
 
 
-def sequences(asked: list[list[int]]) -> list[Sequence]:
-    return [Sequence(list(p), list(range(i * 12, i * 12 + 12))) for i, p in enumerate(asked)]
-
-
-def runner_of(model, splitter=finest) -> Runner:
-    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter)
-
-
 @torch.inference_mode()
 def test_a_pass_stopped_at_any_point_gives_the_same_bits(world) -> None:
     model, asked, _ = world
-
-    def begun():
-        """A pass over a part of one prompt, while another sequence decodes."""
-        runner = runner_of(model)
-        first, second = sequences(asked[2:4])
-        run_to_end(runner.begin([(first, len(first.tokens)), (second, 5)]))
-        first.tokens.append(7)
-        return runner, runner.begin([(first, 1), (second, 7)])
-
-    runner, running = begun()
-    alone, points = run_to_end(running), 0
-    _, running = begun()
-    while running.advance() is not None:
-        points += 1
-    assert points > 15
-    for at in range(0, points, 7):
-        runner, running = begun()
-        for _ in range(at + 1):
-            running.advance()
-        other = Sequence(list(asked[4]), list(range(60, 72)))
-        run_batch(runner, [other], 2)
-        assert torch.equal(run_to_end(running), alone), at
+    for logits, alone in stopped(model, asked, every=7):
+        assert torch.equal(logits, alone)
 
 
 @settings(max_examples=3, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4))
 def test_prompts_in_chunks_of_any_size_while_others_decode(world, sizes) -> None:
     model, asked, wanted = world
-    runner, all_ = runner_of(model), sequences(asked)
-    with torch.inference_mode():
-        for n in [*sizes, 30]:
-            running = runner.begin((s, min(n, len(s.tokens) - s.computed)) for s in all_)
-            logits = run_to_end(running)
-            for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
-                entry.seq.tokens.append(token)
-        run_batch(runner, all_, NEW)
-    for sequence, prompt, tokens in zip(all_, asked, wanted, strict=True):
-        assert sequence.tokens[len(prompt) :][:NEW] == tokens
+    assert in_chunks(model, asked[:5], sizes) == wanted[:5]
 
 
 @pytest.mark.parametrize("evict", ["recompute", "offload"])

@@ -1,0 +1,76 @@
+"""Sequences for models that keep more than K and V, and what transformers generates with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from qllm.executor.model.packed_batch import Sequence
+from qllm.executor.model.passes import RunningPass
+from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.split import Splitter
+from qllm.executor.testing import run_batch
+from tests.engine_worlds import finest
+
+NEW = 8  #: tokens of each answer
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Random prompts."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
+    """What transformers continues it with."""
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+def sequences(asked: list[list[int]]) -> list[Sequence]:
+    """One for each prompt, with blocks for 48 tokens."""
+    return [Sequence(list(p), list(range(i * 12, i * 12 + 12))) for i, p in enumerate(asked)]
+
+
+def runner_of(model, splitter: Splitter = finest) -> Runner:
+    """With a point wherever there can be one."""
+    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter)
+
+
+def mixed_pass(model, asked: list[list[int]]) -> tuple[Runner, RunningPass]:
+    """A pass over a part of one prompt, while another sequence decodes; nothing of it has run."""
+    runner = runner_of(model)
+    first, second = sequences(asked[2:4])
+    run_to_end(runner.begin([(first, len(first.tokens)), (second, 5)]))
+    first.tokens.append(7)
+    return runner, runner.begin([(first, 1), (second, 7)])
+
+
+def stopped(model, asked: list[list[int]], every: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of that pass alone, and where it stands still at one point while another sequence is served."""
+    alone, points = run_to_end(mixed_pass(model, asked)[1]), 0
+    _, running = mixed_pass(model, asked)
+    while running.advance() is not None:
+        points += 1
+    assert points > 10
+    for at in range(0, points, every):
+        runner, running = mixed_pass(model, asked)
+        for _ in range(at + 1):
+            running.advance()
+        run_batch(runner, [Sequence(list(asked[4]), list(range(60, 72)))], 2)
+        yield run_to_end(running), alone
+
+
+def in_chunks(model, asked: list[list[int]], sizes: list[int]) -> list[list[int]]:
+    """Answers where each pass takes so many tokens of every prompt, while others decode."""
+    runner, all_ = runner_of(model), sequences(asked)
+    with torch.inference_mode():
+        for n in [*sizes, 30]:
+            running = runner.begin((s, min(n, len(s.tokens) - s.computed)) for s in all_)
+            logits = run_to_end(running)
+            for entry, token in zip(running.sampled, logits.argmax(-1).tolist(), strict=True):
+                entry.seq.tokens.append(token)
+        run_batch(runner, all_, NEW)
+    return [s.tokens[len(p) :][:NEW] for s, p in zip(all_, asked, strict=True)]

@@ -59,7 +59,8 @@ def test_every_family_gives_the_same_tokens_replayed(model_type):
     want = run_batch(Runner(model, kv_blocks=40, block_size=4), states(prompts()), 6)
     runner = replaying(model, 40)
     assert run_batch(runner, states(prompts()), 6) == want
-    assert runner.graphs == "use", "it was not recorded"
+    alone = runner.recurrent or runner.unpacked  # sequences are computed one by one, and no pass is recorded
+    assert runner.graphs == ("off" if alone else "use"), "it was not recorded"
     assert run_batch(Runner(model, 40, 4, lambda b: Split(2, 3), kernels=True), states(prompts()), 6) == want
 
 

@@ -11,14 +11,16 @@ sampling/       chooses the next tokens from logits, on a CPU and on a device
 graphs/         replays short passes on a GPU, piece by piece from point to point
 model/          one model: loading and checks, the hooks, one pass in a greenlet, the KV cache
 gpu/            kernels for attention and experts, and what a pass's kernels read; fused/: norms, rotary, gates
+recurrent/      layers that keep a state of each sequence beside its KV
+unpacked/       attention that is called for one sequence at a time
 quantised/      experts in four bits
 cpu/            what makes float32 on CPUs fast: packed weights, a kernel, huge pages
 calibration/    measures a model's passes and writes a timing trace
 errors.py       the errors of all of them
 testing.py      models without a checkpoint: tiny ones of any family, a demo, one to compare engines on
 
-Imports run downwards only: calibration, engine, graphs, model, then gpu, quantised, cpu; sampling stands by itself.
-Each folder's text says what lies in it.
+Imports run downwards only: calibration, engine, graphs, model (with recurrent and unpacked, which hook its layers),
+then gpu, quantised, cpu; sampling stands by itself. Each folder's text says what lies in it.
 """
 
 if __name__ != "qllm.executor":

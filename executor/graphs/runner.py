@@ -95,10 +95,10 @@ class GraphRunner(Runner):
     ):
         super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels)
         self.recorded: dict[Bucket, list[Recorded]] = {}
-        # The state of a sequence has no fixed address, and what is called for one at a time no fixed number of calls.
-        self.graphs = "off" if self.recurrent or self.unpacked or not self.kernels else graphs
-        if has_nf4(model):
-            self.graphs = "off"  # the host must know who goes where
+        # The state of a sequence has no fixed address, what is called for one at a time no fixed number of calls, and
+        # of experts in four bits the host must know who goes where.
+        eager = self.recurrent or self.unpacked or has_nf4(model) or not self.kernels
+        self.graphs = "off" if eager else graphs
         self._max_seqs = max_seqs
         self._scratch = Scratch(self.cache.zero_slot // SPLIT + DECODE[-1])
         self._recorder = recorder

@@ -47,7 +47,7 @@ def attention_forward(
     refuse(module, attention_mask, is_causal, kwargs)
     window = running.begin_layer(sliding_window)
     running.reach("attention", 0)
-    layer, batch = len(running.windows) - 1, running.batch
+    layer, batch = running.attention_layer, running.batch
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, heads, D]
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     make = q.new_zeros if batch.has_idle_rows else q.new_empty

@@ -144,9 +144,14 @@ class RunningPass:
         # Some models leave it to the mask, which they do not make for this hook: then the configuration tells it.
         self.layer += 1
         self.windows.append(window)
-        if window is None and len(self.windows) <= len(self.declared_windows):
-            return self.declared_windows[len(self.windows) - 1]
+        if window is None and self.attention_layer < len(self.declared_windows):
+            return self.declared_windows[self.attention_layer]
         return window
+
+    @property
+    def attention_layer(self) -> int:
+        """Number of the last attention layer begun, by which its KV is kept."""
+        return len(self.windows) - 1
 
     def begin_mixer(self) -> None:
         """Called by the hook of recurrent layers: a new layer begins, which has no KV."""

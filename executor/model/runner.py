@@ -113,7 +113,7 @@ def run_to_end(running: RunningPass) -> torch.Tensor:
 
 
 def declared_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Sliding window of each attention layer by configuration (tokens, the token itself included); None."""
+    """Sliding window of each attention layer by configuration (tokens, the token itself included), None without."""
     layers = DynamicCache(config=config).layers
     return [getattr(layer, "sliding_window", None) for layer in layers if isinstance(layer, DynamicLayer)]
 

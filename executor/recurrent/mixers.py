@@ -41,10 +41,15 @@ def mixers(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, str]]:
         if isinstance(module.forward, _Mixer):
             yield module, module.forward.cache
             continue
-        names = inspect.signature(module.forward).parameters
-        cache = next((name for name in CACHES if name in names), None)
-        if cache is not None and "hidden_states" in names:
+        cache = cache_keyword(module)
+        if cache is not None:
             yield module, cache
+
+
+def cache_keyword(module: torch.nn.Module) -> str | None:
+    """What a module that takes hidden states calls its cache; None for one that does not take both."""
+    names = inspect.signature(module.forward).parameters
+    return next((name for name in CACHES if name in names), None) if "hidden_states" in names else None
 
 
 def mix_one_by_one(model: PreTrainedModel) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,10 +61,15 @@ def keeps_state(config: PreTrainedConfig) -> bool:
 
 def new_state(model: PreTrainedModel) -> DynamicCache:
     """An empty state of one sequence: a cache of the class that comes with the model, or else a plain one."""
-    home = type(model).__module__
-    beside = (found for found in vars(sys.modules[home]).values() if isinstance(found, type))
-    own = next((found for found in beside if issubclass(found, DynamicCache) and found.__module__ == home), None)
+    own = _cache_of(type(model).__module__)
     return DynamicCache(config=model.config) if own is None else own()
+
+
+@lru_cache
+def _cache_of(module: str) -> type[DynamicCache] | None:
+    """The class of caches that a module of transformers defines; looked for once, since every request needs one."""
+    beside = (found for found in vars(sys.modules[module]).values() if isinstance(found, type))
+    return next((found for found in beside if issubclass(found, DynamicCache) and found.__module__ == module), None)
 
 
 def kept_in(state: DynamicCache | None) -> Iterator[tuple[Any, int]]:

@@ -18,7 +18,7 @@ from qllm.executor.model.attention_plan import row_groups
 from qllm.executor.model.kv_cache import slots_of
 from qllm.executor.model.packed_batch import Batch, Entry
 from qllm.executor.model.passes import RunningPass, current_pass
-from qllm.executor.recurrent.mixers import CACHES, hook_mixers
+from qllm.executor.recurrent.mixers import cache_keyword, hook_mixers
 from qllm.executor.unpacked.caches import SequenceCache, unpacked_layers
 
 OWN = ("sdpa", "eager")  # attention of transformers that takes any mask
@@ -65,9 +65,8 @@ def unpacked(model: PreTrainedModel) -> Iterator[tuple[torch.nn.Module, str]]:
             inside.update(module.modules())
             yield module, module.forward.cache
             continue
-        names = inspect.signature(module.forward).parameters
-        cache = next((name for name in CACHES if name in names), None)
-        if cache is not None and "hidden_states" in names and not isinstance(module, GradientCheckpointingLayer):
+        cache = cache_keyword(module)
+        if cache is not None and not isinstance(module, GradientCheckpointingLayer):
             inside.update(module.modules())
             yield module, cache
 
@@ -101,7 +100,7 @@ class _Unpacked:
             else:
                 running.begin_mixer()
             running.reach("attention", 0)
-        layer, reached = len(running.windows) - 1, 0
+        layer, reached = running.attention_layer, 0
         answers = []
         for index, (number, entry) in enumerate(parts(running)):
             if number != reached and self._attends:

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
+from qllm.executor import Engine
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Splitter
 from qllm.executor.testing import run_batch
+from qllm.scheduler import Limits
 from tests.engine_worlds import finest
 
 NEW = 8  #: tokens of each answer
@@ -74,3 +76,15 @@ def in_chunks(model, asked: list[list[int]], sizes: list[int]) -> list[list[int]
                 entry.seq.tokens.append(token)
         run_batch(runner, all_, NEW)
     return [s.tokens[len(p) :][:NEW] for s, p in zip(all_, asked, strict=True)]
+
+
+def evicted(model, asked: list[list[int]], evict: str, times: int) -> list[list[int]]:
+    """Answers of an engine whose memory is short, each prompt sent so often; nothing is left in it."""
+    limits = Limits(max_seqs=4, max_batched_tokens=24, kv_blocks=16, block_size=4, evict=evict)
+    with Engine(model, policy="qllm", limits=limits) as engine:
+        streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked * times)]
+        answers = [s.result().tokens for s in streams]
+        assert sum(s.times.evictions for s in streams) > 0
+        stats = engine.stats()
+        assert (stats.requests, stats.free_blocks) == (0, stats.total_blocks)
+    return answers

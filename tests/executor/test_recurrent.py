@@ -18,7 +18,7 @@ from qllm.executor.recurrent.mixers import hook_mixers, mixers
 from qllm.executor.recurrent.states import recurrent_layers, spread, stacked, state_bytes, tensors
 from qllm.executor.testing import run_batch, tiny_model
 from qllm.scheduler import Limits
-from tests.executor.kept_worlds import NEW, generated, in_chunks, prompts, runner_of, sequences, stopped
+from tests.executor.kept_worlds import NEW, evicted, generated, in_chunks, prompts, runner_of, sequences, stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HYBRIDS = ("qwen3_next", "nemotron_h", "lfm2_moe")
@@ -70,13 +70,7 @@ def test_prompts_in_chunks_of_any_size_while_others_decode(world, sizes) -> None
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
 def test_evicted_and_brought_back_under_load(world, evict) -> None:
     model, asked, wanted = world
-    limits = Limits(max_seqs=4, max_batched_tokens=24, kv_blocks=16, block_size=4, evict=evict)
-    with Engine(model, policy="qllm", limits=limits) as engine:
-        streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked * 3)]
-        assert [s.result().tokens for s in streams] == wanted * 3
-        assert sum(s.times.evictions for s in streams) > 0
-        stats = engine.stats()
-        assert (stats.requests, stats.free_blocks) == (0, stats.total_blocks)
+    assert evicted(model, asked, evict, times=3) == wanted * 3
 
 
 def test_a_state_counts_in_the_memory_for_kv(world) -> None:

@@ -7,15 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qllm.executor import Engine
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Entry, Sequence
 from qllm.executor.testing import tiny_model
 from qllm.executor.unpacked.attention import hook_unpacked, part_of, unpacked
 from qllm.executor.unpacked.caches import unpacked_layers
-from qllm.scheduler import Limits
-from tests.executor.kept_worlds import NEW, generated, in_chunks, prompts, stopped
+from tests.executor.kept_worlds import evicted, generated, in_chunks, prompts, stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = ["full", "shared", "full", "shared"]
@@ -59,13 +57,7 @@ def test_prompts_in_chunks_of_any_size_while_others_decode(world, sizes) -> None
 @pytest.mark.parametrize("evict", ["recompute", "offload"])
 def test_evicted_and_brought_back_under_load(world, evict) -> None:
     model, asked, wanted = world
-    limits = Limits(max_seqs=4, max_batched_tokens=24, kv_blocks=16, block_size=4, evict=evict)
-    with Engine(model, policy="qllm", limits=limits) as engine:
-        streams = [engine.submit(p, max_new_tokens=NEW, priority=i % 2, stop=()) for i, p in enumerate(asked * 2)]
-        assert [s.result().tokens for s in streams] == wanted * 2
-        assert sum(s.times.evictions for s in streams) > 0
-        stats = engine.stats()
-        assert (stats.requests, stats.free_blocks) == (0, stats.total_blocks)
+    assert evicted(model, asked, evict, times=2) == wanted * 2
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v32", "inkling_text"])

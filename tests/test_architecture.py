@@ -39,9 +39,10 @@ FOREIGN = {
 ARROWS = {
     "scheduler": {"scheduler/policies"},
     "scheduler/policies": {"scheduler"},
-    "traces": {"traces/requests", "traces/step_times"},
+    "traces": {"traces/requests", "traces/step_times", "traces/step_times/aiconfigurator"},
     "traces/requests": {"traces"},
     "traces/step_times": {"traces"},
+    "traces/step_times/aiconfigurator": {"traces", "traces/step_times"},
     "sim": {"scheduler", "traces"},
     "executor": {"executor/engine", "executor/model", "executor/sampling"},
     "executor/sampling": {"executor"},
@@ -51,11 +52,12 @@ ARROWS = {
     "executor/gpu/fused": {"executor/gpu"},
     "executor/model": {
         *("executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"),
-        *("executor/quantised", "executor/recurrent", "executor/unpacked"),
+        *("executor/latent", "executor/quantised", "executor/recurrent", "executor/unpacked"),
     },
+    "executor/latent": {"executor/model", "executor/unpacked"},
     "executor/recurrent": {"executor/model"},
     "executor/unpacked": {"executor/model", "executor/recurrent"},
-    "executor/graphs": {"executor", "executor/gpu", "executor/model", "executor/quantised"},
+    "executor/graphs": {"executor", "executor/gpu", "executor/latent", "executor/model", "executor/quantised"},
     "executor/engine": {
         "executor",
         *(f"executor/{below}" for below in ("cpu", "gpu", "graphs", "model", "recurrent", "sampling")),

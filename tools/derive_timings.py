@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eager_4bit import model_eager_4bit
 
-from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
+from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator
 from qllm.traces.step_times.model_shapes import SHAPES
 from qllm.traces.step_times.timings import Timings
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from qllm.traces.step_times.aiconfigurator import import_aiconfigurator
-from qllm.traces.step_times.aiconfigurator_tables import Memory, Tables, gemm_seconds
+from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator
+from qllm.traces.step_times.aiconfigurator.tables import Memory, Tables, gemm_seconds
 from qllm.traces.step_times.file_format import Point
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
 from qllm.traces.step_times.roofline import Gpu, least_seconds

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qllm.traces.results import PassSlice as PassSlice
     from qllm.traces.results import RunResult as RunResult
     from qllm.traces.results import Status as Status
-    from qllm.traces.step_times.aiconfigurator import import_aiconfigurator as import_aiconfigurator
+    from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator as import_aiconfigurator
     from qllm.traces.step_times.cost_model import PassCostModel as PassCostModel
     from qllm.traces.step_times.file_format import Point as Point
     from qllm.traces.step_times.file_format import TimingError as TimingError
@@ -68,7 +68,7 @@ _WHERE = {
     "bundled_timings": "qllm.traces.step_times.timings",
     "describe_popularity": "qllm.traces.step_times.popularity",
     "generate": "qllm.traces.requests.generate",
-    "import_aiconfigurator": "qllm.traces.step_times.aiconfigurator",
+    "import_aiconfigurator": "qllm.traces.step_times.aiconfigurator.importer",
     "load_popularity": "qllm.traces.step_times.popularity",
     "read_requests": "qllm.traces.requests.readers",
     "write_requests": "qllm.traces.requests.writers",

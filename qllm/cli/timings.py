@@ -87,7 +87,7 @@ def import_(
     ] = defaults.HOST_S,
 ) -> None:
     """Import measured GEMM, attention and MoE latencies of NVIDIA's aiconfigurator for one GPU and one MoE shape."""
-    from qllm.traces.step_times.aiconfigurator import NOTES, import_aiconfigurator
+    from qllm.traces.step_times.aiconfigurator.importer import NOTES, import_aiconfigurator
 
     timings = import_aiconfigurator(
         source,

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qllm.traces.step_times.aiconfigurator import decode_points, import_aiconfigurator, prefill_points
-from qllm.traces.step_times.aiconfigurator_tables import Tables, gemm_seconds
+from qllm.traces.step_times.aiconfigurator.importer import decode_points, import_aiconfigurator, prefill_points
+from qllm.traces.step_times.aiconfigurator.tables import Tables, gemm_seconds
 from qllm.traces.step_times.expert_fit import balanced_counts, fit_balanced
 from qllm.traces.step_times.file_format import TimingError, TimingWarning
 from qllm.traces.step_times.model_shapes import SHAPES, ModelShape

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from qllm.traces.step_times.aiconfigurator_tables import Memory, add, gemm_seconds
+from qllm.traces.step_times.aiconfigurator.tables import Memory, add, gemm_seconds
 from qllm.traces.step_times.file_format import Point, TimingError
 from qllm.traces.step_times.interpolate import isotonic
 from qllm.traces.step_times.model_shapes import ModelShape

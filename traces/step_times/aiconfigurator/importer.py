@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from qllm.traces import import_defaults as defaults
-from qllm.traces.step_times.aiconfigurator_points import decode_points, dense_points, prefill_points
-from qllm.traces.step_times.aiconfigurator_tables import DTYPES, LICENCE, Memory, Tables, series
+from qllm.traces.step_times.aiconfigurator.points import decode_points, dense_points, prefill_points
+from qllm.traces.step_times.aiconfigurator.tables import DTYPES, LICENCE, Memory, Tables, series
 from qllm.traces.step_times.expert_fit import OUTLIER, ExpertFit, fit_balanced
 from qllm.traces.step_times.file_format import Point, TimingError, TimingWarning
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
@@ -239,7 +239,7 @@ def import_aiconfigurator(
         framework=f"MoE {experts.name} ({', '.join(experts.kernels)}), GEMM {gemm.name}, attention {attended.name}",
         date="not stated by the tables",
         licence=LICENCE,
-        provenance=f"NVIDIA aiconfigurator's tables for {gpu}, read by step_times/aiconfigurator.py; "
+        provenance=f"NVIDIA aiconfigurator's tables for {gpu}, read by step_times/aiconfigurator/; "
         "see docs/timing_traces.md",
         layers=shape.layers,
         hidden=shape.hidden,

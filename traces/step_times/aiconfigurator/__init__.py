@@ -1,0 +1,1 @@
+"""Timing traces from the kernel measurements that NVIDIA publishes with aiconfigurator."""

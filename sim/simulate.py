@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import simpy
@@ -18,6 +18,9 @@ from qllm.traces.step_times.cost_model import PassCostModel, ticks
 from qllm.traces.step_times.expected import expected_seconds
 from qllm.traces.step_times.timings import Timings, TimingWarning
 
+#: called with (seconds, what is recorded so far, the requests in the system by index)
+Stop = Callable[[float, RunResult, Mapping[int, Request]], bool]
+
 
 def simulate(
     trace: RequestTrace,
@@ -31,6 +34,7 @@ def simulate(
     routing: RecordedRouting | ResampledRouting | None = None,
     timeline: bool = False,
     until: float | None = None,
+    stop: Stop | None = None,
     step_by_step: bool = False,
 ) -> RunResult:
     """Simulate a request trace on one GPU.
@@ -48,6 +52,7 @@ def simulate(
         routing: Recorded routing to use instead of draws.
         timeline: Whether to record a PassSlice for each stretch that a pass runs.
         until: When to stop, in seconds; by default when everybody is served.
+        stop: Asked whenever a request arrives, before it enters; the run ends where it says so. Not with `until`.
         step_by_step: Whether to use the slow reference device.
 
     Returns:
@@ -56,7 +61,10 @@ def simulate(
     Raises:
         KeyError: A class has no priority.
         SchedulerError: The policy broke, or requests are left that nobody serves.
+        ValueError: Both `until` and `stop` are given.
     """
+    if until is not None and stop is not None:
+        raise ValueError("give until or stop, not both")
     levels = [priorities[name] for name in trace.classes]
     _check_context(trace, steps.timings)
     workload = _Workload(trace, levels, Scheduler(policy, limits, expected_seconds(steps)))
@@ -67,7 +75,9 @@ def simulate(
     env = simpy.Environment()
     device = Device(env, workload.scheduler, gpu, workload.record, None if slices is None else _observer(gpu, slices))
     device.start(step_device if step_by_step else fast_device)
-    env.process(workload.arrivals(env, device))
+    arrivals = env.process(workload.arrivals(env, device, stop))
+    if stop is not None and env.run(arrivals):
+        return workload.end(slices)
     env.run(until)
     left = workload.scheduler.requests
     if until is None and left:
@@ -144,19 +154,22 @@ class _Workload:
         self.scheduler = scheduler
         self.result = RunResult.of(ticks(trace.arrival))
 
-    def arrivals(self, env: simpy.Environment, device: Device) -> Process:
-        """SimPy process: each request enters at its time."""
+    def arrivals(self, env: simpy.Environment, device: Device, stop: Stop | None) -> Process:
+        """SimPy process: each request enters at its time; returns whether `stop` ended it before."""
         scheduler = self.scheduler
         for r in self.requests():
             wait = r.arrival - env.now
             if wait > 0:
                 yield env.timeout(wait)
+            if stop is not None and stop(env.now, self.result, scheduler.requests):
+                return True
             try:
                 scheduler.add(r, r.arrival)
             except (RequestTooLarge, RequestShed) as error:
                 self.result.rejected(r.id, str(error))
             else:
                 device.poke()
+        return False
 
     def requests(self) -> Iterator[Request]:
         """The trace's requests, made one by one."""

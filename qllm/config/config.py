@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from qllm.config.schema import (
     Arrival,
+    CapacityConfig,
     FileName,
     JobClass,
     LimitsConfig,
@@ -64,6 +65,7 @@ class Config(StrictModel):
     seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(
         1, validate_default=True
     )
+    capacity: CapacityConfig = CapacityConfig()
     #: key of this configuration -> values; every combination is run
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     #: written with results: versions, and where the timings come from

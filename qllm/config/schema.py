@@ -161,6 +161,16 @@ class LimitsConfig(StrictModel):
         return self
 
 
+class CapacityConfig(StrictModel):
+    """What `qllm capacity` looks for, and what a GPU costs."""
+
+    attainment: Annotated[float, Field(gt=0, le=1)] = 0.99  #: share of the requests of each class to be within its SLO
+    #: how far the rate found may lie below the lowest that fails, over it
+    precision: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.01
+    price_per_gpu_hour: Positive | None = None  #: in any currency; with it, costs per million tokens are told
+    curve: Annotated[int, Field(ge=0, le=100)] = 8  #: rates at which the attainment is drawn
+
+
 class PolicyConfig(BaseModel):
     """One policy: a name of the registry or a Python file, a label for tables, and the policy's own settings."""
 

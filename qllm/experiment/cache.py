@@ -1,6 +1,7 @@
 """Finished simulations on disk, so that an interrupted sweep goes on where it stopped.
 
-Each is a parquet file, named by a hash of all that its content depends on, which labels, SLOs and warm-up are not.
+Each is a parquet file, named by a hash of all that its content depends on, which labels, SLOs, warm-up and `capacity`
+are not.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
         is_file = isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value)
         return contents(value) if is_file else value
 
-    elsewhere = {"name", "policies", "seeds", "sweep", "provenance", "warmup"}
+    elsewhere = {"name", "policies", "seeds", "sweep", "provenance", "warmup", "capacity"}
     resolved_config = run.config.model_dump(
         mode="json", exclude={**dict.fromkeys(elsewhere, True), "classes": {"__all__": {"slo"}}}
     )

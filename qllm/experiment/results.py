@@ -72,6 +72,13 @@ class Results:
         return pd.concat(parts)
 
     @cached_property
+    def per_seed(self) -> pd.DataFrame:
+        """The summary of each seed by itself, with the column seed."""
+        seeds = self.requests.groupby("seed", sort=True)
+        parts = [Results.of(rows, self.config).summary.assign(seed=seed) for seed, rows in seeds]
+        return pd.concat(parts, ignore_index=True)
+
+    @cached_property
     def slos(self) -> dict[str, list[Slo]]:
         """The SLO of each class: none, one, or those that were swept."""
         found: dict[str, list[Slo]] = {name: [] for name in self.config.classes}

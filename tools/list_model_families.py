@@ -26,6 +26,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimo
 
 from qllm.executor.engine.engine import STATES
 from qllm.executor.errors import UnsupportedModelError
+from qllm.executor.latent.hook import METHOD, forms
 from qllm.executor.model.checks import auto_class, check_config, expand_weights
 from qllm.executor.model.hooks import PASS_THROUGH
 from qllm.executor.model.info import ACCELERATOR_SHARE
@@ -66,12 +67,13 @@ def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
 def memory_of(config: PreTrainedConfig) -> Memory:
     """Memory of a model, computed from one token without any weights."""
     kept: list[int] = []
+    expanding: list[int] = []
     unpacked = unpacked_layers(config)
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        if module.layer_idx not in unpacked:
+        if module.layer_idx not in unpacked and not hasattr(module, METHOD):
             kept.append(key.nbytes + value.nbytes)
         rows, heads = query.shape[2], query.shape[1]
         return query.new_empty((query.shape[0], rows, heads, value.shape[-1])), None
@@ -81,19 +83,36 @@ def memory_of(config: PreTrainedConfig) -> Memory:
         model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
         model.set_experts_implementation(PASS_THROUGH)  # where rows go would depend on numbers
         model.set_attn_implementation(SIZES)
+        for module in model.modules():
+            if hasattr(module, METHOD) and module.layer_idx not in unpacked:
+                note_latents(module, kept, expanding)
         try:
             cache = model(input_ids=torch.ones((1, 1), dtype=torch.int64), use_cache=True).past_key_values
         except NotImplementedError:  # numbers decide what is attended, and there are none
-            return Memory(weights_of(model), 0, 0)
+            return Memory(weights_of(model) + sum(expanding), 0, 0)
     for layer in (cache.layers[i] for i in unpacked):  # of these the engine keeps what transformers does
         found = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
         kept += [tensor.nbytes for tensor in found if tensor is not None]
-    return Memory(weights_of(model), sum(kept), state_bytes(cache))
+    return Memory(weights_of(model) + sum(expanding), sum(kept), state_bytes(cache))
+
+
+def note_latents(module: Any, kept: list[int], expanding: list[int]) -> None:
+    """Have latent attention note what it keeps of a token, and the matrices by which queries meet latents."""
+    expand = getattr(module, METHOD)
+
+    def noted(latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = expand(latent, rotary)
+        kept.append(latent.nbytes + rotary.nbytes)
+        width = keys.shape[-1] - rotary.shape[-1] + values.shape[-1]
+        expanding.append(keys.shape[1] * width * latent.nbytes)
+        return keys, values
+
+    setattr(module, METHOD, noted)
 
 
 def weights_of(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights, shared ones once."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of a model's weights, shared ones once, and of the matrices by which queries meet latents."""
+    return sum(parameter.nbytes for parameter in model.parameters()) + sum(form.nbytes for form in forms(model))
 
 
 @functools.cache

@@ -46,7 +46,7 @@ def decode_attention(
     Args:
         q: Queries of one token each.
         keys: Store `[slots, kv_heads, Dk]`, contiguous within a head; the rows' own keys are written already.
-        values: Store `[slots, kv_heads, Dv]`.
+        values: Store `[slots, kv_heads, Dv]`; where it is a view of the first Dv columns of `keys`, it is read as such.
         work: The rows. Padding rows get zeros.
         out: Result, of the dtype of q and of the stores.
         block_size: Slots of a block.
@@ -60,6 +60,10 @@ def decode_attention(
     kv_heads, value_width = keys.shape[1], values.shape[-1]
     if rows == 0:
         return
+    shared = values.data_ptr() == keys.data_ptr()
+    # K in two parts: a tile as wide as a power of two for both would be twice as wide as latents are.
+    main, rest = (value_width, key_width - value_width) if shared else (key_width, 0)
+    tile_widths = (main, rest) if shared else (key_width, value_width)
     group = heads // kv_heads
     chunks = triton.cdiv(group, GROUP_BLOCK)
     logits = Logits(scale, softcap)
@@ -68,39 +72,26 @@ def decode_attention(
     launch(
         attend_parts,
         (programs_on(q.device, kv_heads * chunks), kv_heads * chunks),
-        q,
-        keys,
-        values,
-        work.blocks,
-        work.first,
-        work.length,
-        work.first_part,
-        work.parts,
-        partial,
-        stats,
-        rows,
-        *q.stride(),
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        logits.scale,
-        logits.cap,
+        *(q, keys, values, work.blocks, work.first, work.length, work.first_part, work.parts),
+        *(partial, stats, rows, *q.stride(), *keys.stride()[:2], *values.stride()[:2], logits.scale, logits.cap),
         HEADS=heads,
         GROUP=group,
         CHUNKS=chunks,
         GROUP_BLOCK=GROUP_BLOCK,
-        KEY_WIDTH=key_width,
+        KEY_WIDTH=main,
+        REST_WIDTH=rest,
         VALUE_WIDTH=value_width,
-        KEY_BLOCK=padded(key_width),
+        KEY_BLOCK=padded(main),
+        REST_BLOCK=padded(rest),
         VALUE_BLOCK=padded(value_width),
+        SHARED=shared,
         BLOCK_SIZE=block_size,
-        BLOCK_N=keys_in_tile(key_width, value_width, q.dtype, 128, TILE_BYTES),
+        BLOCK_N=keys_in_tile(*tile_widths, q.dtype, 128, TILE_BYTES),
         SPLIT=SPLIT,
         WINDOW=window or 0,
         CAPPED=logits.capped,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if shared and q.dtype.itemsize > 2 else 3,  # of such wide tiles two are all that fit
     )
     launch(
         merge_parts,
@@ -162,9 +153,12 @@ def attend_parts(
     CHUNKS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
+    REST_WIDTH: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -179,6 +173,7 @@ def attend_parts(
     in_group = tl.program_id(1) % CHUNKS * GROUP_BLOCK + tl.arange(0, GROUP_BLOCK)
     head = kv_head * GROUP + in_group
     dk = tl.arange(0, KEY_BLOCK)
+    dr = KEY_WIDTH + tl.arange(0, REST_BLOCK)
     dv = tl.arange(0, VALUE_BLOCK)
     keys += kv_head * keys_head
     values += kv_head * values_head
@@ -203,6 +198,12 @@ def attend_parts(
                 mask=(in_group < GROUP)[:, None] & (dk < KEY_WIDTH)[None, :],
                 other=0.0,
             )
+            if REST_WIDTH > 0:
+                queries_rest = tl.load(
+                    q + row.to(tl.int64) * q_row + head[:, None] * q_head + dr[None, :] * q_step,
+                    mask=(in_group < GROUP)[:, None] & (dr < KEY_WIDTH + REST_WIDTH)[None, :],
+                    other=0.0,
+                )
             biggest = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
             weight = tl.zeros([GROUP_BLOCK], tl.float32)
             sums = tl.zeros([GROUP_BLOCK, VALUE_BLOCK], tl.float32)
@@ -220,17 +221,28 @@ def attend_parts(
                     mask=seen[:, None] & (dk < KEY_WIDTH)[None, :],
                     other=0.0,
                 )
-                x = logits_of(tl.dot(queries, tl.trans(k), input_precision="ieee"), scale, cap, CAPPED)
+                products = tl.dot(queries, tl.trans(k), input_precision="ieee")
+                if REST_WIDTH > 0:
+                    rest = tl.load(
+                        keys + slot[:, None] * keys_slot + dr[None, :],
+                        mask=seen[:, None] & (dr < KEY_WIDTH + REST_WIDTH)[None, :],
+                        other=0.0,
+                    )
+                    products = tl.dot(queries_rest, tl.trans(rest), products, input_precision="ieee")
+                x = logits_of(products, scale, cap, CAPPED)
                 x = tl.where(seen[None, :], x, float("-inf"))
                 now = tl.maximum(biggest, tl.max(x, 1))
                 before = tl.exp2(biggest - now)
                 p = tl.exp2(x - now[:, None])
                 weight = weight * before + tl.sum(p, 1)
-                v = tl.load(
-                    values + slot[:, None] * values_slot + dv[None, :],
-                    mask=seen[:, None] & (dv < VALUE_WIDTH)[None, :],
-                    other=0.0,
-                )
+                if SHARED:
+                    v = k
+                else:
+                    v = tl.load(
+                        values + slot[:, None] * values_slot + dv[None, :],
+                        mask=seen[:, None] & (dv < VALUE_WIDTH)[None, :],
+                        other=0.0,
+                    )
                 sums = tl.dot(p.to(v.dtype), v, sums * before[:, None], input_precision="ieee")
                 biggest = now
                 position, slot = position_after, slot_after

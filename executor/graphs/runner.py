@@ -21,7 +21,7 @@ from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import Point, RunAhead, RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split, Splitter, whole
-from qllm.executor.quantised.experts import has_nf4
+from qllm.executor.quantised.experts import experts_form
 
 Graphs = Literal["load", "use", "off"]
 GRAPHS: tuple[Graphs, ...] = ("load", "use", "off")
@@ -97,14 +97,14 @@ class GraphRunner(Runner):
         self.recorded: dict[Bucket, list[Recorded]] = {}
         # The state of a sequence has no fixed address, what is called for one at a time no fixed number of calls, and
         # of experts in four bits the host must know who goes where.
-        eager = self.recurrent or self.unpacked or has_nf4(model) or not self.kernels
+        eager = self.recurrent or self.unpacked or experts_form(model) != "plain" or not self.kernels
         self.graphs = "off" if eager else graphs
         self._max_seqs = max_seqs
         self._scratch = Scratch(self.cache.zero_slot // SPLIT + DECODE[-1])
         self._recorder = recorder
 
     def place(self, batch: Batch, split: Split, *, queues: bool) -> Callable[[RunningPass], torch.Tensor]:
-        fits = self.graphs != "off" and not queues and self._is_whole(split)
+        fits = self.graphs != "off" and not queues and self._is_whole(split) and self._records(batch)
         bucket = bucket_of(batch, self._max_seqs) if fits else None
         if bucket is None:
             return super().place(batch, split, queues=queues)
@@ -115,6 +115,10 @@ class GraphRunner(Runner):
         host = HostInputs(bucket.room(blocks), self.device)
         fill(batch, host, 1)
         return partial(self._run, bucket=bucket, host=host)
+
+    def _records(self, batch: Batch) -> bool:
+        # Of prompts latents are expanded, and how many depends on their context.
+        return not self.latent or batch.rows == batch.n_decode
 
     def _is_whole(self, split: Split) -> bool:
         return 0 < self.n_experts <= split.experts_per_group and split.query_blocks <= 1
@@ -146,7 +150,7 @@ class GraphRunner(Runner):
         """Record all buckets, COPIES times, as long as the memory that they keep is within its share."""
         if self.graphs != "load":
             return
-        todo = [*buckets(self._max_seqs)] * COPIES
+        todo = [b for b in buckets(self._max_seqs) if not (self.latent and b.prompts)] * COPIES
         before, start = self._free_bytes(), time.monotonic()
         most = min(MEMORY_SHARE * memory_bytes(self.device)[1], FREE_SHARE * before)
         for number, bucket in enumerate(todo):

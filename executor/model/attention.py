@@ -1,12 +1,14 @@
 """The attention hook: packed sequences over a paged KV cache.
 
 Decode rows are attended together (a padded gather per group of similar lengths), prefill chunks in query blocks with
-preemption points between. Grouped heads, windows, sinks, soft caps and MLA's widths are handled here for every model.
-On a GPU `qllm.executor.gpu.packed_attention` does the same by kernels that read the paged cache.
+preemption points between. Grouped heads, windows, sinks and soft caps are handled here for every model. Where attention
+is latent (MLA), rows that decode attend to latents, and those of prompts to keys and values expanded from them. On a
+GPU `qllm.executor.gpu.packed_attention` does the same by kernels that read the paged cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,13 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from qllm.executor.errors import ExecutorError, UnsupportedModelError
+from qllm.executor.latent.latents import Latents
 from qllm.executor.model.attention_cpu import attend as attend_by_parts
 from qllm.executor.model.attention_cpu import suits
 from qllm.executor.model.attention_plan import AttentionPlan, QueryBlock
-from qllm.executor.model.passes import RunningPass, current_pass
+from qllm.executor.model.passes import current_pass
 
 # Keywords that carry tensors which this hook may ignore: the batch itself says where sequences begin and end.
 IGNORED = frozenset({"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "cache_position"})
+#: What the cache keeps in slots (int64 `[n]`), each `[n, kv_heads, width]`.
+Read = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attention_forward(
@@ -45,6 +50,7 @@ def attention_forward(
     if running is None:
         raise ExecutorError("attention implementation 'qllm' called outside of a pass (use Runner.begin)")
     refuse(module, attention_mask, is_causal, kwargs)
+    latents, running.latents = running.latents, None
     window = running.begin_layer(sliding_window)
     running.reach("attention", 0)
     layer, batch = running.attention_layer, running.batch
@@ -52,18 +58,26 @@ def attention_forward(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     make = q.new_zeros if batch.has_idle_rows else q.new_empty
     out = make((q.shape[0], q.shape[1], v.shape[-1]))
+    kept = (k, v) if latents is None else latents.kept
     if batch.inputs is not None:
         from qllm.executor.gpu.packed_attention import Layer, attend  # Triton, which is there with a GPU only
 
-        stores = batch.cache.layer(layer, k, v)
+        stores = batch.cache.layer(layer, *kept)
         form = Layer(*stores, batch.cache.block_size, scale, window, softcap, s_aux)
-        attend(q, k, v, out, form, batch.inputs, batch.prompt_parts, partial(running.reach, "attention"))
+        attend(q, k, v, out, form, batch.inputs, batch.prompt_parts, partial(running.reach, "attention"), latents)
         return out.unsqueeze(0), None
-    batch.cache.write(layer, batch.slots, k, v)
+    batch.cache.write(layer, batch.slots, *kept)
     plan = running.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
-    decode(running, layer, plan, q, out, kernel)
-    keys_of = Keys(running, layer, key[0], value[0])
+    read: Read = partial(batch.cache.read, layer)
+    if latents is None:
+        decode(plan, q, out, kernel, read)
+    else:
+        n = batch.n_decode
+        sums = q.new_empty((n, q.shape[1], latents.form.latent_width))
+        decode(plan, latents.form.queries(q[:n]), sums, kernel, lambda slots: latents.as_kv(read(slots)[0]))
+        out[:n] = latents.form.results(sums)
+    keys_of = Keys(key[0], value[0], read, latents)
     for number, blocks in plan.block_groups:
         if number:
             running.reach("attention", number)
@@ -142,41 +156,48 @@ class Kernel:
         return torch.matmul(weights.flatten(2, 3), v).view(batch, heads, group, rows, v.shape[-1])
 
 
-def decode(
-    running: RunningPass, layer: int, plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kernel
-) -> None:
+def decode(plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kernel, read: Read) -> None:
     """Rows of one token each, over their whole cached context."""
     for bucket in plan.decode:
         rows = bucket.last - bucket.first
-        k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in running.batch.cache.read(layer, bucket.slots))
+        k, v = (t.unflatten(0, (rows, -1)).transpose(1, 2) for t in read(bucket.slots))
         queries = q[bucket.first : bucket.last].reshape(rows, k.shape[1], -1, 1, q.shape[-1])
         result = kernel(queries, k, v, bucket.mask)
         out[bucket.first : bucket.last] = result.reshape(rows, -1, v.shape[-1])
 
 
 class Keys:
-    """K and V of query blocks: the pass's own rows `[kv_heads, T, D]`, or a chunk's, gathered once and then kept."""
+    """K and V of query blocks: the pass's own rows `[kv_heads, T, D]`, or a chunk's, gathered once and then kept.
+
+    Where attention is latent, the pass's own rows begin with row `latents.first`, and a chunk's are expanded.
+    """
 
     holds_activations = True
 
-    def __init__(self, running: RunningPass, layer: int, key: torch.Tensor, value: torch.Tensor):
-        self._cache, self._layer = running.batch.cache, layer
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, read: Read, latents: Latents | None):
         self._own = (key, value)
+        self._read, self._latents = read, latents
         self._slots: torch.Tensor | None = None
         self._gathered = self._own
 
     def __call__(self, block: QueryBlock, contiguous: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each `[kv_heads, high - low, D]`; contiguous within a head where asked for."""
+        seen = block.seen
         if block.slots is None:
             if contiguous:
                 self._own = (self._own[0].contiguous(), self._own[1].contiguous())
             k, v = self._own
+            if self._latents is not None:
+                seen = slice(seen.start - self._latents.first, seen.stop - self._latents.first)
         else:
             if block.slots is not self._slots:
-                k, v = (t.transpose(0, 1).contiguous() for t in self._cache.read(self._layer, block.slots))
+                found = self._read(block.slots)
+                if self._latents is not None:
+                    found = self._latents.expanded(found[0])
+                k, v = (t.transpose(0, 1).contiguous() for t in found)
                 self._slots, self._gathered = block.slots, (k, v)
             k, v = self._gathered
-        return k[:, block.seen], v[:, block.seen]
+        return k[:, seen], v[:, seen]
 
 
 def prefill(

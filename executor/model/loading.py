@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qllm.executor.errors import LoadError, UnsupportedModelError
+from qllm.executor.latent.hook import hook_latents
 from qllm.executor.model.checks import (
     auto_class,
     check_config,
@@ -26,7 +27,8 @@ from qllm.executor.model.checks import (
 from qllm.executor.model.hooks import speed_up
 from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
 from qllm.executor.quantised.experts import checked_experts, quantise_experts, weights_bytes
-from qllm.executor.unpacked.attention import hook_layers
+from qllm.executor.recurrent.mixers import hook_mixers
+from qllm.executor.unpacked.attention import hook_unpacked
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -100,7 +102,8 @@ def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTr
     check_config(model.config)
     if experts == "nf4":
         quantise_experts(model, place)
-    hook_layers(model)
+    for hook in (hook_mixers, hook_unpacked, hook_latents):
+        hook(model)
     speed_up(model, check_model(model))
     log.info("model loaded: %s, %s, on %s", model.config.model_type, dtype_name(model), model.device)
     return model

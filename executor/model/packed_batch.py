@@ -104,6 +104,11 @@ class Batch:
         self.slots = self.to_device(np.concatenate(slots))
         self.sample_rows = self.to_device(np.array([e.row + e.n - 1 for e in self.sampled], dtype=np.int64))
 
+    @property
+    def decode_rows(self) -> int:
+        """Rows before those of prompts, padding included."""
+        return self.n_decode if self.inputs is None else self.inputs.room.decode
+
     def read_from(self, inputs: DeviceInputs) -> None:
         """Take the rows from `inputs`, which kernels of a GPU read, too."""
         self.inputs = inputs

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from qllm.executor.latent.latents import Latents
 from qllm.executor.model.attention_plan import AttentionPlan, plan_attention
 from qllm.executor.model.expert_queues import Queues
 from qllm.executor.model.packed_batch import Batch, Entry
@@ -54,6 +55,7 @@ class RunningPass:
         #: for each MoE layer begun, the rows of each expert; or where they end, which the device alone knows
         self.routed: list[list[int] | torch.Tensor] = []
         self.queues: Queues | None = None  #: while it stands before or between the experts of a layer
+        self.latents: Latents | None = None  #: of the layer that attends next, where it keeps latents
         self._plans: dict[int | None, AttentionPlan] = {}
         self._run_ahead = run_ahead
         self._forward, self._then = forward, then

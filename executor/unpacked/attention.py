@@ -18,17 +18,11 @@ from qllm.executor.model.attention_plan import row_groups
 from qllm.executor.model.kv_cache import slots_of
 from qllm.executor.model.packed_batch import Batch, Entry
 from qllm.executor.model.passes import RunningPass, current_pass
-from qllm.executor.recurrent.mixers import cache_keyword, hook_mixers
+from qllm.executor.recurrent.mixers import cache_keyword
 from qllm.executor.unpacked.caches import SequenceCache, unpacked_layers
 
 OWN = ("sdpa", "eager")  # attention of transformers that takes any mask
 MASKS = frozenset({"causal", "full_attention", "sliding_attention"})  # what models call those of attention
-
-
-def hook_layers(model: PreTrainedModel) -> None:
-    """Hook all layers that keep more of a sequence than K and V."""
-    hook_mixers(model)
-    hook_unpacked(model)
 
 
 def hook_unpacked(model: PreTrainedModel) -> int:

@@ -40,6 +40,16 @@ def attention(dtype: torch.dtype, key_width: int, value_width: int, group: int, 
     write_kv(keys, values, numbers(64), q[:, :4], out[:, :4])
 
 
+def latents(dtype: torch.dtype, heads: int) -> None:
+    """Latent attention of DeepSeek's widths: one key for all heads, whose first 512 columns are the value."""
+    q, sums = torch.zeros(64, heads, 576, dtype=dtype), torch.zeros(64, heads, 512, dtype=dtype)
+    kept = torch.zeros(33, 1, 576, dtype=dtype)
+    work = DecodeWork(numbers(9), numbers(64), numbers(64), numbers(64), numbers(1))
+    scratch = scratch_for(9, heads, 512, "cpu")
+    decode_attention(q, kept, kept[..., :512], work, sums, scratch=scratch, block_size=16, scale=0.1)
+    write_kv(kept[..., :512], kept[..., 512:], numbers(64), q[:, :1, :512], q[:, :1, 512:])
+
+
 SINKS = {"sinks": torch.zeros(64)}
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -50,6 +60,8 @@ CASES: list[Callable[[], None]] = [
     lambda: attention(HALF, 256, 256, 2),
     lambda: attention(SINGLE, 256, 256, 16),
     lambda: attention(HALF, 192, 128, 1, window=100, softcap=30.0, **SINKS),
+    lambda: latents(HALF, 128),
+    lambda: latents(SINGLE, 20),
     *EXPERT_CASES,
 ]
 

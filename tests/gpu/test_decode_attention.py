@@ -110,6 +110,31 @@ def test_half_precision_is_read_and_written_as_such():
     torch.testing.assert_close(out[0].float(), world.attend(q[0], 0, SPLIT + 4, scale=0.3), atol=2e-3, rtol=0)
 
 
+def with_values_in_keys(world, width):
+    """The same world where a value is the first `width` columns of its key, and is stored as such."""
+    world.kv = [[key, key[..., :width]] for key, _ in world.kv]
+    world.values, world.widths = world.keys[..., :width], (world.widths[0], width)
+    return world
+
+
+@given(
+    st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (1, 20), (2, 2)]),
+    st.sampled_from([(12, 8), (24, 20), (20, 4)]),
+    st.sampled_from([None, 5, SPLIT + 1]),
+)
+@settings(max_examples=8, deadline=None)
+def test_values_that_are_a_part_of_the_keys_are_read_once(lengths, heads, widths, window):
+    kv_heads, group = heads
+    world = with_values_in_keys(PagedWorld(lengths, kv_heads * group, kv_heads, widths), widths[1])
+    q = world.draw(len(lengths), world.heads, widths[0])
+    out = decode(world, q, list(range(len(lengths))), 1, scale=0.3, window=window)
+    for row, length in enumerate(lengths):
+        wanted = world.attend(q[row], row, length - 1, scale=0.3, window=window)
+        torch.testing.assert_close(out[row], wanted, atol=2e-6, rtol=1e-5)
+    assert (out[len(lengths) :] == 0).all()
+
+
 @given(st.integers(1, 3), st.integers(1, 5), st.sampled_from([(3, 4), (40, 8)]), st.data())
 @settings(max_examples=10, deadline=None)
 def test_keys_and_values_are_written_to_their_slots_and_padding_nowhere(heads, rows, widths, data):
@@ -139,3 +164,18 @@ def test_on_a_gpu_decode_rows_are_what_plain_attention_gives_with_the_same_bits_
         wanted = world.attend(q[row], row, length - 1, **options)
         torch.testing.assert_close(out[row].float(), wanted, atol=2e-2, rtol=2e-2)
         assert torch.equal(out[row], decode(world, q, [row], **options)[0])
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("heads", [16, 20, 128])
+def test_on_a_gpu_latents_are_attended_as_plain_attention_does(heads):
+    lengths = [1, 255, 256, 257, 1000, 5000]
+    world = with_values_in_keys(PagedWorld(lengths, heads, 1, (576, 512), dtype=torch.bfloat16, device="cuda"), 512)
+    q = world.draw(len(lengths), heads, 576)
+    out = decode(world, q, list(range(len(lengths))), padding=2, scale=576**-0.5)
+    assert (out[len(lengths) :] == 0).all()
+    for row, length in enumerate(lengths):
+        wanted = world.attend(q[row], row, length - 1, scale=576**-0.5)
+        torch.testing.assert_close(out[row].float(), wanted, atol=2e-2, rtol=2e-2)
+        assert torch.equal(out[row], decode(world, q, [row], scale=576**-0.5)[0])

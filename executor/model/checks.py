@@ -23,12 +23,14 @@ from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
+from qllm.executor.quantised.packed import Header, settings_of
 from qllm.executor.recurrent.mixers import mix_one_by_one
 from qllm.executor.recurrent.states import KNOWN
 from qllm.executor.unpacked.caches import is_unpacked
 
 PROBE_TOKENS = 8
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
+FP8 = "F8_E4M3"
 MOST_WORDS = 300  # characters of another library's message
 LFS = b"version https://git-lfs"  # how a file begins in a clone without its contents
 NO_POINT = "no layer has experts behind transformers' experts interface, so a pass cannot stop between experts"
@@ -109,28 +111,35 @@ def check_layers(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{model.config.model_type}: {NO_POINT}")
 
 
-def check_files(name: str, config: PreTrainedConfig, method: str | None) -> None:
-    """Read the headers of a checkpoint's safetensors files, fetched where they lie on a hub.
+def read_headers(name: str) -> dict[str, Header]:
+    """The weights in a checkpoint's safetensors files, fetched where they lie on a hub. Raises LoadError."""
+    return {weight: header for file in weight_files(name) for weight, header in read_header(file).items()}
 
-    Raises LoadError for a broken file, and for weights, quantised by `method`, that transformers would misread.
-    """
-    headers: dict[str, tuple[str, list[int]]] = {}
-    for file in weight_files(name):
-        headers |= read_header(file)
-    packed = next((name for name, (dtype, _) in headers.items() if dtype not in PLAIN), None)
+
+def check_files(headers: Mapping[str, Header], config: PreTrainedConfig, method: str | None) -> None:
+    """Raise LoadError for weights, quantised by `method`, that transformers would misread."""
+    packed = next((name for name, header in headers.items() if header.dtype not in PLAIN), None)
     if packed is not None and method is None:
         raise LoadError(
-            f"{packed} is quantised ({headers[packed][0]}), but config.json has no quantization_config; allowed: a "
+            f"{packed} is quantised ({headers[packed].dtype}), but config.json has no quantization_config; allowed: a "
             "checkpoint in bfloat16, float16 or float32, or one that says how to expand it"
         )
-    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
-    for name, (_, scales) in headers.items():
+    block = (settings_of(config) or {}).get("weight_block_size")
+    for name, header in headers.items():
+        if method == "fp8" and header.dtype == FP8 and not any(scales in headers for scales in _names_of_scales(name)):
+            raise LoadError(f"its files lack {name}_scale_inv, the scales of {name}")
         weight = headers.get(name.removesuffix("_scale_inv"))
+        scales = header.shape
         if block is None or weight is None or len(scales) != 2 or not name.endswith("_scale_inv"):
             continue
         # transformers cuts rows and columns into as many equal blocks as there are scales
-        if any(n > 1 and size % of for n, size, of in zip(scales, weight[1][-2:], block, strict=True)):
-            raise LoadError(f"{name}: blocks of {block} do not divide {weight[1]}, and would be misread")
+        if any(n > 1 and size % of for n, size, of in zip(scales, weight.shape[-2:], block, strict=True)):
+            raise LoadError(f"{name}: blocks of {block} do not divide {weight.shape}, and would be misread")
+
+
+def _names_of_scales(weight: str) -> list[str]:
+    stem = weight.removesuffix("weight")
+    return [f"{weight}_scale_inv", f"{weight}_scale", f"{stem}scale", f"{stem}qscale_weight"]
 
 
 def weight_files(name: str) -> list[Path]:
@@ -145,12 +154,12 @@ def weight_files(name: str) -> list[Path]:
         raise LoadError(f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({words(error)})") from None
 
 
-def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each weight in a safetensors file. Raises LoadError."""
+def read_header(file: Path) -> dict[str, Header]:
+    """The weights in a safetensors file. Raises LoadError."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+            return {name: Header(part.get_dtype(), part.get_shape(), file) for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
         if not file.is_file():
             raise LoadError(f"{file.name} is missing; the index names it") from None

@@ -14,7 +14,7 @@ from qllm.executor.errors import KVMemoryError
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import whole
-from qllm.executor.quantised.experts import has_nf4
+from qllm.executor.quantised.experts import experts_form
 from qllm.executor.recurrent.states import state_bytes
 
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
@@ -45,7 +45,8 @@ def model_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 def dtype_name(model: PreTrainedModel) -> str:
     """What its weights are, as logs, results and timing traces name it: "bfloat16", or "bfloat16, experts nf4"."""
-    return str(model.dtype).removeprefix("torch.") + (", experts nf4" if has_nf4(model) else "")
+    form = experts_form(model)
+    return str(model.dtype).removeprefix("torch.") + ("" if form == "plain" else f", experts {form}")
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:

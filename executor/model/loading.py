@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -22,11 +21,19 @@ from qllm.executor.model.checks import (
     check_layers,
     check_model,
     expand_weights,
-    words,
+    read_headers,
 )
 from qllm.executor.model.hooks import speed_up
 from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
-from qllm.executor.quantised.experts import checked_experts, quantise_experts, weights_bytes
+from qllm.executor.model.reading import read_weights, why_broken
+from qllm.executor.quantised.experts import (
+    check_in_memory,
+    checked_experts,
+    quantise_experts,
+    tell_experts,
+    weights_bytes,
+)
+from qllm.executor.quantised.packed import FORMS, leave_out, packed_weights, read_packed, settings_of
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
 
@@ -56,7 +63,8 @@ def load_model(
         device: where the model is to run.
         dtype: of the weights; "auto" for that of the checkpoint.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        experts: "plain": of that type too; "nf4": four bits a weight. Then host memory has to hold the plain model.
+        experts: "plain": of that type too; "packed": those of an FP8 or MXFP4 checkpoint as its files hold them; "nf4":
+            quantised to four bits a weight. Then host memory has to hold the plain model.
 
     Raises:
         UnsupportedModelError: the model keeps state outside attention, is no causal decoder, its experts or attention
@@ -77,10 +85,19 @@ def _load(
         found = torch_dtype(dtype, config) or torch.bfloat16
         skeleton = _skeleton(config, found, trust_remote_code)
         _check_size(skeleton, place, method, experts)
-        host = place if experts == "plain" else torch.device("cpu")  # the plain weights need not fit an accelerator
-        _check_size(skeleton, host, method)
-        check_files(name, config, method)
-        return _prepare(_read_weights(name, config, host, dtype, trust_remote_code), experts, place)
+        host = torch.device("cpu") if experts == "nf4" else place  # the plain weights need not fit an accelerator
+        if experts == "nf4":
+            _check_size(skeleton, host, method)
+        headers = read_headers(name)
+        packed = {}
+        if experts == "packed" and method is not None:
+            packed = packed_weights(skeleton, method, settings_of(config), headers)
+            leave_out(config, packed)
+        elsewhere = {source for weight in packed.values() for source in weight.names()}
+        check_files({key: header for key, header in headers.items() if key not in elsewhere}, config, method)
+        model = read_weights(name, config, host, dtype, trust_remote_code, tuple(packed))
+        read_packed(model, packed, headers, place)
+        return _prepare(model, experts, place)
 
 
 def prepare_model(model: PreTrainedModel, *, experts: str = "plain") -> PreTrainedModel:
@@ -88,13 +105,14 @@ def prepare_model(model: PreTrainedModel, *, experts: str = "plain") -> PreTrain
 
     Args:
         model: where it is to run. It is changed, and returned.
-        experts: see `load_model`.
+        experts: "plain" or "nf4", see `load_model`.
 
     Raises:
         UnsupportedModelError: as `load_model` does.
     """
     with _logging_refusal():
-        return _prepare(model, checked_experts(experts), model.device)
+        check_in_memory(checked_experts(experts))
+        return _prepare(model, experts, model.device)
 
 
 def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTrainedModel:
@@ -102,6 +120,8 @@ def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTr
     check_config(model.config)
     if experts == "nf4":
         quantise_experts(model, place)
+    if experts != "plain":
+        tell_experts(model)
     for hook in (hook_mixers, hook_unpacked, hook_latents):
         hook(model)
     speed_up(model, check_model(model))
@@ -138,14 +158,9 @@ def _read_config(name: str, trust_remote_code: bool) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers makes of a file that anybody may have written
         hint = "" if folder.exists() else "; allowed: a folder or a model hub's name"
-        raise LoadError(f"cannot be loaded: {_why(error)}{hint}") from None
+        raise LoadError(f"cannot be loaded: {why_broken(error)}{hint}") from None
     check_config(config)
     return config
-
-
-def _why(error: Exception) -> str:
-    needs_code = "it needs code that comes with the checkpoint (trust_remote_code lets it run)"
-    return needs_code if "trust_remote_code" in str(error) else words(error)
 
 
 def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -155,7 +170,7 @@ def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: b
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise LoadError(f"cannot be loaded: no model can be made of its config.json: {_why(error)}") from None
+        raise LoadError(f"cannot be loaded: no model can be made of its config.json: {why_broken(error)}") from None
     check_layers(model)
     return model
 
@@ -171,61 +186,13 @@ def _check_size(skeleton: PreTrainedModel, place: torch.device, method: str | No
     size, room = weights_bytes(skeleton, experts), memory_bytes(place)[1]
     if size > room:
         told = f", experts {experts}" if experts != "plain" else f" (expanded from {method})" if method else ""
+        smaller = "choose a smaller model or dtype"
+        if experts == "plain" and method in FORMS:
+            smaller += f", or experts packed, {weights_bytes(skeleton, 'packed') / 1e9:.0f} GB"
         raise LoadError(
             f"does not fit: {size / 1e9:.0f} GB of weights in {str(skeleton.dtype)[6:]}{told}, {place} has "
-            f"{room / 1e9:.0f} GB; choose a smaller model or dtype"
+            f"{room / 1e9:.0f} GB; {smaller}"
         )
-
-
-def _read_weights(
-    name: str, config: PreTrainedConfig, place: torch.device, dtype: str | torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    """The model with the checkpoint's weights, all of them; on an accelerator they are read straight onto it."""
-    report = _Report()
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(report)
-    try:
-        model, told = auto_class(config).from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            device_map=None if place.type == "cpu" else {"": place},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with names
-        )
-    except Exception as error:
-        raise LoadError(f"cannot be loaded: {report.cause or _why(error)}") from error
-    finally:
-        logger.removeFilter(report)
-    if told["mismatched_keys"]:
-        key, in_file, in_model = min(told["mismatched_keys"])
-        raise LoadError(f"{key} is {list(in_file)} in its files and {list(in_model)} by its config.json")
-    if told["missing_keys"]:
-        raise LoadError(f"its files lack {_some(told['missing_keys'])}, which its config.json asks for")
-    if told["unexpected_keys"]:
-        log.warning("%s: not of this model, left out: %s", name, _some(told["unexpected_keys"]))
-    return cast(PreTrainedModel, model)
-
-
-class _Report(logging.Filter):
-    """Keeps transformers' tables of what does not fit from being printed: one line says it."""
-
-    cause = ""  #: what broke while weights were put together
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if "LOAD REPORT" not in text:
-            return True
-        for before, line in pairwise(text.splitlines()):
-            if line.startswith("Error: "):  # Error: <operation> on tensors destined for <name>. <files>
-                self.cause = f"{line.partition('destined for ')[2].split('. ')[0]} cannot be put together: {before}"
-        return False
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *others = sorted(names)
-    return f"{first} and {len(others)} more weights" if others else first
 
 
 @dataclass(frozen=True)
@@ -279,7 +246,8 @@ def load(
                 skeleton = _skeleton(config, found, trust_remote_code)
             layers: int = config.get_text_config(decoder=True).num_hidden_layers
             size = weights_bytes(skeleton, experts)
-            if weights_bytes(skeleton) > MEMORY_SHARE * memory_bytes(place)[0]:  # it is made plain
+            made = size if experts == "packed" else weights_bytes(skeleton)  # to be quantised, it is made plain
+            if made > MEMORY_SHARE * memory_bytes(place)[0]:
                 few = random_model(with_layers(config, FEW_LAYERS), found, place, experts)
                 weights = f"random, {FEW_LAYERS} of {layers} layers (the model does not fit)"
                 return LoadedModel(name, few, layers, size, weights)

@@ -10,8 +10,11 @@ import torch
 from qllm.executor.cpu.linear import EXPERT_WEIGHTS
 from qllm.executor.errors import LoadError, UnsupportedModelError
 from qllm.executor.quantised.nf4 import Nf4Weights, nf4_bytes
+from qllm.executor.quantised.packed import packed_bytes
+from qllm.executor.quantised.weights import QuantisedWeights
 
-EXPERTS = ("plain", "nf4")  #: as the model has them, or four bits a weight
+#: Of the model's type; quantised to four bits while loading; or as a quantised checkpoint holds them.
+EXPERTS = ("plain", "nf4", "packed")
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,12 @@ def checked_experts(experts: str) -> str:
     if experts not in EXPERTS:
         raise LoadError(f"experts is {experts!r:.80}; allowed: {', '.join(EXPERTS)}")
     return experts
+
+
+def check_in_memory(experts: str) -> None:
+    """Raise LoadError where a model whose weights are no checkpoint's cannot have its experts so."""
+    if experts == "packed":
+        raise LoadError("experts is 'packed', which needs a quantised checkpoint's weights; allowed here: plain, nf4")
 
 
 def quantise_experts(model: torch.nn.Module, device: torch.device) -> None:
@@ -40,24 +49,34 @@ def quantise_experts(model: torch.nn.Module, device: torch.device) -> None:
         delattr(module, name)
         setattr(module, f"_qllm_{name}", kept)
     model.to(device)
-    kept_bytes = sum(module.nbytes for module in model.modules() if isinstance(module, Nf4Weights))
-    log.info("experts are nf4: %.3f of %.3f GB of weights", kept_bytes / 1e9, weights_bytes(model) / 1e9)
 
 
-def has_nf4(model: torch.nn.Module) -> bool:
-    """Whether experts of the model are kept in NF4."""
-    return any(isinstance(module, Nf4Weights) for module in model.modules())
+def tell_experts(model: torch.nn.Module) -> None:
+    """Log what a model's quantised experts take."""
+    kept = sum(module.nbytes for module in model.modules() if isinstance(module, QuantisedWeights))
+    told = kept / 1e9, weights_bytes(model) / 1e9
+    log.info("experts are %s: %.3f of %.3f GB of weights", experts_form(model), *told)
+
+
+def experts_form(model: torch.nn.Module) -> str:
+    """The form that experts of the model are kept in, such as "nf4" or "fp8"; "plain" where none is."""
+    return next((module.form for module in model.modules() if isinstance(module, QuantisedWeights)), "plain")
 
 
 def weights_bytes(model: torch.nn.Module, experts: str = "plain") -> int:
-    """Bytes of the model's weights; once its experts are kept as `experts` says, which they need not be yet."""
-    kept = sum(module.nbytes for module in model.modules() if isinstance(module, Nf4Weights))
+    """Bytes of the model's weights; once its experts are kept as `experts` says, which they need not be yet.
+
+    Raises LoadError for "packed" where its configuration tells of no quantisation whose experts can stay so.
+    """
+    kept = sum(module.nbytes for module in model.modules() if isinstance(module, QuantisedWeights))
     total = kept + sum(p.numel() * p.element_size() for p in model.parameters())
-    if experts == "nf4":
-        for module, name in _plain(model):
-            weight: torch.Tensor = getattr(module, name)
-            count, outputs, inputs = weight.mT.shape if module.is_transposed else weight.shape
-            total += nf4_bytes(count, outputs, inputs) - weight.numel() * weight.element_size()
+    if experts == "plain":
+        return total
+    for module, name in _plain(model):
+        weight: torch.Tensor = getattr(module, name)
+        shape = weight.mT.shape if module.is_transposed else weight.shape
+        taken = nf4_bytes(*shape) if experts == "nf4" else packed_bytes(model.config, shape)
+        total += taken - weight.numel() * weight.element_size()
     return total
 
 

@@ -6,10 +6,12 @@ the higher bits, and a float32 for each block of inputs of an output. That is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+
+from qllm.executor.quantised.weights import QuantisedWeights, rows_at_once
 
 BLOCK = 64  # inputs that share a scale
 #: Quantiles of the normal distribution, scaled to [-1, 1]; 0 is one of them.
@@ -19,7 +21,6 @@ LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-AT_ONCE = 1 << 19  # weights that a CPU looks at together: what comes between fits its cache
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +36,7 @@ def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    parts = [_quantise(part) for part in weight.detach().split(_rows_at_once(weight.shape[1], weight.device))]
+    parts = [_quantise(part) for part in weight.detach().split(rows_at_once(weight.shape[1], weight.device))]
     codes, scales = (torch.cat(each) for each in zip(*parts, strict=True))
     if not scales.isfinite().all():
         raise ValueError("weights are NaN or infinite")
@@ -53,17 +54,13 @@ def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, ::2] * 16 + codes[:, 1::2], scales
 
 
-def _rows_at_once(columns: int, device: torch.device) -> int:
-    return max(1, AT_ONCE // columns) if device.type == "cpu" else 1 << 30  # a GPU minds launches, not memory
-
-
 def nf4_bytes(count: int, outputs: int, inputs: int) -> int:
     """Bytes that `count` weights `[outputs, inputs]` take."""
     return count * outputs * -(-inputs // BLOCK) * (BLOCK // 2 + 4)
 
 
-class Nf4Weights(torch.nn.Module):
-    """Weights `[N, K]` of one shape in NF4. A module, so that they go where the model goes.
+class Nf4Weights(QuantisedWeights):
+    """Weights `[N, K]` of one shape in NF4.
 
     Args:
         weights: the plain ones, looked at one by one.
@@ -74,8 +71,7 @@ class Nf4Weights(torch.nn.Module):
         ValueError: a weight is NaN or infinite.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
+    form = "nf4"
     pairs: torch.Tensor
 
     def __init__(self, weights: Iterable[torch.Tensor], count: int, device: torch.device):
@@ -91,33 +87,14 @@ class Nf4Weights(torch.nn.Module):
         pairs = torch.cartesian_prod(levels, levels)  # the two values of each byte; looked up as one number
         self.register_buffer("pairs", pairs.view(torch.int64).squeeze(1), persistent=False)
 
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that they take."""
-        return self.codes.nbytes + self.scales.nbytes
-
-    def expanded(self, which: int, dtype: torch.dtype) -> torch.Tensor:
-        """Weight number `which`, `[N, K]` of type `dtype`: computed in float32, rounded once."""
+    def _room(self, dtype: torch.dtype) -> torch.Tensor:
         _, outputs, blocks = self.scales.shape
-        room = torch.empty(outputs, blocks, BLOCK, dtype=dtype, device=self.codes.device)
-        return self._expand(which, room)
+        return torch.empty(outputs, blocks, BLOCK, dtype=dtype, device=self.codes.device)
 
     def _expand(self, which: int, room: torch.Tensor) -> torch.Tensor:
-        """Write weight number `which` to `room`, `[N, blocks, BLOCK]`; its `[N, K]`."""
-        rows = _rows_at_once(room[0].numel(), room.device)
+        rows = rows_at_once(room[0].numel(), room.device)
         parts = zip(*(of.split(rows) for of in (self.codes[which], self.scales[which], room)), strict=True)
         for codes, scales, out in parts:
             values = self.pairs.index_select(0, codes.reshape(-1).int()).view(torch.float32)
             torch.mul(values.view(out.shape), scales.unsqueeze(2), out=out)
         return room.flatten(1)[:, : self._inputs]
-
-    def products(self, x: torch.Tensor, which: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-        """`x` `[S, K]` with weights `which`, `sizes` rows each in turn, to `[S, N]`. One is expanded at a time."""
-        _, outputs, blocks = self.scales.shape
-        room = x.new_empty(outputs, blocks, BLOCK)  # one after the other
-        parts = zip(x.split(list(sizes)), which, strict=True)
-        found = [F.linear(part, self._expand(weight, room)) for part, weight in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)

@@ -118,7 +118,7 @@ def test_in_16_bits_weights_are_those_of_float32_rounded_once(dtype):
 def test_bits_do_not_depend_on_how_many_weights_are_looked_at_together(at_once, monkeypatch):
     weight = torch.randn(33, 200, generator=torch.Generator().manual_seed(0))
     expected = Nf4Weights([weight], 1, CPU).expanded(0, torch.float32)
-    monkeypatch.setattr("qllm.executor.quantised.nf4.AT_ONCE", at_once)
+    monkeypatch.setattr("qllm.executor.quantised.weights.AT_ONCE", at_once)
     assert torch.equal(Nf4Weights([weight], 1, CPU).expanded(0, torch.float32), expected)
 
 
@@ -219,7 +219,7 @@ def test_another_value_is_refused_in_a_line(experts, tmp_path):
     ):
         with pytest.raises(LoadError) as told:
             call()
-        assert str(told.value) == f"experts is {experts!r}; allowed: plain, nf4"
+        assert str(told.value) == f"experts is {experts!r}; allowed: plain, nf4, packed"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

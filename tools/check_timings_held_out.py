@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qllm.traces.step_times.aiconfigurator.importer import TILES
+from qllm.traces.step_times.aiconfigurator.kernels import TILES
 from qllm.traces.step_times.aiconfigurator.tables import Tables, gemm_seconds, series
 from qllm.traces.step_times.expert_fit import balanced_counts, fit_balanced
 from qllm.traces.step_times.file_format import TimingError

@@ -24,6 +24,7 @@ from qllm.config.schema import (
     cells,
     check_title,
 )
+from qllm.config.timings_source import named_timings
 from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
 from qllm.traces.messages import KeyPath, dotted, suggestion
 from qllm.traces.requests.recipe import Poisson, Recipe, check_total
@@ -48,7 +49,8 @@ class Config(StrictModel):
     """One simulated experiment. Times in seconds, lengths in tokens, rates in requests per second."""
 
     name: FileName = "simulation"  #: of the folder of the results
-    timings: str  #: a bundled timing trace or the path of one
+    #: a bundled timing trace, the path of one, or its GPU and model, as {gpu: h200, model: qwen3-30b-a3b}
+    timings: str
     popularity: str = "uniform"  #: how tokens spread over experts: uniform, a bundled table or the path of one
     expert_mode: Literal["fused", "separate"] | None = None  #: default: what the timing trace was taken with
     #: seconds that a query block or a group of experts should not exceed
@@ -71,13 +73,19 @@ class Config(StrictModel):
     #: written with results: versions, and where the timings come from
     provenance: dict[str, str] = Field(default_factory=dict)
 
+    @field_validator("timings", mode="before")
+    @classmethod
+    def _named_timings(cls, value: Any) -> Any:
+        return named_timings(value)
+
     @field_validator("timings")
     @classmethod
     def _known_timings(cls, value: str, info: ValidationInfo) -> str:
         if looks_like_path(value):
             return existing_file(value, info)
         if value not in bundled_timings():
-            raise ValueError(f"unknown timing trace {value!r:.80}; {suggestion(value, bundled_timings())}, or a path")
+            there = suggestion(value, bundled_timings())
+            raise ValueError(f"unknown timing trace {value!r:.80}; {there}, {{gpu: ..., model: ...}}, or a path")
         return value
 
     @field_validator("popularity")
@@ -125,7 +133,9 @@ class Config(StrictModel):
     def _sweepable(cls, sweep: dict[str, list[Any]]) -> dict[str, list[Any]]:
         keys = [key for key in cls.model_fields if key not in ("name", "seeds", "sweep", "provenance")]
         for key, values in sweep.items():
-            root = str(parse_dotted(key)[0])
+            root, *inner = map(str, parse_dotted(key))
+            if root == "timings" and inner:
+                raise ValueError(f"{key} cannot be swept; allowed: timings: [{{gpu: ..., model: ...}}, ...]")
             if root not in keys:
                 message = f"cannot be swept; {suggestion(root, keys)}, or a key inside one of them (limits.max_seqs)"
                 raise PydanticCustomError("unknown_key", "{message}", {"key": key, "message": message})
@@ -251,6 +261,8 @@ def _with_paths(value: Any, found: Any) -> Any:
         return {key: _with_paths(item, found.get(key)) for key, item in value.items()}
     if isinstance(value, list) and isinstance(found, list):
         return [_with_paths(*pair) for pair in zip(value, found, strict=True)]
+    if isinstance(value, dict) and isinstance(found, str):  # names that stand for one
+        return found
     if isinstance(value, str) and isinstance(found, dict):  # its long form
         return next((item for item in found.values() if isinstance(item, str) and os.path.isabs(item)), value)
     return found if isinstance(value, str) and isinstance(found, str) and os.path.isabs(found) else value

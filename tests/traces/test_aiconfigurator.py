@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qllm.traces.step_times.aiconfigurator.importer import decode_points, import_aiconfigurator, prefill_points
+from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator
+from qllm.traces.step_times.aiconfigurator.points import decode_points, prefill_points
 from qllm.traces.step_times.aiconfigurator.tables import Tables, gemm_seconds
 from qllm.traces.step_times.expert_fit import balanced_counts, fit_balanced
 from qllm.traces.step_times.file_format import TimingError, TimingWarning
@@ -129,7 +130,10 @@ def test_gemms_off_the_grid_lie_between_or_grow_in_proportion():
         ({"moe": "vllm"}, "no moe table of 'vllm' for toy; there are: sglang:1.2"),
         ({"dense": "sglang:9"}, "no gemm table of 'sglang:9' for toy; there are: sglang:1.2"),
         ({"gpu": "h100_sxm"}, "no tables for GPU 'h100_sxm'; GPUs here: toy"),
-        ({"shape": SHAPES["deepseek-v2-lite"]}, "latent attention is not among the tables"),
+        (
+            {"shape": replace(SHAPE, latent_kv=96, latent_rope=32)},
+            "no context_mla table of 'sglang:1.2' for toy; there are: none",
+        ),
     ],
 )
 def test_what_the_tables_do_not_hold_is_named(tmp_path, changed, message):

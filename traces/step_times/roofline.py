@@ -7,12 +7,11 @@ faster is no measurement of this work, and what is a thousand times slower is in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from qllm.traces.step_times.data_sheet import Gpu, gpu_named
 from qllm.traces.step_times.file_format import Point, TimingHeader
 from qllm.traces.step_times.interpolate import by_tokens
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
@@ -21,38 +20,6 @@ FASTER = 0.95  # of the least: what clocks and rounding may make of it
 SLOWER = 50.0  # times the least in every row: no kernel is that bad, milliseconds in place of seconds are 1,000
 SLOW_MACHINE = 1e10, 2e10  # bytes and operations a second of the least that a model may run on
 
-
-class Gpu(NamedTuple):
-    """Of one GPU: bytes a second of its memory, and operations a second of 16-bit numbers, dense, by the data sheet."""
-
-    bandwidth: float
-    flops: float
-
-
-# NVIDIA's data sheets: V100 (2018), T4, A100 (2021), A10, A30, L4, L40S, H100 (2023), H200, B200 and GB200 (DGX), RTX
-# (Ada and Blackwell architecture papers); AMD's data sheets: MI250X, MI300X, MI325X. Keys are parts of a device's name;
-# of several with one name (memory of 40 or 80 GB, PCIe or SXM) the fastest.
-GPUS = {
-    "V100": Gpu(0.9e12, 125e12),
-    "T4": Gpu(0.32e12, 65e12),
-    "A10": Gpu(0.6e12, 125e12),
-    "A30": Gpu(0.933e12, 165e12),
-    "A100": Gpu(2.039e12, 312e12),
-    "L4": Gpu(0.3e12, 121e12),
-    "L40": Gpu(0.864e12, 362e12),
-    "H100": Gpu(3.35e12, 989e12),
-    "H100 NVL": Gpu(3.9e12, 989e12),
-    "GH200": Gpu(4.9e12, 989e12),
-    "H200": Gpu(4.8e12, 989e12),
-    **dict.fromkeys(("B200", "GB200", "B300", "GB300"), Gpu(8e12, 2.5e15)),
-    "RTX 4090": Gpu(1.01e12, 330e12),
-    "RTX 5090": Gpu(1.79e12, 420e12),
-    "RTX 6000 Ada": Gpu(0.96e12, 364e12),
-    "RTX PRO 6000": Gpu(1.792e12, 500e12),
-    "MI250": Gpu(3.28e12, 383e12),
-    "MI300X": Gpu(5.3e12, 1307e12),
-    "MI325X": Gpu(6e12, 1307e12),
-}
 
 _UNITS = (  # header key, values that its unit (seconds, bytes per second) makes impossible
     ("launch_s", lambda value: value > 0.1),
@@ -64,12 +31,6 @@ _UNITS = (  # header key, values that its unit (seconds, bytes per second) makes
 )
 
 
-def gpu_named(device: str) -> Gpu | None:
-    """The GPU of that name ("NVIDIA A100-SXM4-80GB"), by the longest key of GPUS in it."""
-    found = [key for key in GPUS if re.search(rf"(?<![A-Z0-9]){key}(?![0-9])", device, re.IGNORECASE)]
-    return GPUS[max(found, key=len)] if found else None
-
-
 def least_seconds(
     shape: ModelShape, gpu: Gpu, experts: tuple[str, float], dense: tuple[str, float]
 ) -> dict[str, list[float]]:
@@ -77,20 +38,22 @@ def least_seconds(
 
     `experts` and `dense`: the type of their weights (a key of WEIGHT_BYTES), and operations a second.
     """
-    q, full = shape.heads * shape.head_dim, 1 - shape.window_layers / shape.layers
-    weights = {
-        "dense_pre": shape.hidden * shape.qkv_width,
-        "dense_post": shape.hidden * (q + shape.experts + 3 * shape.shared_inter),
-        "expert": shape.expert_weights,
-        "head": shape.hidden * shape.vocab,
-    }
+    full = 1 - shape.window_layers / shape.layers
+    weights = {step: sum(n * k for n, k in gemms) for step, gemms in shape.gemms().items()}
+    weights["expert"] = shape.expert_weights
     least = {}
-    for step, count in weights.items():
+    for step in ("dense_pre", "dense_post", "expert", "head"):
         kind, flops = experts if step == "expert" else dense
-        least[step] = [count * WEIGHT_BYTES[kind] / gpu.bandwidth, 2 * count / flops]
-    kv = shape.kv_bytes_per_token() / shape.layers
-    least["attention_decode"] = [0.0, full * kv / gpu.bandwidth]
-    least["attention_prefill"] = [0.0, full * 4 * q / gpu.flops]
+        least[step] = [weights[step] * WEIGHT_BYTES[kind] / gpu.bandwidth, 2 * weights[step] / flops]
+    kv = shape.kv_bytes_per_token() / shape.layers / gpu.bandwidth
+    fixed = 0.0
+    if shape.latent_kv:  # decode works on what is kept, prefill on the K and V that one GEMM makes of it
+        n, k = shape.latent_gemm
+        fixed = n * k * WEIGHT_BYTES[dense[0]] / gpu.bandwidth
+        kv = max(kv, 2 * shape.heads * (shape.latent_kv + k) / gpu.flops)
+    pair = 2 * shape.heads * (shape.key_dim + shape.head_value)
+    least["attention_decode"] = [fixed, full * kv]
+    least["attention_prefill"] = [fixed, full * pair / gpu.flops]
     return {step: [float(f"{value:.4g}") for value in values] for step, values in least.items()}
 
 
@@ -182,7 +145,7 @@ def _whole_pass(header: TimingHeader, points: Sequence[Point]) -> list[str]:
     what = f"a pass of {tokens} tokens takes {took:.4g} s"
     if gpu is not None and took < FASTER * max(read / 2 / gpu.bandwidth, work / 2 / 4 / gpu.flops):
         return [f"{what}, in which {header.device} cannot read half of the weights nor do the arithmetic"]
-    bandwidth, flops = gpu or SLOW_MACHINE
+    bandwidth, flops = gpu[:2] if gpu else SLOW_MACHINE
     times = took / (read / bandwidth + work / 2 / flops)
     if header.source != "modelled" and took > 1 and times > SLOWER:
         return [f"{what}, {times:.0f} times what is needed; is it in milliseconds?"]

@@ -27,31 +27,31 @@ def dense_points(
     A GEMM takes at least as long as reading its weights, of `weight_bytes` each: where a row is faster, they were still
     in the L2 cache from the repeat before.
     """
-    hidden, width = shape.hidden, shape.qkv_width
-    floored: dict[str, set[int]] = {"dense_pre": set(), "dense_post": set(), "head": set()}
+    hidden, width, gemms = shape.hidden, shape.qkv_width, shape.gemms()
+    floored: dict[str, set[int]] = {step: set() for step in gemms}
 
-    def matmul(step: str, n: int, k: int) -> pd.Series:
-        rows, least = gemm_seconds(gemm, n, k), n * k * weight_bytes / memory.peak
-        floored[step] |= {int(m) for m in rows.index[rows < least]}
-        return rows.clip(lower=least)
+    def matmuls(step: str) -> list[pd.Series]:
+        found = []
+        for n, k in gemms[step]:
+            rows, least = gemm_seconds(gemm, n, k), n * k * weight_bytes / memory.peak
+            floored[step] |= {int(m) for m in rows.index[rows < least]}
+            found.append(rows.clip(lower=least))
+        return found
 
-    qkv = matmul("dense_pre", width, hidden)
-    out = matmul("dense_post", hidden, shape.heads * shape.head_dim)
-    router = matmul("dense_post", shape.experts, hidden)
-    lm_head = matmul("head", shape.vocab, hidden)
+    qkv, *queries = matmuls("dense_pre")
+    out, router, *shared = matmuls("dense_post")
+    (lm_head,) = matmuls("head")
     # A norm with residual add reads and writes two rows; rotary embedding and the KV write touch Q, K, V once each way.
     norm = memory.by_rows(qkv.index, 4 * hidden * 2)
     steps = {
-        "dense_pre": add(norm, qkv, memory.by_rows(qkv.index, 2 * width * 2)),
+        "dense_pre": add(norm, qkv, *queries, memory.by_rows(qkv.index, 2 * width * 2)),
         "dense_post": add(out, norm, router),
         # Sampling: the 16-bit logits are read and written as 32-bit probabilities, then read once more.
         "head": add(norm, lm_head, memory.by_rows(lm_head.index, shape.vocab * (2 + 4 + 4))),
     }
-    if shape.shared_inter:
-        up = matmul("dense_post", 2 * shape.shared_inter, hidden)
-        down = matmul("dense_post", hidden, shape.shared_inter)
-        act = memory.by_rows(up.index, 3 * shape.shared_inter * 2)
-        steps["dense_post"] = add(steps["dense_post"], up, act, down)
+    if shared:
+        act = memory.by_rows(shared[0].index, 3 * shape.shared_inter * 2)
+        steps["dense_post"] = add(steps["dense_post"], shared[0], act, shared[1])
     sizes = [int(m) for m in qkv.index if _kept(int(m))]
     return [
         Point(step, m, None, float(curve[m]), source="modelled" if m in floored[step] else source)

@@ -21,6 +21,9 @@ FILES = {  # kind of table: (folder, how its file's name begins, the columns tha
     "context": ("attention", "context_attention_perf", ("isl",)),
     "generation": ("attention", "generation_attention_perf", ("batch_size", "step")),
     "moe": ("moe", "moe_perf", ("num_tokens",)),
+    "context_mla": ("mla", "context_mla_perf", ("isl",)),
+    "generation_mla": ("mla", "generation_mla_perf", ("batch_size", "step")),
+    "mla_bmm": ("mla_bmm", "mla_bmm_perf", ("num_tokens",)),
 }
 # Of a type of kernels: that of the weights in memory (a key of WEIGHT_BYTES), and whose peak the arithmetic has.
 DTYPES = {
@@ -39,7 +42,7 @@ DTYPES = {
 ALIASES = {"workload_distribution": "distribution"}  # what some tables call a column
 KERNEL = "kernel_source"
 # Columns in which the rows of one curve may differ: what was measured, and by what.
-FREE = {"latency", KERNEL, "framework", "version", "device", "op_name", "isl", "power", "power_limit"}
+FREE = {"latency", KERNEL, "framework", "version", "device", "op_name", "isl", "power", "power_limit", "tp_size"}
 
 
 class Tables:
@@ -103,7 +106,6 @@ class Tables:
 
         `choice`: FRAMEWORK[:VERSION[:KERNEL]]; by default the newest version, and of kernels that were measured at the
         same sizes the one with the most rows, or the fastest of those; it is then named too.
-
         TimingError where no table has any: it names the first column without a match, and what that holds.
         """
         framework, version, kernel = (*choice.split(":", 2), "", "")[:3]

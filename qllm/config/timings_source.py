@@ -1,0 +1,108 @@
+"""`timings: {gpu: h200, model: qwen3-30b-a3b}`: the trace that ships, or one imported if the tables are installed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from pydantic import ValidationError
+
+from qllm.traces import import_defaults as defaults
+from qllm.traces.requests.strict_model import StrictModel, explain
+from qllm.traces.step_times.data_sheet import data_sheet_name, short_name
+from qllm.traces.step_times.file_format import TimingError, TimingWarning
+from qllm.traces.step_times.model_shapes import known_model
+from qllm.traces.step_times.timings import bundled_timings
+
+
+class TimingsSource(StrictModel):
+    """Names that stand for a timing trace."""
+
+    gpu: str  #: as h200, h200_sxm, l40s
+    model: str  #: as qwen3-30b-a3b or Qwen/Qwen3-30B-A3B
+    dtype: str | None = None  #: of the experts' weights; default: as published, or the widest that fits
+
+
+def named_timings(value: Any) -> Any:
+    """What a mapping under `timings` stands for: a bundled name, or the path of an imported trace. ValueError."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        given = TimingsSource.model_validate(value)
+    except ValidationError as error:
+        key, text = explain(error, value)
+        raise ValueError(f"{key[-1]}: {text}" if key else text) from None
+    return find_timings(given.gpu, given.model, given.dtype)
+
+
+def find_timings(gpu: str, model: str, dtype: str | None = None) -> str:
+    """The name of the bundled trace of these, or the path of one that is imported, once a process.
+
+    Args:
+        gpu: A key of DATA_SHEETS, with or without its _sxm.
+        model: A key of SHAPES, or the name of that checkpoint.
+        dtype: The type of the experts' weights. Default: the first, from that of the published checkpoint to
+            narrower ones, that fits the GPU and that ships; if none ships, the first that can be imported.
+
+    Raises:
+        TimingError: A name is unknown, no such trace ships or can be imported, or the model does not fit.
+    """
+    from qllm.traces.step_times.aiconfigurator.known import dtypes_that_fit, tables_version, too_large
+
+    gpu, model = data_sheet_name(gpu), known_model(model)
+    kinds = [dtype] if dtype else dtypes_that_fit(gpu, model)
+    if not kinds:
+        raise TimingError(too_large(gpu, model))
+    for kind in kinds:
+        name = f"{short_name(gpu)}-{model}-{kind}"
+        if name in bundled_timings():
+            return name
+    if tables_version() is None:
+        raise TimingError(f"{_none(gpu, model, dtype)}, and {defaults.SOURCE} is not installed; {_instead(gpu, model)}")
+    problem = ""
+    for kind in kinds:
+        try:
+            return _imported(gpu, model, kind)
+        except TimingError as error:
+            problem = problem or str(error)
+    raise TimingError(f"{_none(gpu, model, dtype)}, nor can one be imported ({problem}); {_instead(gpu, model)}")
+
+
+def _none(gpu: str, model: str, dtype: str | None) -> str:
+    return f"no timing trace of {' '.join(filter(None, (short_name(gpu), model, dtype)))} ships"
+
+
+def _instead(gpu: str, model: str) -> str:
+    """What there is for the same model or else the same GPU, and how to make one."""
+    names = [name for name in bundled_timings() if f"-{model}-" in name]
+    names = names or [name for name in bundled_timings() if name.startswith(f"{short_name(gpu)}-")]
+    there = f"there are: {', '.join(names)}; " if names else ""
+    return f"{there}or model one: qllm timings roofline --gpu {gpu} --model {model} --out FILE"
+
+
+@lru_cache(maxsize=64)
+def _imported(gpu: str, model: str, dtype: str) -> str:
+    """The path of the imported trace, in the user's cache, written where it is not there yet or has changed."""
+    from qllm.traces.step_times.aiconfigurator.known import import_known, tables_version
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TimingWarning)  # whoever reads the file is told
+        timings = import_known(gpu, model, dtype)
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = root / "qllm" / "timings" / f"{defaults.SOURCE}-{tables_version()}"
+    path = folder / f"{timings.name}.csv"
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        timings.save(part)
+        if path.is_file() and path.read_bytes() == part.read_bytes():
+            part.unlink()
+        else:
+            os.replace(part, path)
+    except OSError as error:
+        raise TimingError(f"{path}: the imported trace cannot be written: {error.strerror or error}") from None
+    return str(path)

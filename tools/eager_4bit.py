@@ -15,9 +15,10 @@ import pandas as pd
 
 from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator
 from qllm.traces.step_times.aiconfigurator.tables import Memory, Tables, gemm_seconds
+from qllm.traces.step_times.data_sheet import Gpu
 from qllm.traces.step_times.file_format import Point
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
-from qllm.traces.step_times.roofline import Gpu, least_seconds
+from qllm.traces.step_times.roofline import least_seconds
 from qllm.traces.step_times.timings import Timings
 
 # Eager operations (each one launch) in transformers' modeling_mixtral.py, as of version 4.4x, by part of a layer.

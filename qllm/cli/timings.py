@@ -87,7 +87,8 @@ def import_(
     ] = defaults.HOST_S,
 ) -> None:
     """Import measured GEMM, attention and MoE latencies of NVIDIA's aiconfigurator for one GPU and one MoE shape."""
-    from qllm.traces.step_times.aiconfigurator.importer import NOTES, import_aiconfigurator
+    from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator
+    from qllm.traces.step_times.aiconfigurator.notes import NOTES
 
     timings = import_aiconfigurator(
         source,

@@ -23,7 +23,8 @@ from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
-from qllm.executor.quantised.packed import Header, settings_of
+from qllm.executor.quantised.left_out import settings_of
+from qllm.executor.quantised.packed import Header
 from qllm.executor.recurrent.mixers import mix_one_by_one
 from qllm.executor.recurrent.states import KNOWN
 from qllm.executor.unpacked.caches import is_unpacked

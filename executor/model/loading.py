@@ -33,7 +33,8 @@ from qllm.executor.quantised.experts import (
     tell_experts,
     weights_bytes,
 )
-from qllm.executor.quantised.packed import FORMS, leave_out, packed_weights, read_packed, settings_of
+from qllm.executor.quantised.left_out import leave_out, settings_of
+from qllm.executor.quantised.packed import FORMS, packed_weights, read_packed
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
 

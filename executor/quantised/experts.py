@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import cast
 
 import torch
+from transformers import PreTrainedConfig
 
 from qllm.executor.cpu.linear import EXPERT_WEIGHTS
 from qllm.executor.errors import LoadError, UnsupportedModelError
@@ -74,8 +76,10 @@ def weights_bytes(model: torch.nn.Module, experts: str = "plain") -> int:
         return total
     for module, name in _plain(model):
         weight: torch.Tensor = getattr(module, name)
-        shape = weight.mT.shape if module.is_transposed else weight.shape
-        taken = nf4_bytes(*shape) if experts == "nf4" else packed_bytes(model.config, shape)
+        count, outputs, inputs = weight.mT.shape if module.is_transposed else weight.shape
+        config = cast(PreTrainedConfig, model.config)
+        shape = count, outputs, inputs
+        taken = nf4_bytes(*shape) if experts == "nf4" else packed_bytes(config, shape)
         total += taken - weight.numel() * weight.element_size()
     return total
 

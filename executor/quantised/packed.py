@@ -1,12 +1,12 @@
 """Experts as a checkpoint holds them: which of its weights stay packed, and reading them.
 
 transformers' quantisers keep weights packed on some GPUs only, and need kernels from a hub. So transformers loads all
-but these experts, expanding whatever else is quantised, and these are read here.
+but these experts (`qllm.executor.quantised.left_out`), expanding whatever else is quantised, and these are read here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -24,16 +24,11 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 
 from qllm.executor.cpu.linear import EXPERT_WEIGHTS
 from qllm.executor.errors import LoadError
 from qllm.executor.quantised.blocks import MX_BLOCK, BlockWeights, block_bytes, scales_shape
+from qllm.executor.quantised.left_out import settings_of
 
 
 class Header(NamedTuple):
@@ -60,7 +55,6 @@ FORMS = {
     "mxfp4": Form("U8", "_blocks", "_scales", ("U8", "F8_E8M0")),
 }
 POWERS = {"U8", "F8_E8M0"}  # types of scales that are powers of two
-PREFIX = "qllm_"  # of the quantisers that are registered here
 
 
 @dataclass(frozen=True)
@@ -92,12 +86,6 @@ class PackedWeight:
         return kept
 
 
-def settings_of(config: PreTrainedConfig) -> Any:
-    """What config.json says of the quantisation, of the whole model or of its language model; None if nothing."""
-    owners = (config, config.get_text_config(decoder=True))
-    return next((found for c in owners if (found := getattr(c, "quantization_config", None))), None)
-
-
 def packed_bytes(config: PreTrainedConfig, shape: tuple[int, int, int]) -> int:
     """Bytes that a weight of experts takes packed, before files were looked at. Raises LoadError where none can be."""
     settings = settings_of(config)
@@ -105,7 +93,8 @@ def packed_bytes(config: PreTrainedConfig, shape: tuple[int, int, int]) -> int:
     if method not in FORMS:
         found = f"its weights are quantised ({method})" if settings else "its weights are not quantised"
         raise LoadError(f"experts cannot stay packed: {found}; allowed: {', '.join(FORMS)}, or experts plain or nf4")
-    return block_bytes(method, shape, _block(method, settings) or shape[1:], 4 if method == "fp8" else 1)
+    size: tuple[int, int] = shape[1:]
+    return block_bytes(method, shape, _block(method, settings) or size, 4 if method == "fp8" else 1)
 
 
 def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -261,36 +250,3 @@ def read_packed(
             setattr(
                 module, f"_qllm_{leaf}", weight.read(lambda name: files[headers[name].file].get_tensor(name), device)
             )
-
-
-def leave_out(config: PreTrainedConfig, weights: Iterable[str]) -> None:
-    """Have transformers load a checkpoint without these weights of experts, and expand what else is quantised."""
-    owners = (config, config.get_text_config(decoder=True))
-    owner = next(c for c in owners if getattr(c, "quantization_config", None))
-    settings = owner.quantization_config
-    owner.quantization_config = {**settings, "quant_method": PREFIX + settings["quant_method"], "without": [*weights]}
-
-
-def _register(method: str) -> None:
-    """Register a quantiser that loads a checkpoint without weights of experts."""
-    config_class, quantiser_class = AUTO_QUANTIZATION_CONFIG_MAPPING[method], AUTO_QUANTIZER_MAPPING[method]
-
-    class Config(config_class):
-        def __init__(self, without: list[str], quant_method: str, **given: Any):
-            super().__init__(**given)
-            self.quant_method, self.without = quant_method, without
-
-    class Quantiser(quantiser_class):
-        def _process_model_before_weight_loading(self, model: PreTrainedModel, **given: Any) -> None:
-            super()._process_model_before_weight_loading(model, **given)
-            for target in self.quantization_config.without:
-                module, leaf = _owner(model, target)
-                delattr(module, leaf)
-                module.__dict__["_is_hf_initialized"] = True  # it has no weights that could be drawn
-
-    register_quantization_config(PREFIX + method)(Config)
-    register_quantizer(PREFIX + method)(Quantiser)
-
-
-for _method in FORMS:
-    _register(_method)

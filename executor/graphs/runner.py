@@ -96,7 +96,7 @@ class GraphRunner(Runner):
         super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels)
         self.recorded: dict[Bucket, list[Recorded]] = {}
         # The state of a sequence has no fixed address, what is called for one at a time no fixed number of calls, and
-        # of experts in four bits the host must know who goes where.
+        # of quantised experts the host must know who goes where.
         eager = self.recurrent or self.unpacked or experts_form(model) != "plain" or not self.kernels
         self.graphs = "off" if eager else graphs
         self._max_seqs = max_seqs

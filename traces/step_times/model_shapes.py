@@ -185,6 +185,9 @@ SHAPES = {
     )
 }
 
+# The type of the experts' weights in which a model is published, where that is not bf16.
+PUBLISHED = {"gpt-oss-20b": "mxfp4", "gpt-oss-120b": "mxfp4", "deepseek-v3": "fp8"}
+
 
 def known_model(model: str) -> str:
     """The key of SHAPES that is meant: "Qwen/Qwen3-30B-A3B" is qwen3-30b-a3b. TimingError lists all."""

@@ -21,6 +21,7 @@ SLOWER = 50.0  # times the least in every row: no kernel is that bad, millisecon
 SLOW_MACHINE = 1e10, 2e10  # bytes and operations a second of the least that a model may run on
 
 
+TOO_LARGE = "The weights do not fit in one such GPU: step times of its layers, for what-if questions alone"
 _UNITS = (  # header key, values that its unit (seconds, bytes per second) makes impossible
     ("launch_s", lambda value: value > 0.1),
     ("experts_base_s", lambda value: value > 10),

@@ -13,11 +13,12 @@ import numpy as np
 
 from qllm.traces import import_defaults as defaults
 from qllm.traces.step_times.aiconfigurator.kernels import FASTEST, Kernels
-from qllm.traces.step_times.aiconfigurator.notes import NOTES, TOO_LARGE, kernels_note, shape_notes
+from qllm.traces.step_times.aiconfigurator.notes import NOTES, kernels_note, shape_notes
 from qllm.traces.step_times.aiconfigurator.tables import DTYPES, LICENCE, Tables
 from qllm.traces.step_times.expert_fit import OUTLIER
 from qllm.traces.step_times.file_format import TimingError, TimingWarning
 from qllm.traces.step_times.model_shapes import WEIGHT_BYTES, ModelShape
+from qllm.traces.step_times.roofline import TOO_LARGE
 from qllm.traces.step_times.timings import Timings
 
 _ALLOWED = f"allowed: {', '.join(WEIGHT_BYTES)}"

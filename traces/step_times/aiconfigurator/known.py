@@ -12,7 +12,7 @@ from qllm.traces.step_times.aiconfigurator.kernels import FASTEST
 from qllm.traces.step_times.aiconfigurator.tables import PACKAGE
 from qllm.traces.step_times.data_sheet import DATA_SHEETS, data_sheet_name, short_name
 from qllm.traces.step_times.file_format import TimingError
-from qllm.traces.step_times.model_shapes import SHAPES, ModelShape, known_model
+from qllm.traces.step_times.model_shapes import PUBLISHED, SHAPES, ModelShape, known_model
 from qllm.traces.step_times.timings import Timings
 
 # A type of weights as people name it: (type of the experts' kernels, type of the other GEMMs), the first that the
@@ -24,9 +24,6 @@ KERNELS = {
     "nvfp4": (("nvfp4", "bfloat16"),),
     "int4": (("int4_wo", "bfloat16"),),
 }
-# The type in which a model is published, where that is not bf16. Without a dtype it goes first, then those after it in
-# KERNELS, until one fits.
-PUBLISHED = {"gpt-oss-20b": "mxfp4", "gpt-oss-120b": "mxfp4", "deepseek-v3": "fp8"}
 ROOM = 0.9  # of the memory that weights may take where the type is chosen: as much as limits.memory_fraction allows
 
 

@@ -12,7 +12,6 @@ NOTES = (
     *("faster than the memory", "sliding window", "of several kernels", "latent attention", "dense layers"),
     "fastest in the mean only",
 )
-TOO_LARGE = "The weights do not fit in one such GPU: step times of its layers, for what-if questions alone"
 
 
 def kernels_note(tables: Tables, names: Iterable[str]) -> dict[str, str]:

@@ -96,7 +96,8 @@ def _load(
             leave_out(config, packed)
         elsewhere = {source for weight in packed.values() for source in weight.names()}
         check_files({key: header for key, header in headers.items() if key not in elsewhere}, config, method)
-        model = read_weights(name, config, host, dtype, trust_remote_code, tuple(packed))
+        cast_to = None if method is None else torch_dtype(dtype, config)
+        model = read_weights(name, config, host, dtype, trust_remote_code, tuple(packed), cast_to)
         read_packed(model, packed, headers, place)
         return _prepare(model, experts, place)
 

@@ -28,7 +28,8 @@ def read_weights(
     place: torch.device,
     dtype: str | torch.dtype,
     trust_remote_code: bool,
-    without: tuple[str, ...],
+    without: tuple[str, ...] = (),
+    cast_to: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The model with the checkpoint's weights; on an accelerator they are read straight onto it.
 
@@ -39,6 +40,7 @@ def read_weights(
         dtype: of the weights; "auto" for that of the checkpoint.
         trust_remote_code: whether code that comes with the checkpoint may run.
         without: names in the model of weights that the configuration has transformers leave out.
+        cast_to: type of the weights, where transformers leaves some in that of the file; None where it does not.
 
     Raises LoadError where weights are missing, or of another shape than the configuration asks for.
     """
@@ -73,7 +75,19 @@ def read_weights(
             )
     if ignored := [key for key in told["unexpected_keys"] if not key.startswith(without)]:
         log.warning("%s: not of this model, left out: %s", name, _some(ignored))
+    if cast_to is not None:
+        _cast(model, cast_to)
     return cast(PreTrainedModel, model)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # of a quantised checkpoint, weights without a scale stay as they are whatever type was asked for
+    exempt = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype is torch.float16:
+        exempt += getattr(model, "_keep_in_fp32_modules", None) or ()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not any(part in name for part in exempt):
+            weight.data = weight.data.to(dtype)
 
 
 class _Report(logging.Filter):

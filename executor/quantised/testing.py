@@ -19,28 +19,30 @@ LINEAR = re.compile(r"(proj|proj_with_mqa|experts\.\d+\.w[123])\.weight$|experts
 MOST = {"fp8": 448.0, "mxfp8": 448.0, "mxfp4": 6.0}  # the largest number of each form
 
 
-def quantise_checkpoint(plain: Path, folder: Path, method: str, block: tuple[int, int] = (1, MX_BLOCK)) -> None:
+def quantise_checkpoint(plain: Path, folder: Path, method: str, block: tuple[int, int] | None = None) -> None:
     """Write a checkpoint like the one in `plain`, a single file, whose linear layers are quantised by `method`.
 
     Args:
         plain: as transformers saves it.
         folder: to write to.
         method: "fp8" or "mxfp8", all projections; "mxfp4", the fused experts of gpt-oss.
-        block: outputs and inputs that share a scale; of the last two methods (1, 32).
+        block: outputs and inputs that share a scale; None: all of a weight, or 32 inputs for the last two methods.
     """
     shutil.copytree(plain, folder)
     weights: dict[str, torch.Tensor] = {}
     for name, weight in load_file(plain / FILE).items():
         if method == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            weights[f"{name}_blocks"], weights[f"{name}_scales"] = to_mxfp4(weight.mT)
+            weights[f"{name}_blocks"], weights[f"{name}_scales"] = to_mxfp4(weight.mT.contiguous())
         elif method != "mxfp4" and LINEAR.search(name):
-            weights[name], weights[f"{name}_scale_inv"] = to_fp8(weight, block, powers=method == "mxfp8")
+            size = block or ((1, MX_BLOCK) if method == "mxfp8" else (weight.shape[-2], weight.shape[-1]))
+            weights[name], weights[f"{name}_scale_inv"] = to_fp8(weight, size, powers=method == "mxfp8")
         else:
             weights[name] = weight
     save_file(weights, folder / FILE, {"format": "pt"})
     settings: dict[str, Any] = {"quant_method": method}
     if method != "mxfp4":
-        settings |= {"activation_scheme": "dynamic", "weight_block_size": list(block)}
+        given = [1, MX_BLOCK] if method == "mxfp8" else block and list(block)
+        settings |= {"activation_scheme": "dynamic", "weight_block_size": given}
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": settings}))
 

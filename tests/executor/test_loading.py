@@ -338,6 +338,18 @@ def test_mxfp4_weights_are_expanded(tmp_path):
     same_weights(*map(load_model, plain_and_quantised(tmp_path, model, to_mxfp4, {"quant_method": "mxfp4"})))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_without_a_scale_get_the_type_that_was_asked_for(tmp_path, dtype):
+    model = tiny_model("ernie4_5_moe", num_hidden_layers=2).bfloat16()
+    _, quantised = plain_and_quantised(tmp_path, model, *to_fp8(32))
+    found = load_model(quantised, dtype=dtype)
+    for name, weight in found.named_parameters():
+        exempt = name.endswith(
+            ("gate.weight", "moe_statics.e_score_correction_bias")
+        )  # the model keeps float32
+        assert exempt or weight.dtype is getattr(torch, dtype), name
+
+
 def same_weights(one, other):
     assert other.dtype is one.dtype is torch.bfloat16
     for name, weight in one.state_dict().items():

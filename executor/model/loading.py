@@ -23,7 +23,7 @@ from qllm.executor.model.checks import (
     expand_weights,
     read_headers,
 )
-from qllm.executor.model.hooks import speed_up
+from qllm.executor.model.hooks import drop_senses, speed_up
 from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
 from qllm.executor.model.reading import read_weights, why_broken
 from qllm.executor.quantised.experts import (
@@ -34,7 +34,7 @@ from qllm.executor.quantised.experts import (
     weights_bytes,
 )
 from qllm.executor.quantised.left_out import leave_out, settings_of
-from qllm.executor.quantised.packed import FORMS, packed_weights, read_packed
+from qllm.executor.quantised.packed import FORMS, expand_packed, has_stacked, packed_weights, read_packed
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
 
@@ -91,14 +91,16 @@ def _load(
             _check_size(skeleton, host, method)
         headers = read_headers(name)
         packed = {}
-        if experts == "packed" and method is not None:
+        if method in FORMS and (experts == "packed" or has_stacked(headers)):
             packed = packed_weights(skeleton, method, settings_of(config), headers)
             leave_out(config, packed)
         elsewhere = {source for weight in packed.values() for source in weight.names()}
         check_files({key: header for key, header in headers.items() if key not in elsewhere}, config, method)
         cast_to = None if method is None else torch_dtype(dtype, config)
         model = read_weights(name, config, host, dtype, trust_remote_code, tuple(packed), cast_to)
-        read_packed(model, packed, headers, place)
+        read_packed(model, packed, headers, host)
+        if experts != "packed":
+            expand_packed(model, model.dtype)
         return _prepare(model, experts, place)
 
 
@@ -126,7 +128,9 @@ def _prepare(model: PreTrainedModel, experts: str, place: torch.device) -> PreTr
         tell_experts(model)
     for hook in (hook_mixers, hook_unpacked, hook_latents):
         hook(model)
-    speed_up(model, check_model(model))
+    called = check_model(model)
+    drop_senses(model, called)
+    speed_up(model, called)
     log.info("model loaded: %s, %s, on %s", model.config.model_type, dtype_name(model), model.device)
     return model
 

@@ -66,13 +66,6 @@ def read_weights(
         raise LoadError(f"{key} is {list(in_file)} in its files and {list(in_model)} by its config.json")
     if told["missing_keys"]:
         raise LoadError(f"its files lack {_some(told['missing_keys'])}, which its config.json asks for")
-    weights = {key for key, _ in model.named_parameters()}
-    for key in sorted(told["unexpected_keys"]):
-        if key.endswith("_scale_inv") and key.removesuffix("_scale_inv") in weights:
-            raise LoadError(
-                f"{key}: transformers reads the weights without these scales where it expands them; allowed: experts "
-                "packed, or a checkpoint that is not quantised"
-            )
     if ignored := [key for key in told["unexpected_keys"] if not key.startswith(without)]:
         log.warning("%s: not of this model, left out: %s", name, _some(ignored))
     if cast_to is not None:

@@ -109,6 +109,14 @@ def _block(method: str, settings: Mapping[str, Any]) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
+def has_stacked(headers: Mapping[str, Header]) -> bool:
+    """Whether FP8 experts of a layer lie in one tensor, as in Mistral Small 4: transformers reads no scales of such."""
+    return any(
+        header.dtype == _FP8.dtype and not name.endswith(".weight") and name + _FP8.scales in headers
+        for name, header in headers.items()
+    )
+
+
 def packed_weights(
     model: PreTrainedModel, method: str, settings: Mapping[str, Any], headers: Mapping[str, Header]
 ) -> dict[str, PackedWeight]:
@@ -250,3 +258,13 @@ def read_packed(
             setattr(
                 module, f"_qllm_{leaf}", weight.read(lambda name: files[headers[name].file].get_tensor(name), device)
             )
+
+
+def expand_packed(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Make plain weights of those that `read_packed` read."""
+    kept = [(name, module) for name, module in model.named_modules() if isinstance(module, BlockWeights)]
+    for name, weights in kept:
+        module, leaf = _owner(model, name)
+        plain = torch.stack([weights.expanded(which, dtype) for which in range(len(weights))])
+        delattr(module, leaf)
+        setattr(module, leaf.removeprefix("_qllm_"), torch.nn.Parameter(plain, requires_grad=False))

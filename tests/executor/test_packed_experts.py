@@ -370,9 +370,15 @@ def test_only_a_checkpoint_has_packed_experts(made, tmp_path):
         load(str(tmp_path), experts="packed", random_weights=True)
 
 
-def test_stacked_experts_that_transformers_would_misread_are_refused_expanded(made):
-    told = refusal(made("all experts in a tensor, a scale for each"), "plain")
-    assert re.search(r"experts.down_proj_scale_inv: transformers reads .* without these scales .* experts packed", told)
+@pytest.mark.parametrize("experts", ["plain", "nf4"])
+def test_stacked_experts_that_transformers_would_misread_are_expanded_with_their_scales(made, experts):
+    # findings/fp8_stacked_experts_unscaled.sh
+    folder = made("all experts in a tensor, a scale for each")
+    plain = expanded(folder)
+    model = load_model(folder, dtype="float32", experts=experts)
+    expected = prepare_model(plain, experts=experts)
+    prompt = texts()[2]
+    assert torch.equal(logits(model, prompt), logits(expected, prompt))
 
 
 def test_a_model_that_fits_packed_alone_is_told_so(made, monkeypatch):

@@ -22,13 +22,14 @@ import torch
 import transformers
 from figure_markdown import markdown
 from released_checkpoints import OTHERS, TWENTY, Checkpoint, Quantised
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig
 
 from qllm.executor.engine.engine import STATES
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.latent.hook import METHOD, forms
 from qllm.executor.model.checks import auto_class, check_config, expand_weights
-from qllm.executor.model.hooks import PASS_THROUGH
+from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
 from qllm.executor.model.info import ACCELERATOR_SHARE
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.recurrent.states import state_bytes
@@ -54,7 +55,7 @@ PLAIN = {
 class Memory(NamedTuple):
     """What a model takes in bfloat16."""
 
-    weights: int  #: bytes, of what sees and hears too
+    weights: int  #: bytes, of the text part
     kv: int  #: bytes a token; 0: unknown
     state: int  #: bytes a sequence, of recurrent layers
 
@@ -86,10 +87,15 @@ def memory_of(config: PreTrainedConfig) -> Memory:
         for module in model.modules():
             if hasattr(module, METHOD) and module.layer_idx not in unpacked:
                 note_latents(module, kept, expanding)
+        called: set[torch.nn.Module] = set()
+        recorder = register_module_forward_pre_hook(lambda module, _: called.add(module))
         try:
             cache = model(input_ids=torch.ones((1, 1), dtype=torch.int64), use_cache=True).past_key_values
         except NotImplementedError:  # numbers decide what is attended, and there are none
             return Memory(weights_of(model) + sum(expanding), 0, 0)
+        finally:
+            recorder.remove()
+    drop_senses(model, called)
     for layer in (cache.layers[i] for i in unpacked):  # of these the engine keeps what transformers does
         found = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
         kept += [tensor.nbytes for tensor in found if tensor is not None]

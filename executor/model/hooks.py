@@ -9,7 +9,7 @@ import logging
 from collections.abc import Container
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface
 
 from qllm.executor.cpu.hugepages import collapse_anonymous
@@ -44,6 +44,28 @@ def speed_up(model: torch.nn.Module, called: Container[torch.nn.Module]) -> None
 
         norms, rotary = fuse_norms(model), fuse_rotary(model)
         log.info("%d norms and %d rotary functions are one launch each", norms, rotary)
+
+
+def drop_senses(model: PreTrainedModel, called: Container[torch.nn.Module]) -> list[str]:
+    """Take out of a composite model what sees and hears: modules beside its decoder that no pass calls; their names."""
+    within = {*model.get_decoder().modules()}
+    gone: list[tuple[str, int]] = []
+
+    def search(module: torch.nn.Module, prefix: str) -> None:
+        for name, child in [*module.named_children()]:
+            if child in within:
+                continue
+            if any(part in within or part in called for part in child.modules()):
+                search(child, f"{prefix}{name}.")
+            elif size := sum(weight.nbytes for weight in child.parameters()):
+                setattr(module, name, None)
+                gone.append((prefix + name, size))
+
+    search(model, "")
+    if gone:
+        told = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in gone)
+        log.warning("%s: text only; left out: %s", model.config.model_type, told)
+    return [name for name, _ in gone]
 
 
 AttentionInterface.register(NAME, attention_forward)

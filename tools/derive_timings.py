@@ -73,7 +73,7 @@ def derive(source: str | Path) -> list[Timings]:
 def box() -> Iterator[Timings]:
     """The traces of BOX, from the installed package."""
     for gpu, model, dtype in BOX:
-        yield import_known(gpu, model, dtype)
+        yield import_known(gpu, SHAPES[model], dtype)
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class Config(StrictModel):
 
     @field_validator("timings", mode="before")
     @classmethod
-    def _named_timings(cls, value: Any) -> Any:
-        return named_timings(value)
+    def _named_timings(cls, value: Any, info: ValidationInfo) -> Any:
+        return named_timings(value, info)
 
     @field_validator("timings")
     @classmethod

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import ValidationError, ValidationInfo
 
 from qllm.traces import import_defaults as defaults
-from qllm.traces.requests.strict_model import StrictModel, explain
+from qllm.traces.requests.strict_model import StrictModel, existing_file, explain
 from qllm.traces.step_times.data_sheet import data_sheet_name, short_name
 from qllm.traces.step_times.file_format import TimingError, TimingWarning
-from qllm.traces.step_times.model_shapes import known_model
+from qllm.traces.step_times.hf_config import shape_from_config
+from qllm.traces.step_times.model_shapes import SHAPES, ModelShape, known_model
 from qllm.traces.step_times.timings import bundled_timings
 
 
@@ -23,11 +24,11 @@ class TimingsSource(StrictModel):
     """Names that stand for a timing trace."""
 
     gpu: str  #: as h200, h200_sxm, l40s
-    model: str  #: as qwen3-30b-a3b or Qwen/Qwen3-30B-A3B
+    model: str  #: as qwen3-30b-a3b or Qwen/Qwen3-30B-A3B, or the path of a config.json
     dtype: str | None = None  #: of the experts' weights; default: as published, or the widest that fits
 
 
-def named_timings(value: Any) -> Any:
+def named_timings(value: Any, info: ValidationInfo) -> Any:
     """What a mapping under `timings` stands for: a bundled name, or the path of an imported trace. ValueError."""
     if not isinstance(value, dict):
         return value
@@ -36,62 +37,61 @@ def named_timings(value: Any) -> Any:
     except ValidationError as error:
         key, text = explain(error, value)
         raise ValueError(f"{key[-1]}: {text}" if key else text) from None
-    return find_timings(given.gpu, given.model, given.dtype)
+    if given.model.endswith(".json"):
+        return find_timings(given.gpu, shape_from_config(existing_file(given.model, info)), given.dtype)
+    return find_timings(given.gpu, SHAPES[known_model(given.model)], given.dtype)
 
 
-def find_timings(gpu: str, model: str, dtype: str | None = None) -> str:
+def find_timings(gpu: str, shape: ModelShape, dtype: str | None = None) -> str:
     """The name of the bundled trace of these, or the path of one that is imported, once a process.
 
     Args:
         gpu: A key of DATA_SHEETS, with or without its _sxm.
-        model: A key of SHAPES, or the name of that checkpoint.
+        shape: The model.
         dtype: The type of the experts' weights. Default: the first, from that of the published checkpoint to
             narrower ones, that fits the GPU and that ships; if none ships, the first that can be imported.
 
     Raises:
         TimingError: A name is unknown, no such trace ships or can be imported, or the model does not fit.
     """
-    from qllm.traces.step_times.aiconfigurator.known import dtypes_that_fit, tables_version, too_large
+    from qllm.traces.step_times.aiconfigurator.known import dtypes_that_fit, tables_version, too_large, trace_name
 
-    gpu, model = data_sheet_name(gpu), known_model(model)
-    kinds = [dtype] if dtype else dtypes_that_fit(gpu, model)
+    gpu = data_sheet_name(gpu)
+    kinds = [dtype] if dtype else dtypes_that_fit(gpu, shape)
     if not kinds:
-        raise TimingError(too_large(gpu, model))
+        raise TimingError(too_large(gpu, shape))
     for kind in kinds:
-        name = f"{short_name(gpu)}-{model}-{kind}"
-        if name in bundled_timings():
+        name = trace_name(gpu, shape, kind)
+        if name in bundled_timings() and SHAPES.get(shape.name) == shape:
             return name
+    missing = f"no timing trace of {' '.join(filter(None, (short_name(gpu), shape.name, dtype)))} ships"
     if tables_version() is None:
-        raise TimingError(f"{_none(gpu, model, dtype)}, and {defaults.SOURCE} is not installed; {_instead(gpu, model)}")
+        raise TimingError(f"{missing}, and {defaults.SOURCE} is not installed; {_instead(gpu, shape)}")
     problem = ""
     for kind in kinds:
         try:
-            return _imported(gpu, model, kind)
+            return _imported(gpu, shape, kind)
         except TimingError as error:
             problem = problem or str(error)
-    raise TimingError(f"{_none(gpu, model, dtype)}, nor can one be imported ({problem}); {_instead(gpu, model)}")
+    raise TimingError(f"{missing}, nor can one be imported ({problem}); {_instead(gpu, shape)}")
 
 
-def _none(gpu: str, model: str, dtype: str | None) -> str:
-    return f"no timing trace of {' '.join(filter(None, (short_name(gpu), model, dtype)))} ships"
-
-
-def _instead(gpu: str, model: str) -> str:
+def _instead(gpu: str, shape: ModelShape) -> str:
     """What there is for the same model or else the same GPU, and how to make one."""
-    names = [name for name in bundled_timings() if f"-{model}-" in name]
+    names = [name for name in bundled_timings() if f"-{shape.name}-" in name]
     names = names or [name for name in bundled_timings() if name.startswith(f"{short_name(gpu)}-")]
     there = f"there are: {', '.join(names)}; " if names else ""
-    return f"{there}or model one: qllm timings roofline --gpu {gpu} --model {model} --out FILE"
+    return f"{there}or model one: qllm timings roofline --gpu {gpu} --model {shape.name} --out FILE"
 
 
 @lru_cache(maxsize=64)
-def _imported(gpu: str, model: str, dtype: str) -> str:
+def _imported(gpu: str, shape: ModelShape, dtype: str) -> str:
     """The path of the imported trace, in the user's cache, written where it is not there yet or has changed."""
     from qllm.traces.step_times.aiconfigurator.known import import_known, tables_version
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TimingWarning)  # whoever reads the file is told
-        timings = import_known(gpu, model, dtype)
+        timings = import_known(gpu, shape, dtype)
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = root / "qllm" / "timings" / f"{defaults.SOURCE}-{tables_version()}"
     path = folder / f"{timings.name}.csv"

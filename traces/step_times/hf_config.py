@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qllm.traces.files import not_regular
 from qllm.traces.messages import clipped, shown
-from qllm.traces.step_times.file_format import TimingError
+from qllm.traces.step_times.file_format import MOST_EXPERTS, TimingError
 from qllm.traces.step_times.model_shapes import SHAPES, ModelShape
 
 # What model families call the same size; the first that a file has counts.
@@ -109,6 +110,9 @@ class _Config:
         layers, hidden = self.size("num_hidden_layers"), self.size("hidden_size")
         heads = self.size("num_attention_heads")
         inter, experts = self.size(*EXPERT_WIDTH), self.size(*EXPERTS)
+        if layers * experts > MOST_EXPERTS:
+            told = f"makes {layers * experts} experts in all layers"
+            raise self.error("num_hidden_layers", told, f"at most {MOST_EXPERTS}")
         dense = self._dense_layers(layers)
         window = self._window(layers)
         sizes = {
@@ -139,7 +143,7 @@ class _Config:
         if self.path.name != "config.json":
             names[1] = self.path.stem.removesuffix("_config")
         name = next((name for name in names if name.strip("./ ")), "model")
-        return clipped(name.rstrip("/").rsplit("/", 1)[-1].lower())
+        return clipped(re.sub(r"[^a-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1].lower()))
 
     def _heads(self, hidden: int, heads: int) -> dict[str, int]:
         """Sizes of a head, and of what latent attention keeps."""

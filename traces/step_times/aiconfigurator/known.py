@@ -12,7 +12,7 @@ from qllm.traces.step_times.aiconfigurator.kernels import FASTEST
 from qllm.traces.step_times.aiconfigurator.tables import PACKAGE
 from qllm.traces.step_times.data_sheet import DATA_SHEETS, data_sheet_name, short_name
 from qllm.traces.step_times.file_format import TimingError
-from qllm.traces.step_times.model_shapes import PUBLISHED, SHAPES, ModelShape, known_model
+from qllm.traces.step_times.model_shapes import PUBLISHED, ModelShape
 from qllm.traces.step_times.timings import Timings
 
 # A type of weights as people name it: (type of the experts' kernels, type of the other GEMMs), the first that the
@@ -27,20 +27,20 @@ KERNELS = {
 ROOM = 0.9  # of the memory that weights may take where the type is chosen: as much as limits.memory_fraction allows
 
 
-def trace_name(gpu: str, model: str, dtype: str) -> str:
+def trace_name(gpu: str, shape: ModelShape, dtype: str) -> str:
     """What a trace of these is called: h200-qwen3-30b-a3b-bf16."""
-    return f"{short_name(data_sheet_name(gpu))}-{known_model(model)}-{dtype}"
+    return f"{short_name(data_sheet_name(gpu))}-{shape.name}-{dtype}"
 
 
-def dtypes_that_fit(gpu: str, model: str) -> list[str]:
+def dtypes_that_fit(gpu: str, shape: ModelShape) -> list[str]:
     """Types of weights to try where none is named: from the published one on, those that leave room for KV."""
-    memory, shape = DATA_SHEETS[data_sheet_name(gpu)].memory, SHAPES[known_model(model)]
+    memory = DATA_SHEETS[data_sheet_name(gpu)].memory
     return [kind for kind in list(KERNELS)[_first(shape) :] if _bytes(shape, kind) <= ROOM * memory]
 
 
-def too_large(gpu: str, model: str) -> str:
+def too_large(gpu: str, shape: ModelShape) -> str:
     """A line that says so of a model that leaves no room in a GPU, whatever the type of its weights."""
-    name, shape = data_sheet_name(gpu), SHAPES[known_model(model)]
+    name = data_sheet_name(gpu)
     kinds = list(KERNELS)
     told = ", ".join(f"{_bytes(shape, kind) / 1e9:.0f} GB in {kind}" for kind in kinds[_first(shape) :])
     return (
@@ -57,7 +57,7 @@ def _bytes(shape: ModelShape, dtype: str) -> int:
     return shape.weights_bytes(dtype, dtype if dtype == "fp8" else "bf16")
 
 
-def import_known(gpu: str, model: str, dtype: str, source: str = defaults.SOURCE) -> Timings:
+def import_known(gpu: str, shape: ModelShape, dtype: str, source: str = defaults.SOURCE) -> Timings:
     """A trace by names, of each kind of table by the framework that is fastest. TimingError where there is none."""
     if dtype not in KERNELS:
         raise TimingError(f"unknown dtype {clipped(dtype)!r}; {suggestion(dtype, KERNELS)}")
@@ -66,18 +66,18 @@ def import_known(gpu: str, model: str, dtype: str, source: str = defaults.SOURCE
         try:
             return import_aiconfigurator(
                 source,
-                shape=SHAPES[known_model(model)],
+                shape=shape,
                 gpu=data_sheet_name(gpu),
                 moe=FASTEST,
                 moe_dtype=moe_dtype,
                 dense=FASTEST,
                 gemm_dtype=gemm_dtype,
                 attention=FASTEST,
-                name=trace_name(gpu, model, dtype),
+                name=trace_name(gpu, shape, dtype),
             )
         except TimingError as error:
             errors.append(error)
-    raise TimingError(f"{trace_name(gpu, model, dtype)}: {errors[0]}")
+    raise TimingError(f"{trace_name(gpu, shape, dtype)}: {errors[0]}")
 
 
 def tables_version() -> str | None:

@@ -68,10 +68,14 @@ ARROWS = {
         *("executor", "executor/engine", "executor/gpu", "executor/graphs", "executor/model", "executor/sampling"),
         *("scheduler", "traces"),
     },
-    "qllm": {"qllm/cli", "qllm/config", "qllm/experiment", "qllm/plots", "executor", "scheduler", "traces"},
+    "qllm": {
+        *("qllm/capacity", "qllm/cli", "qllm/config", "qllm/experiment", "qllm/plots"),
+        *("executor", "scheduler", "traces"),
+    },
     "qllm/config": {"qllm", "scheduler", "sim", "traces"},
     "qllm/experiment": {"qllm", "qllm/config", "executor", "scheduler", "sim", "traces"},
-    "qllm/plots": {"qllm", "qllm/config", "qllm/experiment", "sim", "traces"},
+    "qllm/capacity": {"qllm", "qllm/config", "qllm/experiment", "scheduler", "sim", "traces"},
+    "qllm/plots": {"qllm", "qllm/capacity", "qllm/config", "qllm/experiment", "sim", "traces"},
     "qllm/validation": {"qllm/config", "qllm/experiment", "executor", "scheduler", "sim", "traces"},
     "qllm/server": {
         *("qllm", "qllm/config", "qllm/server/answers", "qllm/server/batches"),
@@ -85,7 +89,7 @@ ARROWS = {
         *("executor", "traces"),
     },
     "qllm/cli": {
-        *("qllm", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation"),
+        *("qllm", "qllm/capacity", "qllm/config", "qllm/experiment", "qllm/plots", "qllm/validation"),
         *("qllm/server", "qllm/server/process", "qllm/server/replicas"),
         *("executor", "traces"),
     },

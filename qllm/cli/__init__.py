@@ -13,6 +13,7 @@ from rich.markup import escape
 
 import qllm.executor  # noqa: F401  # before anybody imports PyTorch: it sets how OpenMP's threads wait
 from qllm.cli import calibrate as cli_calibrate
+from qllm.cli import capacity as cli_capacity
 from qllm.cli import config as cli_config
 from qllm.cli import report as cli_report
 from qllm.cli import run as cli_run
@@ -50,6 +51,7 @@ def _options(
 app.command("simulate")(cli_simulate.simulate)
 app.command("run")(cli_run.run)
 app.command("serve")(cli_serve.serve)
+app.command("capacity")(cli_capacity.capacity)
 app.command("report")(cli_report.report)
 app.command("calibrate")(cli_calibrate.calibrate)
 app.command("validate")(cli_validate.validate)

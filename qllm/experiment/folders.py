@@ -9,7 +9,7 @@ from qllm.config.config import Config, load_config
 from qllm.config.yaml_lines import ConfigError, load_yaml
 from qllm.experiment.results import CONFIG, FAILURES, make_folder
 
-Kind = Literal["simulation", "engine", "validation"]
+Kind = Literal["simulation", "engine", "validation", "capacity"]
 
 POINTS = "points"  #: folder of finished simulations, inside
 _OF_ONE_CONFIGURATION = ("timeline.json", "timeline.png", "report.html", FAILURES)  # not written by every run
@@ -53,7 +53,8 @@ def _whose(folder: Path, there: list[str], config: Config, kind: Kind) -> str:
     except (ConfigError, OSError):
         return f"holds a {CONFIG} that cannot be compared with this configuration"
     if (was := _kind(before)) != kind:
-        return f"holds the results of {'an' if was == 'engine' else 'a'} {was}"
+        named = {"engine": "an engine", "capacity": "a search for capacity"}.get(was, f"a {was}")
+        return f"holds the results of {named}"
     old, new = before.model_dump(by_alias=True), config.model_dump(by_alias=True)
     differing = [key for key in new if key not in ("provenance", "name") and old[key] != new[key]]
     return f"holds results of another configuration: {', '.join(differing)} differ" if differing else ""
@@ -61,5 +62,7 @@ def _whose(folder: Path, there: list[str], config: Config, kind: Kind) -> str:
 
 def _kind(config: Config) -> Kind:
     """How written results came about."""
+    if "capacity" in config.provenance:
+        return "capacity"
     begins = config.provenance.get("timings", "").partition(":")[0]
     return "engine" if begins == "engine" else "validation" if begins == "validation" else "simulation"

@@ -14,6 +14,7 @@ from qllm.config.policies import describe_failure, watched
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
+from qllm.sim.simulate import Stop
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 from qllm.traces.wants import BOUNDS, cell_of
@@ -55,8 +56,11 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunResult:
-    """Simulate `run` on `trace`; `timeline`: record its passes. ConfigError for an exception of a user's policy."""
+def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False, stop: Stop | None = None) -> RunResult:
+    """Simulate `run` on `trace`; `timeline`: record its passes; `stop`: may end it early (see `qllm.sim.simulate`).
+
+    ConfigError for an exception of a user's policy.
+    """
     config = run.config
     policy = config.policies[run.policy]
     limits = scheduler_limits(config, load_timings(config.timings))
@@ -76,6 +80,7 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False) -> RunRe
                 popularity=popularity(config),
                 seed=run.seed,
                 timeline=timeline,
+                stop=stop,
             )
     except (Exception, SystemExit) as error:
         if policy.file is None:

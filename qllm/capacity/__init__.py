@@ -1,0 +1,1 @@
+"""Capacity: the highest rate at which every class meets its SLO, and what it costs."""

@@ -53,6 +53,7 @@ def find_timings(gpu: str, shape: ModelShape, dtype: str | None = None) -> str:
 
     Raises:
         TimingError: A name is unknown, no such trace ships or can be imported, or the model does not fit.
+        ValueError: What was imported cannot be written to the user's cache.
     """
     from qllm.traces.step_times.aiconfigurator.known import dtypes_that_fit, tables_version, too_large, trace_name
 
@@ -104,5 +105,6 @@ def _imported(gpu: str, shape: ModelShape, dtype: str) -> str:
         else:
             os.replace(part, path)
     except OSError as error:
-        raise TimingError(f"{path}: the imported trace cannot be written: {error.strerror or error}") from None
+        problem = f"{path}: the imported trace cannot be written: {error.strerror or error}"
+        raise ValueError(f"{problem}; allowed: XDG_CACHE_HOME, a folder to keep it in") from None
     return str(path)

@@ -52,8 +52,9 @@ ARROWS = {
     "executor/gpu/fused": {"executor/gpu"},
     "executor/model": {
         *("executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"),
-        *("executor/latent", "executor/quantised", "executor/recurrent", "executor/unpacked"),
+        *("executor/checkpoint", "executor/latent", "executor/quantised", "executor/recurrent", "executor/unpacked"),
     },
+    "executor/checkpoint": {"executor", "executor/model", "executor/quantised"},
     "executor/latent": {"executor/model", "executor/unpacked"},
     "executor/recurrent": {"executor/model"},
     "executor/unpacked": {"executor/model", "executor/recurrent"},

@@ -1,39 +1,30 @@
-"""Which models can be served: checks of the configuration, of the weights' files, and of the loaded model."""
+"""Which models can be served: checks of the configuration, and of the loaded model."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from qllm.executor.errors import LoadError, UnsupportedModelError
+from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.model.hooks import NAME, PASS_THROUGH
 from qllm.executor.model.info import embedding
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, declared_windows, run_to_end
-from qllm.executor.quantised.left_out import settings_of
-from qllm.executor.quantised.packed import Header
 from qllm.executor.recurrent.mixers import mix_one_by_one
 from qllm.executor.recurrent.states import KNOWN
 from qllm.executor.unpacked.caches import is_unpacked
 
 PROBE_TOKENS = 8
-PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")  # types in a file of weights that are not quantised
-FP8 = "F8_E4M3"
 MOST_WORDS = 300  # characters of another library's message
-LFS = b"version https://git-lfs"  # how a file begins in a clone without its contents
 NO_POINT = "no layer has experts behind transformers' experts interface, so a pass cannot stop between experts"
 
 
@@ -110,64 +101,6 @@ def check_layers(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError where no layer holds experts of the interface; they need no memory."""
     if not any(hasattr(module, "is_transposed") for module in model.modules()):  # what the interface sets
         raise UnsupportedModelError(f"{model.config.model_type}: {NO_POINT}")
-
-
-def read_headers(name: str) -> dict[str, Header]:
-    """The weights in a checkpoint's safetensors files, fetched where they lie on a hub. Raises LoadError."""
-    return {weight: header for file in weight_files(name) for weight, header in read_header(file).items()}
-
-
-def check_files(headers: Mapping[str, Header], config: PreTrainedConfig, method: str | None) -> None:
-    """Raise LoadError for weights, quantised by `method`, that transformers would misread."""
-    packed = next((name for name, header in headers.items() if header.dtype not in PLAIN), None)
-    if packed is not None and method is None:
-        raise LoadError(
-            f"{packed} is quantised ({headers[packed].dtype}), but config.json has no quantization_config; allowed: a "
-            "checkpoint in bfloat16, float16 or float32, or one that says how to expand it"
-        )
-    block = (settings_of(config) or {}).get("weight_block_size")
-    for name, header in headers.items():
-        if method == "fp8" and header.dtype == FP8 and not any(scales in headers for scales in _names_of_scales(name)):
-            raise LoadError(f"its files lack {name}_scale_inv, the scales of {name}")
-        weight = headers.get(name.removesuffix("_scale_inv"))
-        scales = header.shape
-        if block is None or weight is None or len(scales) != 2 or not name.endswith("_scale_inv"):
-            continue
-        # transformers cuts rows and columns into as many equal blocks as there are scales
-        if any(n > 1 and size % of for n, size, of in zip(scales, weight.shape[-2:], block, strict=True)):
-            raise LoadError(f"{name}: blocks of {block} do not divide {weight.shape}, and would be misread")
-
-
-def _names_of_scales(weight: str) -> list[str]:
-    stem = weight.removesuffix("weight")
-    return [f"{weight}_scale_inv", f"{weight}_scale", f"{stem}scale", f"{stem}qscale_weight"]
-
-
-def weight_files(name: str) -> list[Path]:
-    """A checkpoint's safetensors files; none where its weights are of another kind. Raises LoadError."""
-    try:
-        single = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-        if single is not None:
-            return [Path(single)]
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-        return [] if index is None else [Path(file) for file in get_checkpoint_shard_files(name, index)[0]]
-    except Exception as error:  # the index is a file that anybody may have written
-        raise LoadError(f"{SAFE_WEIGHTS_INDEX_NAME} cannot be read ({words(error)})") from None
-
-
-def read_header(file: Path) -> dict[str, Header]:
-    """The weights in a safetensors file. Raises LoadError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-            return {name: Header(part.get_dtype(), part.get_shape(), file) for name, part in parts.items()}
-    except (OSError, SafetensorError) as error:
-        if not file.is_file():
-            raise LoadError(f"{file.name} is missing; the index names it") from None
-        with file.open("rb") as opened:
-            pointer = opened.read(len(LFS)) == LFS
-        told = "a Git LFS pointer; run git lfs pull" if pointer else f"damaged ({words(error)}); fetch it again"
-        raise LoadError(f"{file.name} is {told}") from None
 
 
 def check_model(model: PreTrainedModel) -> set[torch.nn.Module]:

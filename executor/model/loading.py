@@ -12,20 +12,19 @@ from typing import cast
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from qllm.executor.checkpoint.files import check_files, read_headers
+from qllm.executor.checkpoint.reading import read_weights, why_broken
 from qllm.executor.errors import LoadError, UnsupportedModelError
 from qllm.executor.latent.hook import hook_latents
 from qllm.executor.model.checks import (
     auto_class,
     check_config,
-    check_files,
     check_layers,
     check_model,
     expand_weights,
-    read_headers,
 )
 from qllm.executor.model.hooks import drop_senses, speed_up
-from qllm.executor.model.info import blocks_in, dtype_name, memory_bytes, model_facts, with_layers
-from qllm.executor.model.reading import read_weights, why_broken
+from qllm.executor.model.info import RESIDENT, dtype_name, fitting_blocks, memory_bytes, model_facts, with_layers
 from qllm.executor.quantised.experts import (
     check_in_memory,
     checked_experts,
@@ -33,8 +32,9 @@ from qllm.executor.quantised.experts import (
     tell_experts,
     weights_bytes,
 )
-from qllm.executor.quantised.left_out import leave_out, settings_of
-from qllm.executor.quantised.packed import FORMS, expand_packed, has_stacked, packed_weights, read_packed
+from qllm.executor.quantised.layout import read_apart
+from qllm.executor.quantised.left_out import leave_out
+from qllm.executor.quantised.packed import FORMS, expand_packed, read_packed
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
 
@@ -90,17 +90,16 @@ def _load(
         if experts == "nf4":
             _check_size(skeleton, host, method)
         headers = read_headers(name)
-        packed = {}
-        if method in FORMS and (experts == "packed" or has_stacked(headers)):
-            packed = packed_weights(skeleton, method, settings_of(config), headers)
-            leave_out(config, packed)
-        elsewhere = {source for weight in packed.values() for source in weight.names()}
+        apart = read_apart(skeleton, config, method, experts, headers)
+        if apart:
+            leave_out(config, apart)
+        elsewhere = {source for weight in apart.values() for source in weight.names()}
         check_files({key: header for key, header in headers.items() if key not in elsewhere}, config, method)
         cast_to = None if method is None else torch_dtype(dtype, config)
-        model = read_weights(name, config, host, dtype, trust_remote_code, tuple(packed), cast_to)
-        read_packed(model, packed, headers, host)
-        if experts != "packed":
-            expand_packed(model, model.dtype)
+        model = read_weights(name, config, host, dtype, trust_remote_code, tuple(apart), cast_to)
+        read_packed(model, apart, headers, host)
+        linears = [each for each in apart if each.endswith(".weight")]
+        expand_packed(model, linears if experts == "packed" else apart, model.dtype)
         return _prepare(model, experts, place)
 
 
@@ -210,19 +209,20 @@ class LoadedModel:
     layers: int  #: of the whole model
     weights_bytes: int  #: of the whole model
     weights: str = "checkpoint"  #: where they are from, for headers
-    _blocks: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    _blocks: dict[tuple[int, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, name: str, model: PreTrainedModel, weights: str = "checkpoint") -> LoadedModel:
         """A whole model, prepared."""
         return cls(name, model, model_facts(model)["layers"], weights_bytes(model), weights)
 
-    def kv_blocks(self, block_size: int) -> int:
+    def kv_blocks(self, block_size: int, max_seqs: int) -> int:
         """KV blocks of `block_size` tokens that the device has room for, by what was free when first asked."""
-        if block_size not in self._blocks:
-            token_bytes = model_facts(self.model)["kv_bytes_per_token"]
-            self._blocks[block_size] = blocks_in(self.model, token_bytes, block_size)
-        return self._blocks[block_size]
+        asked = block_size, max_seqs
+        if asked not in self._blocks:
+            facts = model_facts(self.model)
+            self._blocks[asked] = fitting_blocks(self.model, facts, block_size, RESIDENT * max_seqs)
+        return self._blocks[asked]
 
 
 def load(

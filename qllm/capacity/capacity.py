@@ -62,9 +62,7 @@ def find_capacity(
         SchedulerError: The same for the limits or a policy's settings.
         SweepError: The workers cannot be reached, or were lost.
     """
-    loaded = config if isinstance(config, Config) else load_for_capacity(config, set)
-    where = "" if isinstance(config, Config) else f"{config}: "
-    loaded = _checked(loaded, policies, where)
+    loaded = _checked(config, policies) if isinstance(config, Config) else load_for_capacity(config, set, policies)
     todo = runs(loaded)
     if not any_size:
         check_size(todo * _SEARCHED, todo, jobs)
@@ -84,8 +82,13 @@ def find_capacity(
     return Capacity(found, class_table(told, found, results), _seed_table(todo, alone), curve_table(results), told)
 
 
-def load_for_capacity(path: str | Path, overrides: str | list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a configuration as `load_config` does; it may leave out the rate, which the search chooses."""
+def load_for_capacity(
+    path: str | Path, overrides: str | list[str] | tuple[str, ...] = (), policies: Sequence[str] = ()
+) -> Config:
+    """Read a configuration as `load_config` does, for a search over the rate of these policies (default: all).
+
+    It may leave out the rate. Raises ConfigError as `find_capacity` does.
+    """
     given = [overrides] if isinstance(overrides, str) else list(overrides)
     file = load_yaml(path)
     for assignment in given:
@@ -101,10 +104,10 @@ def load_for_capacity(path: str | Path, overrides: str | list[str] | tuple[str, 
                 "allowed: a rate, such as rate: 1, which says that its time may be stretched",
             )
         given.append(f"{RATE}=1")
-    return load_config(path, given)
+    return _checked(load_config(path, given), policies, f"{path}: ")
 
 
-def _checked(config: Config, policies: Sequence[str], where: str) -> Config:
+def _checked(config: Config, policies: Sequence[str], where: str = "") -> Config:
     """The configuration without a sweep of the rate, with these policies. ConfigError where no class has an SLO."""
     if all(job.slo is None for job in config.classes.values()):
         name = next(iter(config.classes))
@@ -118,12 +121,11 @@ def _checked(config: Config, policies: Sequence[str], where: str) -> Config:
             raise ConfigError(f"--policies {name}: {suggestion(name, titles)}")
     chosen = [policy for policy in config.policies if not policies or policy.title in policies]
     sweep = {key: values for key, values in config.sweep.items() if key != RATE}
-    rate = config.rate or 1.0
     if isinstance(config.arrival, Replay) and config.rate is None and RATE not in config.sweep:
         raise ConfigError(
             f"{where}rate: this key is missing; a replayed trace's time is stretched only where one is given"
         )
-    return config.model_copy(update={"sweep": sweep, "policies": chosen, "rate": rate})
+    return config.model_copy(update={"sweep": sweep, "policies": chosen, "rate": 1.0})
 
 
 def _by_policy(todo: Sequence[Run]) -> list[list[int]]:

@@ -109,7 +109,7 @@ def capacity_table(
             "policy": mine[0].title,
             **cells,
             "rate_rps": one.rate,
-            "rate_lo_rps": max(0.0, one.rate - half),
+            "rate_lo_rps": float(np.maximum(0.0, one.rate - half)),
             "rate_hi_rps": one.rate + half,
             "saturation_rps": one.saturation,
             "limit": one.limit,

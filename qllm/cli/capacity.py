@@ -41,18 +41,10 @@ def capacity(
     from qllm.plots.capacity import save_capacity
     from qllm.plots.style import origin
 
-    loaded = load_for_capacity(config, set_ or [])
+    loaded = load_for_capacity(config, set_ or [], policies or [])
     folder = claim(out or Path("out") / f"{loaded.name}-capacity", loaded, "capacity", force)
     try:
-        found = find_capacity(
-            config,
-            set=set_ or [],
-            policies=policies or [],
-            jobs=jobs,
-            backend=backend.value,
-            progress=True,
-            any_size=any_size,
-        )
+        found = find_capacity(loaded, jobs=jobs, backend=backend.value, progress=True, any_size=any_size)
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing is kept", err=True)
         raise typer.Exit(130) from None

@@ -32,6 +32,8 @@ from qllm.executor.model.checks import auto_class, check_config, expand_weights
 from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
 from qllm.executor.model.info import ACCELERATOR_SHARE
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.quantised.experts import weights_bytes
+from qllm.executor.quantised.packed import FORMS
 from qllm.executor.recurrent.states import state_bytes
 from qllm.executor.testing import families, tiny_config, tiny_model
 from qllm.executor.unpacked.caches import unpacked_layers
@@ -240,14 +242,24 @@ def quantised() -> str:
     for row in OTHERS:
         size = f"{2 * row.billions:.0f} GB"
         held = f"{row.method}, {size} in bfloat16" if row.method else f"bfloat16, {size}"
-        rows.append((row.name, f"`{row.model_type}`", held, outcome(row)))
-    return markdown(("checkpoint", "model type", "weights", "result"), rows)
+        rows.append((row.name, f"`{row.model_type}`", held, outcome(row), packed(row)))
+    return markdown(("checkpoint", "model type", "weights", "result", "with `--experts packed`"), rows)
+
+
+def packed(checkpoint: Quantised) -> str:
+    """What the weights of a released checkpoint take whose experts stay packed, the others in bfloat16."""
+    if checkpoint.method not in FORMS:
+        return "-"
+    config = CONFIG_MAPPING[checkpoint.model_type](**(checkpoint.sizes or {}))
+    config.quantization_config = {"quant_method": checkpoint.method, "weight_block_size": checkpoint.block}
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
+    return f"{short(weights_bytes(model, 'packed'), 10**9)} GB"
 
 
 def outcome(checkpoint: Quantised) -> str:
     """What the loader makes of a released checkpoint."""
-    reason = verdict(checkpoint.model_type) or checkpoint.but
-    if reason:
+    if reason := verdict(checkpoint.model_type):
         return f"refused: {in_plain_words(reason)}"
     if checkpoint.method is None:
         return "loads"

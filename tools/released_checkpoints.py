@@ -19,13 +19,17 @@ class Checkpoint(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """A checkpoint, its model type, parameters in billions, quantisation method, and what else speaks against it."""
+    """A checkpoint, its model type, parameters in billions, and its quantisation method.
+
+    Also, of FP8, outputs and inputs that share a scale (None: all), and the sizes that differ from the default's.
+    """
 
     name: str
     model_type: str
     billions: float
     method: str | None = None
-    but: str = ""
+    block: list[int] | None = None
+    sizes: dict[str, Any] | None = None
 
 
 _QWEN3_30B = {
@@ -163,17 +167,15 @@ TWENTY = [
 
 #: How others hold their weights, as their config.json says it.
 OTHERS = [
-    Quantised("Qwen/Qwen3-30B-A3B-FP8", "qwen3_moe", 30.5, "fp8"),
+    Quantised("Qwen/Qwen3-30B-A3B-FP8", "qwen3_moe", 30.5, "fp8", [128, 128], _QWEN3_30B),
     Quantised("Qwen/Qwen3-30B-A3B-GPTQ-Int4", "qwen3_moe", 30.5, "gptq"),
     Quantised("TheBloke/Mixtral-8x7B-Instruct-v0.1-AWQ", "mixtral", 46.7, "awq"),
-    Quantised("openai/gpt-oss-20b", "gpt_oss", 20.9, "mxfp4"),
+    Quantised("openai/gpt-oss-20b", "gpt_oss", 20.9, "mxfp4", None, _GPT_OSS_20B),
     Quantised("openai/gpt-oss-120b", "gpt_oss", 116.8, "mxfp4"),
     Quantised("zai-org/GLM-4.5-Air-FP8", "glm4_moe", 106.9, "compressed-tensors"),
-    Quantised("MiniMaxAI/MiniMax-M2", "minimax_m2", 228.7, "fp8"),
-    Quantised(
-        "deepseek-ai/DeepSeek-V3", "deepseek_v3", 671, "fp8",
-        "its blocks of 128 rows do not divide the 576 of kv_a_proj_with_mqa, which transformers misreads",
-    ),
+    Quantised("mistralai/Mistral-Small-4-119B-2603", "mistral4", 119, "fp8"),
+    Quantised("MiniMaxAI/MiniMax-M2", "minimax_m2", 228.7, "fp8", [128, 128]),
+    Quantised("deepseek-ai/DeepSeek-V3", "deepseek_v3", 671, "fp8", [128, 128]),
     Quantised("Qwen/Qwen1.5-MoE-A2.7B", "qwen2_moe", 14.3),
     Quantised("tencent/Hunyuan-A13B-Instruct", "hunyuan_v1_moe", 80.4),
     Quantised("allenai/OLMoE-1B-7B-0924", "olmoe", 6.9),

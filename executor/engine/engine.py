@@ -217,7 +217,7 @@ class Engine(Frontend):
             device: where the model is to run.
             dtype: of the weights; "auto" for that of the checkpoint.
             trust_remote_code: whether code that comes with the checkpoint may run.
-            experts: "plain", or "nf4" for four bits a weight.
+            experts: "plain", "packed" or "nf4", see `load_model`.
             settings: the other arguments of Engine.
 
         Raises:

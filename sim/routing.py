@@ -107,16 +107,17 @@ class Routing:
         popularity: Share of tokens routed to each expert, float[layers, experts]; each row sums to 1.
         top_k: Experts that each token chooses.
         seed: Of the draws.
+        replica: Of several GPUs the one that draws: each gets other draws from the same tokens.
     """
 
     pooled = True  # draws may be kept and used again for passes of the same size
 
-    def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0):
+    def __init__(self, popularity: np.ndarray, top_k: int, seed: int = 0, replica: int = 0):
         self.layers, self.experts = popularity.shape
         self.share: np.ndarray = np.minimum(popularity * top_k, 1.0)  # of the tokens, at each expert
         self._deviation: np.ndarray = np.sqrt(self.share * (1 - self.share))
         self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
-        self._rng = np.random.default_rng((seed, 1))
+        self._rng = np.random.default_rng((seed, 1, replica) if replica else (seed, 1))
         self._draws: list[int] = []
 
     def draw(self) -> int:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from heapq import heappop, heappush
 
 import numpy as np
 import simpy
 
-from qllm.scheduler import Limits, Pass, Policy, Request, RequestShed, RequestTooLarge, Scheduler, SchedulerError
+from qllm.scheduler import Limits, Pass, Policy, Request, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, Process, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
+from qllm.sim.replicas import Fleet, Replica
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult, Status
+from qllm.traces.sessions import Sessions
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
 from qllm.traces.step_times.expected import expected_seconds
 from qllm.traces.step_times.timings import Timings, TimingWarning
@@ -26,10 +31,12 @@ def simulate(
     trace: RequestTrace,
     *,
     priorities: Mapping[str, int],
-    policy: Policy,
+    policy: Policy | Sequence[Policy],
     limits: Limits,
     steps: PassCostModel,
     popularity: np.ndarray | None = None,
+    router: str = "least_loaded",
+    sessions: Sessions | None = None,
     seed: int = 0,
     routing: RecordedRouting | ResampledRouting | None = None,
     timeline: bool = False,
@@ -37,22 +44,25 @@ def simulate(
     stop: Stop | None = None,
     step_by_step: bool = False,
 ) -> RunResult:
-    """Simulate a request trace on one GPU.
+    """Simulate a request trace on one GPU, or on several behind a router.
 
     The same arguments give the same result to the last bit.
 
     Args:
         trace: The requests.
         priorities: Priority of each of the trace's classes; lower is more urgent.
-        policy: Decides what runs.
-        limits: What the GPU can hold.
+        policy: Decides what runs; of several GPUs one object for each.
+        limits: What each GPU can hold.
         steps: How long the steps of a pass take.
         popularity: Share of tokens routed to each expert, float[layers, experts]; uniform by default.
+        router: How requests are shared among several GPUs, one of `qllm.sim.replicas.ROUTERS`.
+        sessions: Which requests follow which, of as many as the trace has; by default none follows another.
         seed: Of the routing's draws.
-        routing: Recorded routing to use instead of draws.
+        routing: Recorded routing to use instead of draws, on one GPU.
         timeline: Whether to record a PassSlice for each stretch that a pass runs.
         until: When to stop, in seconds; by default when everybody is served.
-        stop: Asked whenever a request arrives, before it enters; the run ends where it says so. Not with `until`.
+        stop: Asked whenever a request arrives that follows no other, before it enters; the run ends where it says so.
+            Not with `until`.
         step_by_step: Whether to use the slow reference device.
 
     Returns:
@@ -61,25 +71,40 @@ def simulate(
     Raises:
         KeyError: A class has no priority.
         SchedulerError: The policy broke, or requests are left that nobody serves.
-        ValueError: Both `until` and `stop` are given.
+        ValueError: Both `until` and `stop` are given, recorded routing for several GPUs, no policy, one policy for two
+            GPUs, a router that there is not, or sessions of another trace.
     """
+    policies = [policy] if isinstance(policy, Policy) else [*policy]
     if until is not None and stop is not None:
         raise ValueError("give until or stop, not both")
+    if not policies or len({id(each) for each in policies}) < len(policies):
+        raise ValueError("give a policy for each GPU, each an object of its own: it keeps what it knows of its GPU")
+    if sessions is not None and len(sessions) != len(trace):
+        raise ValueError(f"sessions are of {len(sessions)} requests, the trace has {len(trace)}")
+    if routing is not None and len(policies) > 1:
+        raise ValueError("recorded routing is that of one GPU")
     levels = [priorities[name] for name in trace.classes]
     _check_context(trace, steps.timings)
-    workload = _Workload(trace, levels, Scheduler(policy, limits, expected_seconds(steps)))
     shares = uniform(steps) if popularity is None else popularity
-    drawn = routing or Routing(shares, steps.timings.top_k, seed)
-    gpu = GpuModel(steps, drawn, policy.granularity)
-    slices: list[PassSlice] | None = [] if timeline else None
     env = simpy.Environment()
-    device = Device(env, workload.scheduler, gpu, workload.record, None if slices is None else _observer(gpu, slices))
-    device.start(step_device if step_by_step else fast_device)
-    arrivals = env.process(workload.arrivals(env, device, stop))
+    workload = _Workload(trace, levels, sessions, env)
+    slices: list[PassSlice] | None = [] if timeline else None
+    replicas = []
+    for i, each in enumerate(policies):
+        drawn = routing or Routing(shares, steps.timings.top_k, seed, i)
+        gpu = GpuModel(steps, drawn, each.granularity)
+        observer = None if slices is None else _observer(gpu, slices, i)
+        scheduler = Scheduler(each, limits, expected_seconds(steps))
+        device = Device(env, scheduler, gpu, partial(workload.ended, i), observer)
+        replicas.append(Replica(scheduler, device))
+    workload.fleet = Fleet(replicas, router, workload.rejected)
+    for replica in replicas:
+        replica.device.start(step_device if step_by_step else fast_device)
+    arrivals = env.process(workload.arrivals(stop))
     if stop is not None and env.run(arrivals):
         return workload.end(slices)
     env.run(until)
-    left = workload.scheduler.requests
+    left = workload.in_system()
     if until is None and left:
         raise SchedulerError(
             f"the simulation stands still at {env.now:.6g} s with {len(left)} requests in the system, such as "
@@ -148,32 +173,49 @@ def _isolated_prefill(tokens: int, max_tokens: int, steps: PassCostModel, share:
 class _Workload:
     """The requests of one simulation and what is recorded of them."""
 
-    def __init__(self, trace: RequestTrace, levels: list[int], scheduler: Scheduler):
-        self.trace = trace
-        self.levels = levels
-        self.scheduler = scheduler
-        self.result = RunResult.of(ticks(trace.arrival))
+    fleet: Fleet
 
-    def arrivals(self, env: simpy.Environment, device: Device, stop: Stop | None) -> Process:
-        """SimPy process: each request enters at its time; returns whether `stop` ended it before."""
-        scheduler = self.scheduler
+    def __init__(self, trace: RequestTrace, levels: list[int], sessions: Sessions | None, env: simpy.Environment):
+        self.trace = trace
+        self.sessions = sessions
+        self.levels = levels
+        self.env = env
+        self.result = RunResult.of(ticks(trace.arrival))
+        self.followers: dict[int, list[int]] = {}
+        self.coming: list[tuple[float, int]] = []  # of those that follow: when they arrive, a heap
+        self.think_s = ticks(np.zeros(0) if sessions is None else sessions.think_s)
+        if sessions is not None:
+            for i, before in enumerate(sessions.follows.tolist()):
+                self.followers.setdefault(before, []).append(i)
+
+    def arrivals(self, stop: Stop | None) -> Process:
+        """SimPy process: each request that follows none enters at its time; returns whether `stop` ended it before."""
+        env = self.env
+        if len(self.fleet.replicas) > 1:
+            self.result.replica = np.full(len(self.trace), -1, dtype=np.int16)
         for r in self.requests():
             wait = r.arrival - env.now
             if wait > 0:
                 yield env.timeout(wait)
-            if stop is not None and stop(env.now, self.result, scheduler.requests):
+            if stop is not None and stop(env.now, self.result, self.in_system()):
                 return True
-            try:
-                scheduler.add(r, r.arrival)
-            except (RequestTooLarge, RequestShed) as error:
-                self.result.rejected(r.id, str(error))
-            else:
-                device.poke()
+            self.enter(r)
         return False
 
+    def enter(self, r: Request) -> None:
+        """`r` arrives now."""
+        replica = self.fleet.arrive(r, r.arrival)
+        if replica is not None:
+            self.sent(replica, r)
+
+    def sent(self, replica: int, r: Request) -> None:
+        """`r` was sent to that replica."""
+        if self.result.replica is not None:
+            self.result.replica[r.id] = replica
+
     def requests(self) -> Iterator[Request]:
-        """The trace's requests, made one by one."""
-        t, levels = self.trace, self.levels
+        """The trace's requests that follow no other, made one by one."""
+        t, levels, sessions = self.trace, self.levels, self.sessions
         rows = zip(
             self.result.arrival.tolist(),
             t.prompt_tokens.tolist(),
@@ -183,26 +225,70 @@ class _Workload:
         )
         has_wants = t.has_wants
         for i, (arrival, prompt, output, cls) in enumerate(rows):
-            wants = t.wants(i) if has_wants else {}
-            yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **wants)
+            if sessions is None or sessions.follows[i] < 0:
+                wants = t.wants(i) if has_wants else {}
+                yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **wants)
 
-    def record(self, done: list[Request]) -> None:
+    def follow(self, r: Request) -> None:
+        """What follows `r`, which is over, comes once its client has thought."""
+        now = self.env.now
+        for i in self.followers.get(r.id, ()):
+            heappush(self.coming, (now + float(self.think_s[i]), i))
+            self.later(self.follow_up, float(self.think_s[i]))
+
+    def follow_up(self) -> None:
+        """Those whose clients have thought enter: of one instant in the trace's order, whichever GPU was first."""
+        t, now = self.trace, self.env.now
+        while self.coming and self.coming[0][0] <= now:
+            _, i = heappop(self.coming)
+            self.result.arrival[i] = now
+            cls, prompt, output = int(t.cls[i]), int(t.prompt_tokens[i]), int(t.output_tokens[i])
+            self.enter(Request(i, prompt, output, self.levels[cls], now, t.classes[cls], **t.wants(i)))
+
+    def from_queue(self) -> None:
+        """Those that wait in front of all GPUs go where there is room."""
+        for replica, r in self.fleet.fill(self.env.now):
+            self.sent(replica, r)
+
+    def later(self, call: Callable[[], None], seconds: float = 0.0) -> None:
+        """Call when all that ends at that instant has ended, before anything is decided."""
+        self.env.timeout(seconds).callbacks.append(lambda _: call())  # type: ignore[union-attr]
+
+    def in_system(self) -> Mapping[int, Request]:
+        """The requests in the system, by index: those of all replicas, and those that wait in front of them."""
+        found = [replica.scheduler.requests for replica in self.fleet.replicas]
+        if self.fleet.waiting:
+            found.append({r.id: r for *_, r in self.fleet.waiting})
+        return found[0] if len(found) == 1 else ChainMap(*found)
+
+    def rejected(self, r: Request, reason: str) -> None:
+        """`r` cannot be served."""
+        self.result.rejected(r.id, reason)
+        self.follow(r)
+
+    def ended(self, replica: int, done: list[Request]) -> None:
         """Requests have ended: keep what there is to know of them."""
+        self.fleet.ended(replica, done)
         for r in done:
             self.result.finished(r.id, r)
+            if self.followers:
+                self.follow(r)
+        if self.fleet.waiting:
+            self.later(self.from_queue)
 
     def end(self, slices: list[PassSlice] | None) -> RunResult:
         """The simulation is over."""
         result = self.result
-        for r in self.scheduler.requests.values():
+        for r in self.in_system().values():
             result.launched(r.id, r)
-        result.passes = self.scheduler.passes
-        result.kv_peak = self.scheduler.kv.peak
+        schedulers = [replica.scheduler for replica in self.fleet.replicas]
+        result.passes = sum(scheduler.passes for scheduler in schedulers)
+        result.kv_peak = max(scheduler.kv.peak for scheduler in schedulers)
         result.slices = slices
         return result
 
 
-def _observer(gpu: GpuModel, slices: list[PassSlice]) -> Observer:
+def _observer(gpu: GpuModel, slices: list[PassSlice], replica: int) -> Observer:
     def observe(p: Pass, run: SimulatedPass, start: float, end: float, first: int, last: int, suspended: bool) -> None:
         layer, stage, _ = gpu.steps.position(run.cost, last)
         slices.append(
@@ -220,6 +306,7 @@ def _observer(gpu: GpuModel, slices: list[PassSlice]) -> Observer:
                 layer=layer,
                 stage=stage,
                 suspended=suspended,
+                replica=replica,
             )
         )
 

@@ -34,6 +34,7 @@ class PassSlice(NamedTuple):
         layer: Layer where it stopped.
         stage: Stage of that layer which comes next.
         suspended: Whether it was suspended then; else it ended.
+        replica: Of several GPUs the one that ran it, from 0.
     """
 
     start: float
@@ -49,6 +50,7 @@ class PassSlice(NamedTuple):
     layer: int
     stage: str
     suspended: bool
+    replica: int = 0
 
 
 class RequestRecord(Protocol):
@@ -85,9 +87,10 @@ class RunResult:
         evictions: How often its KV had to give way, int64.
         status: A `Status`, int8.
         reasons: Why a request was rejected or broke, by index.
+        replica: Of several GPUs the one that it was sent to, from 0; -1: to none. None where there is one GPU.
         makespan: From the start of the trace to the last token.
         passes: How many were launched.
-        kv_peak: Largest share of the KV blocks that was ever in use.
+        kv_peak: Largest share of the KV blocks of a GPU that was ever in use.
         slices: When each pass ran, if that was recorded.
         routing: Of real passes in the order of their launches: tokens per expert, int64[MoE layers, experts].
     """
@@ -103,6 +106,7 @@ class RunResult:
     evictions: np.ndarray
     status: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
+    replica: np.ndarray | None = None
     makespan: float = 0.0
     passes: int = 0
     kv_peak: float = 0.0

@@ -1,0 +1,51 @@
+"""Requests that follow others: a client sends the next one when the last has ended and it has thought for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Sessions:
+    """Which requests of a trace follow which. Such a request arrives late, whatever the trace says of its arrival.
+
+    Attributes:
+        follows: The request that each one follows, int64[n]: an index before its own, or -1 for none.
+        think_s: Seconds from that one's end to the arrival of this one, float64[n], finite and >= 0.
+
+    Raises:
+        ValueError: A column breaks these rules.
+    """
+
+    follows: np.ndarray
+    think_s: np.ndarray
+
+    def __post_init__(self) -> None:
+        follows = np.asarray(self.follows, dtype=np.int64)
+        think = np.asarray(self.think_s, dtype=np.float64)
+        if follows.ndim != 1 or not ((follows >= -1) & (follows < np.arange(len(follows)))).all():
+            raise ValueError("follows: must hold indices of requests before, or -1")
+        if think.shape != follows.shape or not ((think >= 0) & (think < np.inf)).all():
+            raise ValueError(f"think_s: must hold {len(follows)} finite numbers >= 0 (seconds)")
+        object.__setattr__(self, "follows", follows)
+        object.__setattr__(self, "think_s", think)
+
+    def __len__(self) -> int:
+        return len(self.follows)
+
+
+def closed_loop(clients: int, think_s: np.ndarray) -> Sessions:
+    """`clients` clients that share the requests in turn, each with one request in the system at most.
+
+    Args:
+        clients: At least 1. Client c sends the requests c, c + clients, c + 2 clients and so on.
+        think_s: Seconds before each request but a client's first, float64[n].
+
+    Raises:
+        ValueError: There is no client, or a think time breaks the rules of `Sessions`.
+    """
+    if clients < 1:
+        raise ValueError(f"clients is {clients}, must be at least 1")
+    return Sessions(np.maximum(np.arange(len(think_s)) - clients, -1), think_s)

@@ -45,16 +45,18 @@ def test_everybody_is_served_once_whichever_device_simulates_it(trace, name, lim
         run(trace, several(name, n), limits, steps, router=router, sessions=sessions, timeline=True, step_by_step=step)
         for step in (False, True)
     )
-    assert (fast.status == Status.FINISHED).all()
-    assert ((fast.replica >= 0) & (fast.replica < n)).all()
-    for column in (*COLUMNS, "replica"):
+    served = fast.status != Status.REJECTED  # a class may be kept out of the blocks that are left for urgent ones
+    assert (fast.status[served] == Status.FINISHED).all()
+    assert ((fast.replica[served] >= 0) & (fast.replica[served] < n)).all()
+    assert (fast.replica[~served] == -1).all()
+    for column in (*COLUMNS, "status", "replica"):
         np.testing.assert_array_equal(getattr(fast, column), getattr(slow, column), err_msg=column)
     assert sorted(fast.slices) == sorted(slow.slices)
-    assert {one.replica for one in fast.slices} == {*fast.replica.tolist()}
+    assert {one.replica for one in fast.slices} == {*fast.replica[served].tolist()}
     for replica in range(n):  # one pass at a time on each
         mine = sorted(one for one in fast.slices if one.replica == replica)
         assert all(a.end <= b.start + 1e-9 for a, b in pairwise(mine))
-    if router == "round_robin" and not closed:
+    if router == "round_robin" and not closed and served.all():
         np.testing.assert_array_equal(fast.replica, np.arange(len(trace)) % n)
 
 
@@ -150,7 +152,7 @@ def test_a_shared_queue_is_m_m_c():
     full = a**c / factorial(c) / (1 - load)
     busy = full / (sum(a**k / factorial(k) for k in range(c)) + full)
     sample = []
-    for seed in range(12):
+    for seed in range(24):
         trace = exponential(4000, a / s, MEAN_PROMPT, seed)
         result = run(trace, several("fcfs", c), ONE, STEPS, router="shared_queue")
         sample.append((result.first_launch - result.arrival)[400:].mean())

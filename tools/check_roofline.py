@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,8 @@ def main() -> None:
         told = {
             "command": "python tools/check_roofline.py --write",
             "date": date.today().isoformat(),
-            "source": "modelled from data sheets, against traces imported from NVIDIA aiconfigurator's measurements",
+            "versions": {name: version(name) for name in ("qllm-moe", "numpy")},
+            "source": "computed from data sheets, beside what is imported from NVIDIA aiconfigurator's measurements",
         }
         tables = {
             "gpus": {"columns": ["gpu", "used", "traces", "mean", "largest"], "rows": summary},

@@ -271,6 +271,29 @@ def held_out() -> str:
     return markdown(("what is left out", "MAPE", "largest"), rows, caption("held_out"))
 
 
+def held_out_box() -> str:
+    """The same for each GPU that ships, under even and uneven loads."""
+    rows = (map(str, row) for row in load("held_out_box")["rows"].itertuples(index=False))
+    columns = ("GPU", "kernels", "even load, one row left out", "power law 1.01", "power law 1.2", "largest")
+    return markdown((*columns, "passes by one framework alone"), [list(row) for row in rows], caption("held_out_box"))
+
+
+def roofline_gpus() -> str:
+    """Traces modelled from data sheets against imported ones, by GPU."""
+    rows = load("roofline")["gpus"].itertuples(index=False)
+    cells = [(gpu, used, str(n), f"{mean:.0%}", f"{largest:.0%}") for gpu, used, n, mean, largest in rows]
+    columns = ("GPU", "its traces were", "traces", "passes off by, mean", "largest")
+    return markdown(columns, cells, caption("roofline"))
+
+
+def roofline_traces() -> str:
+    """The same, trace by trace."""
+    found = load("roofline")["traces"]
+    passes = [column for column in found.columns if column.startswith(("decode", "prefill"))]
+    cells = [(row["trace"], *(f"{row[name]:+.0%}" for name in passes)) for _, row in found.iterrows()]
+    return markdown(("trace", *passes), cells, caption("roofline"))
+
+
 def _long_prefill() -> pd.DataFrame:
     found = load("long_prefill")["ablation"]
     return found[found["rate"] == RATE].set_index("policy")
@@ -309,5 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
         validation_average,
         two_real_runs,
         held_out,
+        held_out_box,
+        roofline_gpus,
+        roofline_traces,
     )
 }

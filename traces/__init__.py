@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from qllm.traces.results import Status as Status
     from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator as import_aiconfigurator
     from qllm.traces.step_times.cost_model import PassCostModel as PassCostModel
+    from qllm.traces.step_times.data_sheet import DATA_SHEETS as DATA_SHEETS
+    from qllm.traces.step_times.data_sheet import Gpu as Gpu
     from qllm.traces.step_times.file_format import Point as Point
     from qllm.traces.step_times.file_format import TimingError as TimingError
     from qllm.traces.step_times.file_format import TimingWarning as TimingWarning
+    from qllm.traces.step_times.hf_config import shape_from_config as shape_from_config
     from qllm.traces.step_times.interpolate import ExtrapolationWarning as ExtrapolationWarning
     from qllm.traces.step_times.model_shapes import SHAPES as SHAPES
     from qllm.traces.step_times.model_shapes import ModelShape as ModelShape
+    from qllm.traces.step_times.modelled import roofline_timings as roofline_timings
     from qllm.traces.step_times.pass_cost import PassCost as PassCost
     from qllm.traces.step_times.popularity import PopularityError as PopularityError
     from qllm.traces.step_times.popularity import bundled_popularity as bundled_popularity
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
     from qllm.traces.step_times.timings import bundled_timings as bundled_timings
 
 _WHERE = {
+    "DATA_SHEETS": "qllm.traces.step_times.data_sheet",
     "ExtrapolationWarning": "qllm.traces.step_times.interpolate",
+    "Gpu": "qllm.traces.step_times.data_sheet",
     "ModelShape": "qllm.traces.step_times.model_shapes",
     "PassCost": "qllm.traces.step_times.pass_cost",
     "PassCostModel": "qllm.traces.step_times.cost_model",
@@ -71,6 +77,8 @@ _WHERE = {
     "import_aiconfigurator": "qllm.traces.step_times.aiconfigurator.importer",
     "load_popularity": "qllm.traces.step_times.popularity",
     "read_requests": "qllm.traces.requests.readers",
+    "roofline_timings": "qllm.traces.step_times.modelled",
+    "shape_from_config": "qllm.traces.step_times.hf_config",
     "write_requests": "qllm.traces.requests.writers",
 }
 

@@ -1,4 +1,4 @@
-"""Sequences for models that keep more than K and V, and what transformers generates with them."""
+"""Sequences for models that keep more or less than K and V of all tokens, and what transformers generates with them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 import torch
 
 from qllm.executor import Engine
+from qllm.executor.model.kv_cache import Rings
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
-from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.runner import Runner, run_to_end, window_of
 from qllm.executor.model.split import Splitter
 from qllm.executor.testing import run_batch
 from qllm.scheduler import Limits
 from tests.engine_worlds import finest
 
 NEW = 8  #: tokens of each answer
+RING = 2  #: blocks of a full ring: they hold the window of tiny models, 8 tokens, and no more
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -33,12 +35,20 @@ def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
 
 def sequences(asked: list[list[int]]) -> list[Sequence]:
     """One for each prompt, with blocks for 48 tokens."""
-    return [Sequence(list(p), list(range(i * 12, i * 12 + 12))) for i, p in enumerate(asked)]
+    return [sequence(p, i) for i, p in enumerate(asked)]
+
+
+def sequence(prompt: list[int], place: int) -> Sequence:
+    """A sequence with blocks for 48 tokens in one of eight places, and a full ring."""
+    ring = range(place * RING, place * RING + RING)
+    return Sequence(list(prompt), list(range(place * 12, place * 12 + 12)), ring=[*reversed(ring)])
 
 
 def runner_of(model, splitter: Splitter = finest) -> Runner:
-    """With a point wherever there can be one."""
-    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter)
+    """With a point wherever there can be one; layers that may keep a window alone do."""
+    window = window_of(model)
+    rings = None if window is None else Rings(8 * RING, RING, window)
+    return Runner(model, kv_blocks=12 * 8, block_size=4, splitter=splitter, rings=rings)
 
 
 def mixed_pass(model, asked: list[list[int]]) -> tuple[Runner, RunningPass]:
@@ -61,7 +71,7 @@ def stopped(model, asked: list[list[int]], every: int) -> Iterator[tuple[torch.T
         runner, running = mixed_pass(model, asked)
         for _ in range(at + 1):
             running.advance()
-        run_batch(runner, [Sequence(list(asked[4]), list(range(60, 72)))], 2)
+        run_batch(runner, [sequence(asked[4], 5)], 2)
         yield run_to_end(running), alone
 
 

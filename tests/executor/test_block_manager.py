@@ -9,16 +9,17 @@ from hypothesis import strategies as st
 
 from qllm.executor.engine.block_manager import BlockManager
 from qllm.executor.errors import ExecutorError
+from qllm.executor.model.kv_cache import Rings
 
 BLOCK = 4
 
 
-def memory(blocks: int) -> BlockManager:
-    return BlockManager(SimpleNamespace(n_blocks=blocks, block_size=BLOCK))
+def memory(blocks: int, rings: Rings | None = None) -> BlockManager:
+    return BlockManager(SimpleNamespace(n_blocks=blocks, block_size=BLOCK, rings=rings))
 
 
 def sequence() -> SimpleNamespace:
-    return SimpleNamespace(blocks=[], host=None, dropped=False)
+    return SimpleNamespace(blocks=[], ring=[], host=None, dropped=False)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 60)), max_size=60))

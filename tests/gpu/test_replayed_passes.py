@@ -127,7 +127,7 @@ def test_padding_touches_nothing_that_is_real(model, data):
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.integers(1, 64))
 def test_a_bucket_has_room_for_its_passes(news, max_seqs):
     class Cache:
-        block_size, n_blocks = 4, 10_000
+        block_size, n_blocks, rings = 4, 10_000, None
 
     batch = Batch([(s, len(s.tokens)) for s in sequences(*news)], Cache())
     bucket = bucket_of(batch, max_seqs)

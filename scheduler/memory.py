@@ -33,6 +33,8 @@ class Limits:
             not yield. None: no bound.
         evict: What happens to the KV of a request that has to give way: "recompute" (dropped) or "offload" (moved to
             host memory and back).
+        max_resident: Requests that hold KV blocks at a time, of all levels; at the bound one that is more urgent evicts
+            another. An engine sets it where sequences keep more than KV blocks. None: no bound.
 
     Raises:
         SchedulerError: A limit is out of its range; the message names it.
@@ -45,6 +47,7 @@ class Limits:
     urgent_blocks: int = 0
     max_suspended_tokens: int | None = None
     evict: str = "recompute"
+    max_resident: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -134,6 +137,7 @@ class Memory:
         self.kv = KVBudget(limits.blocks, limits.block_size, limits.urgent_blocks, urgent)
         self.waiting = waiting
         self.ready = ready
+        self.resident = 0  #: requests that hold blocks
         self.decoding = 0  #: requests that decode in running or suspended passes
         self.offloaded: list[Request] = []
         self._admitted: dict[int, int] = {}  # requests that hold blocks, by level
@@ -146,8 +150,17 @@ class Memory:
         return sum([n for lv, n in self._admitted.items() if lv <= level])
 
     def has_slot(self, level: float) -> bool:
-        """Whether fewer than `limits.max_seqs` requests of `level` or more urgent are under way."""
-        return self.holders(level) < self.limits.max_seqs
+        """Whether one more request of `level` may be under way.
+
+        Fewer than `limits.max_seqs` of that level or more urgent are, and fewer than `limits.max_resident` in all, or
+        one of them would give way.
+        """
+        below = self.holders(level) < self.limits.max_seqs
+        return below and (not self._is_full() or bool(self._evictable(level)))
+
+    def _is_full(self) -> bool:
+        most = self.limits.max_resident
+        return most is not None and self.resident >= most
 
     def can_prefill(self, level: float) -> bool:
         """Whether the first request that waits at `level` could be launched now."""
@@ -185,15 +198,16 @@ class Memory:
     def room_for(self, r: Request) -> list[Request] | None:
         """Whom to evict so that `r` can be admitted.
 
-        Nobody where blocks are free; less urgent requests, last admitted first, where theirs suffice; None where they
-        do not, or where a request in host memory goes first.
+        Nobody where blocks are free, and a place among those that hold some; less urgent requests, last admitted first,
+        where theirs suffice; None where they do not, or where a request in host memory goes first.
         """
         if self.offloaded and any(o.level <= r.level for o in self.offloaded):
             return None
         need = self.kv.blocks(r.remaining)
         room = self.kv.room(r.level)
         ready, most = len(self.ready) + self.decoding, self.limits.max_seqs
-        if need + min(ready, most) <= room:  # a block for each decoding request stays free, lest one be evicted soon
+        # A block for each decoding request stays free, lest one be evicted soon.
+        if need + min(ready, most) <= room and not self._is_full():
             return []
         out = []
         for v in sorted(self._evictable(r.level), key=rank, reverse=True):
@@ -227,7 +241,7 @@ class Memory:
             r = self.offloaded[0]
             need = self.kv.blocks(max(r.computed + 1, r.prompt_tokens + r.generated))
             spare = min(len(self.ready) + self.decoding, self.limits.max_seqs)
-            if need + spare > self.kv.room(r.level):
+            if need + spare > self.kv.room(r.level) or self._is_full():
                 return
             del self.offloaded[0]
             r.blocks = self.kv.blocks(r.computed) if r.remaining == 1 and r.generated else need
@@ -243,9 +257,11 @@ class Memory:
                 self.waiting.push(r)
 
     def _hold(self, r: Request) -> None:
+        self.resident += 1
         self._admitted[r.level] = self._admitted.get(r.level, 0) + 1
 
     def _let_go(self, level: int) -> None:
+        self.resident -= 1
         left = self._admitted[level] - 1
         if left:
             self._admitted[level] = left

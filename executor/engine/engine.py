@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import logging
 import threading
 import warnings
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qllm.executor.checks import check_seconds
 from qllm.executor.cpu.openmp import release_team
+from qllm.executor.engine.block_manager import fitted
 from qllm.executor.engine.clock import Clock, RealClock, predictor
 from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.frontend import Frontend
@@ -28,7 +28,7 @@ from qllm.executor.engine.text import Tokenizer, load_tokenizer
 from qllm.executor.engine.warm_up import warm_up
 from qllm.executor.errors import EngineClosed, ExecutorError, KVMemoryError, SamplingError
 from qllm.executor.graphs.runner import GRAPHS, GraphRunner, Graphs, Progress
-from qllm.executor.model.info import blocks_in, make_cache, model_facts
+from qllm.executor.model.info import make_cache, model_facts
 from qllm.executor.model.loading import load_model, prepare_model
 from qllm.executor.model.split import LinearSplitter, Splitter
 from qllm.executor.sampling.params import SamplingParams, is_whole
@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-STATES = 2  # room for the recurrent state of so many times `max_seqs` sequences: urgent ones come on top of others
 THREAD = "qllm-engine"  # the name of each engine's thread
 DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # as generation configurations call them
 
@@ -163,17 +162,15 @@ class Engine(Frontend):
         self.clock: Clock = clock or RealClock()
         facts = model_facts(model)
         given = limits or Limits()
-        blocks = given.kv_blocks
-        if blocks is None or kv_memory is not None:
-            states = STATES * given.max_seqs * facts["state_bytes"]
-            blocks = blocks_in(model, facts["kv_bytes_per_token"], given.block_size, kv_memory, states)
-        self.limits = given = dataclasses.replace(given, kv_blocks=blocks)
+        self.limits, rings = fitted(model, facts, given, kv_memory)
+        given, blocks = self.limits, self.limits.blocks
         shape = facts["experts"], facts["top_k"]
         policy = make_policy(policy) if isinstance(policy, str) else policy
         self.scheduler = Scheduler(policy, given, predictor(self.clock))
         splits = splitter or LinearSplitter(*shape, max_step=max_step)
-        self._runner = GraphRunner(model, blocks, given.block_size, splits, graphs=graphs, max_seqs=given.max_seqs)
-        make_cache(self._runner, facts["kv_bytes_per_token"])
+        settings: dict[str, Any] = {"graphs": graphs, "max_seqs": given.max_seqs, "rings": rings}
+        self._runner = GraphRunner(model, blocks, given.block_size, splits, **settings)
+        make_cache(self._runner, facts["kv_bytes_per_token"], facts["window_bytes_per_token"])
         if splitter is None and self.clock.steps is None and self._runner.device.type == "cuda":
             most = given.max_batched_tokens
             self._runner.splitter = measured_splitter(self._runner, *shape, max_step, most_rows=most)

@@ -109,8 +109,9 @@ def _marks(runner: Runner, size: int, watch: Stopwatch) -> list[tuple[str, Any]]
 
 def batch_of(runner: Runner, prompt: list[int]) -> Batch:
     """The batch of a pass over `prompt`, with KV in the first blocks."""
-    blocks = range(-(-len(prompt) // runner.cache.block_size))
-    return Batch([(Sequence(prompt, [*blocks]), len(prompt))], runner.cache, max_positions=runner.max_positions)
+    cache, n = runner.cache, len(prompt)
+    sequence = Sequence(prompt, [*range(-(-n // cache.block_size))], ring=cache.ring_of(n))
+    return Batch([(sequence, n)], cache, max_positions=runner.max_positions)
 
 
 def run_first_layers(runner: Runner, batch: Batch, layers: int) -> None:

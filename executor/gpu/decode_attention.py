@@ -14,7 +14,7 @@ import triton.language as tl
 
 from qllm.executor.gpu.launch import launch
 from qllm.executor.gpu.paged import LOG2E, Logits, keys_in_tile, logits_of, padded, shared_memory, slots_of_keys
-from qllm.executor.gpu.pass_inputs import SPLIT, DecodeWork
+from qllm.executor.gpu.pass_inputs import SPLIT, STEP_KEYS, DecodeWork
 
 GROUP_BLOCK = 16  # query heads of one KV head in one product: tensor cores take no fewer rows
 TILE_BYTES = 32768  # of K and V in one step of a part; two steps are read ahead
@@ -86,7 +86,7 @@ def decode_attention(
         VALUE_BLOCK=padded(value_width),
         SHARED=shared,
         BLOCK_SIZE=block_size,
-        BLOCK_N=keys_in_tile(*tile_widths, q.dtype, 128, TILE_BYTES),
+        BLOCK_N=keys_in_tile(*tile_widths, q.dtype, STEP_KEYS, TILE_BYTES),
         SPLIT=SPLIT,
         WINDOW=window or 0,
         CAPPED=logits.capped,

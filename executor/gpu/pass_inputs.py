@@ -14,6 +14,8 @@ import torch
 
 SPLIT = 256  #: keys of a part of a decode row's keys
 TILE_ROWS = 64  #: query rows of a tile of a prompt
+STEP_KEYS = 128  #: most keys in a step of attention; steps begin at multiples of their size
+RECORDED_ROWS = 512  #: most rows of prompts in a pass that is recorded
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ class TileWork:
     first: torch.Tensor  #: [N] where its sequence's block table begins in `blocks`
 
 
+class Tables(NamedTuple):
+    """Where KV lies, int64 on the device: in layers that keep all tokens, or in those that keep a window."""
+
+    slots: torch.Tensor  #: [rows] where each row's KV goes; negative: nowhere
+    first: torch.Tensor  #: [D] where each decode row's block table begins in `blocks`
+    tile_first: torch.Tensor  #: [N] the same of each tile's sequence
+
+
 class PromptPart(NamedTuple):
     """Rows of one prefill chunk between two cuts."""
 
@@ -49,6 +59,7 @@ class PromptPart(NamedTuple):
     chunk_row: int  #: packed rows of its whole chunk ...
     chunk_last: int  #: ... up to this one
     tiles: tuple[int, int]  #: of its rows, the first and the one after the last
+    ring_table: int = 0  #: where its sequence's block table begins for layers that keep a window
 
 
 class Room(NamedTuple):
@@ -58,7 +69,8 @@ class Room(NamedTuple):
     decode: int  #: of these, rows that decode; they come first
     tiles: int  #: of query rows of prompts
     samples: int  #: rows that give logits
-    blocks: int  #: KV blocks of all sequences
+    blocks: int  #: KV blocks in all block tables
+    rings: bool = False  #: whether there are layers that keep a window
 
 
 class Fields:
@@ -72,7 +84,8 @@ class Fields:
         samples: `[samples]`, rows that give logits.
         first, length, first_part: `[decode]`, see `DecodeWork`.
         tile_row, tile_rows, tile_position, tile_first: `[tiles]`, see `TileWork`.
-        blocks: `[blocks]`, block tables.
+        ring_slots, ring_first, ring_tile_first: as `slots`, `first`, `tile_first`, in layers that keep a window.
+        blocks: `[blocks]`, block tables. One of a ring lacks what no row sees, so that it may begin before them all.
     """
 
     def __init__(self, room: Room, buffer: Any):
@@ -83,6 +96,8 @@ class Fields:
         self.samples = self._take(room.samples)
         self.first, self.length, self.first_part = (self._take(room.decode) for _ in range(3))
         self.tile_row, self.tile_rows, self.tile_position, self.tile_first = (self._take(room.tiles) for _ in range(4))
+        sizes = (room.rows, room.decode, room.tiles) if room.rings else (0, 0, 0)
+        self.ring_slots, self.ring_first, self.ring_tile_first = map(self._take, sizes)
         self.blocks = buffer[self._at :]
 
     def _take(self, n: int) -> Any:
@@ -92,7 +107,8 @@ class Fields:
 
 def size_of(room: Room) -> int:
     """Numbers in a buffer with that room."""
-    return 1 + 3 * room.rows + room.samples + 3 * room.decode + 4 * room.tiles + room.blocks
+    of_rings = room.rows + room.decode + room.tiles if room.rings else 0
+    return 1 + 3 * room.rows + room.samples + 3 * room.decode + 4 * room.tiles + of_rings + room.blocks
 
 
 class HostInputs(Fields):
@@ -104,6 +120,7 @@ class HostInputs(Fields):
         super().__init__(room, self.tensor.numpy())
         self.used = len(self.buffer) - room.blocks  #: numbers that the device needs; block tables add to them
         self.slots[:] = -1
+        self.ring_slots[:] = -1
 
     def add_blocks(self, blocks: list[int]) -> int:
         """Append a block table; where it begins."""
@@ -143,14 +160,21 @@ class DeviceInputs(Fields):
         self.buffer[: host.used].copy_(host.tensor[: host.used], non_blocking=True)
         self.scratch.parts = max(self.scratch.parts, int(host.parts[0]))
 
-    def decode_work(self) -> DecodeWork:
-        """The rows that decode."""
-        return DecodeWork(self.blocks, self.first, self.length, self.first_part, self.parts)
+    def tables(self, *, in_rings: bool) -> Tables:
+        """Where the KV of layers lies that keep all tokens, or of those that keep a window."""
+        if in_rings:
+            return Tables(self.ring_slots, self.ring_first, self.ring_tile_first)
+        return Tables(self.slots, self.first, self.tile_first)
 
-    def tile_work(self, first: int, last: int) -> TileWork:
+    def decode_work(self, tables: Tables) -> DecodeWork:
+        """The rows that decode."""
+        return DecodeWork(self.blocks, tables.first, self.length, self.first_part, self.parts)
+
+    def tile_work(self, tables: Tables, first: int, last: int) -> TileWork:
         """Tiles `first` to `last`."""
         at = slice(first, last)
-        return TileWork(self.blocks, self.tile_row[at], self.tile_rows[at], self.tile_position[at], self.tile_first[at])
+        rows = (self.tile_row[at], self.tile_rows[at], self.tile_position[at])
+        return TileWork(self.blocks, *rows, tables.tile_first[at])
 
 
 def fill_parts(host: HostInputs, part_keys: int) -> None:

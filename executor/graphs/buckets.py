@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from qllm.executor.gpu.pass_inputs import TILE_ROWS, Room
+from qllm.executor.gpu.pass_inputs import RECORDED_ROWS, TILE_ROWS, Room
 from qllm.executor.model.packed_batch import Batch
 
 DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  #: sequences that decode
-PROMPTS = (32, 64, 128, 256, 512)  #: rows of prompts
+PROMPTS = (32, 64, 128, 256, RECORDED_ROWS)  #: rows of prompts
 CHUNKS = 8  #: sequences that these rows may belong to
 BESIDE = 32  #: most sequences that decode beside prompts
 
@@ -24,11 +24,11 @@ class Bucket(NamedTuple):
     decode: int  #: sequences that decode
     prompts: int  #: rows of prompts, of up to CHUNKS sequences
 
-    def room(self, blocks: int) -> Room:
-        """The room of its inputs, with block tables of `blocks` blocks in all."""
+    def room(self, blocks: int, *, rings: bool = False) -> Room:
+        """The room of its inputs, with block tables of `blocks` blocks in all; `rings`: as in Room."""
         chunks = CHUNKS if self.prompts else 0
         tiles = self.prompts // TILE_ROWS + chunks  # each sequence may leave a tile half full
-        return Room(self.decode + self.prompts, self.decode, tiles, self.decode + chunks, blocks)
+        return Room(self.decode + self.prompts, self.decode, tiles, self.decode + chunks, blocks, rings)
 
 
 def buckets(max_seqs: int) -> Iterator[Bucket]:

@@ -17,6 +17,7 @@ from qllm.executor.graphs.buckets import DECODE, Bucket, bucket_of, buckets
 from qllm.executor.graphs.pieces import GraphRecorder, Piece, Recorder
 from qllm.executor.model.attention_plan import fill
 from qllm.executor.model.info import memory_bytes
+from qllm.executor.model.kv_cache import Rings
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import Point, RunAhead, RunningPass
 from qllm.executor.model.runner import Runner, run_to_end
@@ -78,6 +79,7 @@ class GraphRunner(Runner):
             "off": none.
         max_seqs: most sequences in a pass.
         kernels: see Runner.
+        rings: see Runner.
         recorder: makes what records one pass; by default CUDA graphs.
     """
 
@@ -91,9 +93,10 @@ class GraphRunner(Runner):
         graphs: Graphs = "load",
         max_seqs: int = 32,
         kernels: bool | None = None,
+        rings: Rings | None = None,
         recorder: Callable[[], Recorder] | None = None,
     ):
-        super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels)
+        super().__init__(model, kv_blocks, block_size, splitter, kernels=kernels, rings=rings)
         self.recorded: dict[Bucket, list[Recorded]] = {}
         # The state of a sequence has no fixed address, what is called for one at a time no fixed number of calls, and
         # of quantised experts the host must know who goes where.
@@ -111,14 +114,17 @@ class GraphRunner(Runner):
         if self.graphs == "use" and bucket not in self.recorded:
             self._record_one(bucket)
         batch.make_room(bucket.decode)
-        blocks = sum(-(-(e.start + e.n) // self.cache.block_size) for e in batch.entries)
-        host = HostInputs(bucket.room(blocks), self.device)
+        room = bucket.room(batch.table_blocks(), rings=self.cache.rings is not None)
+        host = HostInputs(room, self.device)
         fill(batch, host, 1)
         return partial(self._run, bucket=bucket, host=host)
 
     def _records(self, batch: Batch) -> bool:
-        # Of prompts latents are expanded, and how many depends on their context.
-        return not self.latent or batch.rows == batch.n_decode
+        # Of prompts latents are expanded, and how many depends on their context; so it is where a chunk is too long for
+        # its rows to be written before they attend.
+        rings, most = self.cache.rings, max((e.n for e in batch.entries), default=0)
+        in_place = rings is None or most + rings.window - 1 <= self.cache.ring_tokens
+        return in_place and (not self.latent or batch.rows == batch.n_decode)
 
     def _is_whole(self, split: Split) -> bool:
         return 0 < self.n_experts <= split.experts_per_group and split.query_blocks <= 1
@@ -189,7 +195,10 @@ class GraphRunner(Runner):
 
     def record(self, bucket: Bucket) -> Recorded:
         """Record a pass of that bucket, over padding alone."""
-        room = bucket.room(self.cache.n_blocks)
+        rings, most = self.cache.rings is not None, self.cache.n_blocks
+        room = bucket.room(
+            2 * most if rings else most, rings=rings
+        )  # a table of a ring is as long as the other, at most
         inputs = DeviceInputs(room, self.device)
         inputs.scratch = self._scratch
         inputs.load(HostInputs(room, self.device))

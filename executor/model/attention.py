@@ -8,7 +8,7 @@ GPU `qllm.executor.gpu.packed_attention` does the same by kernels that read the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -62,14 +62,16 @@ def attention_forward(
     if batch.inputs is not None:
         from qllm.executor.gpu.packed_attention import Layer, attend  # Triton, which is there with a GPU only
 
-        stores = batch.cache.layer(layer, *kept)
-        form = Layer(*stores, batch.cache.block_size, scale, window, softcap, s_aux)
+        in_rings, stores = batch.cache.in_rings(window), batch.cache.layer(layer, *kept, window)
+        tables, ring = batch.inputs.tables(in_rings=in_rings), batch.cache.ring_tokens if in_rings else 0
+        form = Layer(*stores, batch.cache.block_size, scale, window, softcap, s_aux, tables, ring)
         attend(q, k, v, out, form, batch.inputs, batch.prompt_parts, partial(running.reach, "attention"), latents)
         return out.unsqueeze(0), None
-    batch.cache.write(layer, batch.slots, *kept)
     plan = running.plan(window)
     kernel = Kernel(scale, softcap, s_aux)
     read: Read = partial(batch.cache.read, layer)
+    keys_of = Keys(key[0], value[0], read, latents, plan.contexts())
+    batch.write(layer, *kept, window)
     if latents is None:
         decode(plan, q, out, kernel, read)
     else:
@@ -77,7 +79,6 @@ def attention_forward(
         sums = q.new_empty((n, q.shape[1], latents.form.latent_width))
         decode(plan, latents.form.queries(q[:n]), sums, kernel, lambda slots: latents.as_kv(read(slots)[0]))
         out[:n] = latents.form.results(sums)
-    keys_of = Keys(key[0], value[0], read, latents)
     for number, blocks in plan.block_groups:
         if number:
             running.reach("attention", number)
@@ -169,16 +170,25 @@ def decode(plan: AttentionPlan, q: torch.Tensor, out: torch.Tensor, kernel: Kern
 class Keys:
     """K and V of query blocks: the pass's own rows `[kv_heads, T, D]`, or a chunk's, gathered once and then kept.
 
-    Where attention is latent, the pass's own rows begin with row `latents.first`, and a chunk's are expanded.
+    Where attention is latent, the pass's own rows begin with row `latents.first`, and a chunk's are expanded. Of layers
+    that keep a window, the `contexts` (slots) of chunks are read at once: what is written next may overwrite them.
     """
 
     holds_activations = True
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, read: Read, latents: Latents | None):
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        read: Read,
+        latents: Latents | None,
+        contexts: Iterable[torch.Tensor] = (),
+    ):
         self._own = (key, value)
         self._read, self._latents = read, latents
         self._slots: torch.Tensor | None = None
         self._gathered = self._own
+        self._contexts = tuple((slots, *read(slots)) for slots in contexts)
 
     def __call__(self, block: QueryBlock, contiguous: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V, each `[kv_heads, high - low, D]`; contiguous within a head where asked for."""
@@ -191,13 +201,21 @@ class Keys:
                 seen = slice(seen.start - self._latents.first, seen.stop - self._latents.first)
         else:
             if block.slots is not self._slots:
-                found = self._read(block.slots)
-                if self._latents is not None:
-                    found = self._latents.expanded(found[0])
-                k, v = (t.transpose(0, 1).contiguous() for t in found)
-                self._slots, self._gathered = block.slots, (k, v)
+                self._slots, self._gathered = block.slots, self._of_chunk(block.slots, block.own)
             k, v = self._gathered
         return k[:, seen], v[:, seen]
+
+    def _of_chunk(self, slots: torch.Tensor, own: slice | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of what a chunk sees, each `[kv_heads, L, D]`."""
+        if own is None:
+            found = self._read(slots)
+            if self._latents is not None:
+                found = self._latents.expanded(found[0])
+            k, v = (t.transpose(0, 1).contiguous() for t in found)
+            return k, v
+        context = next(found for at, *found in self._contexts if at is slots)
+        k, v = (torch.cat([t.transpose(0, 1), new[:, own]], 1) for t, new in zip(context, self._own, strict=True))
+        return k, v
 
 
 def prefill(

@@ -23,7 +23,6 @@ from qllm.executor.gpu.pass_inputs import (
     Room,
     fill_parts,
 )
-from qllm.executor.model.kv_cache import slots_of
 from qllm.executor.model.packed_batch import Batch, Entry
 
 PAD_RATIO = 1.25  # decode sequences share one padded gather while the longest is at most this much longer ...
@@ -56,6 +55,7 @@ class QueryBlock:
     base: int  #: where position `low` is in `slots`; without them the row that it is
     slots: torch.Tensor | None  #: int64, of the chunk's keys, shared by its blocks; None: all are rows of this pass
     window: int | None
+    own: slice | None = None  #: rows of this pass that follow what lies in `slots`: where they may be overwritten
 
     @property
     def seen(self) -> slice:
@@ -88,6 +88,11 @@ class AttentionPlan:
     decode: tuple[DecodeBucket, ...]
     block_groups: tuple[tuple[int, tuple[QueryBlock, ...]], ...]
 
+    def contexts(self) -> list[torch.Tensor]:
+        """Slots of the chunks whose context is read before their rows are written."""
+        found = (block.slots for _, blocks in self.block_groups for block in blocks if block.own is not None)
+        return list({id(slots): slots for slots in found if slots is not None}.values())
+
 
 def plan_attention(batch: Batch, query_blocks: int, window: int | None) -> AttentionPlan:
     """The attention of a layer with that window (tokens, itself included), in at most `query_blocks` prefill groups."""
@@ -104,9 +109,9 @@ def _decode_buckets(batch: Batch, window: int | None) -> Iterable[DecodeBucket]:
         rows = len(entries) if cache.device.type != "cpu" else first + max(1, GATHER_TOKENS // width)
         while last < min(len(entries), rows) and width <= max(lengths[last] * PAD_RATIO, lengths[last] + PAD_SLACK):
             last += 1
-        slots = np.full((last - first, width), cache.zero_slot)
+        slots = np.full((last - first, width), cache.masked_slot(window))
         for i, (e, length) in enumerate(zip(entries[first:last], lengths[first:last], strict=True)):
-            slots[i, :length] = slots_of(e.seq.blocks, cache.block_size, e.start + 1 - length, e.start + 1)
+            slots[i, :length] = batch.slots_of(e, e.start + 1 - length, e.start + 1, window)
         mask = None
         if lengths[last - 1] < width:
             seen = np.arange(width) < np.array(lengths[first:last])[:, None]
@@ -149,8 +154,8 @@ def place_for_kernels(batch: Batch, query_blocks: int) -> None:
     """Bring the batch to the device for the kernels of a GPU: in one copy, without padding."""
     found = list(row_groups(batch, query_blocks, None))
     tiles = sum(-(-(stop - start) // TILE_ROWS) for _, _, start, stop in found)
-    blocks = sum(-(-(e.start + e.n) // batch.cache.block_size) for e in batch.entries)
-    room = Room(batch.rows, batch.n_decode, tiles, len(batch.sampled), blocks)
+    rings = batch.cache.rings is not None
+    room = Room(batch.rows, batch.n_decode, tiles, len(batch.sampled), batch.table_blocks(), rings)
     host, inputs = HostInputs(room, batch.cache.device), DeviceInputs(room, batch.cache.device)
     batch.prompt_parts = fill(batch, host, query_blocks)
     inputs.load(host)
@@ -167,9 +172,12 @@ def fill(batch: Batch, host: HostInputs, query_blocks: int) -> tuple[PromptPart,
         rows = np.arange(start, stop, TILE_ROWS)
         at = slice(tile, tile + len(rows))
         host.tile_row[at], host.tile_rows[at] = e.row + rows, np.minimum(stop - rows, TILE_ROWS)
-        host.tile_position[at], host.tile_first[at] = e.start + rows, tables[id(e)]
+        table, ring = tables[id(e)]
+        host.tile_position[at], host.tile_first[at] = e.start + rows, table
+        if host.room.rings:
+            host.ring_tile_first[at] = ring
         span = (e.row + start, e.row + stop, e.start + start)
-        parts.append(PromptPart(number, *span, tables[id(e)], e.row, e.row + e.n, (at.start, at.stop)))
+        parts.append(PromptPart(number, *span, table, e.row, e.row + e.n, (at.start, at.stop), ring))
         tile += len(rows)
     return tuple(parts)
 
@@ -177,14 +185,16 @@ def fill(batch: Batch, host: HostInputs, query_blocks: int) -> tuple[PromptPart,
 def _chunk(batch: Batch, e: Entry, window: int | None) -> Callable[[int, int], QueryBlock]:
     """Makes the query block of rows a to b of one chunk."""
     lowest = 0 if window is None else max(0, e.start - window + 1)
-    slots, origin = None, e.start - e.row  # the position that base 0 stands for
+    slots, own, origin = None, None, e.start - e.row  # the position that base 0 stands for
     if lowest < e.start:
-        slots = batch.to_device(slots_of(e.seq.blocks, batch.cache.block_size, lowest, e.start + e.n))
+        own = slice(e.row, e.row + e.n) if batch.cache.in_rings(window) else None
+        stop = e.start + e.n if own is None else e.start
+        slots = batch.to_device(batch.slots_of(e, lowest, stop, window))
         origin = lowest
 
     def block(a: int, b: int) -> QueryBlock:
         position = e.start + a
         low = 0 if window is None else max(0, position - window + 1)
-        return QueryBlock(e.row + a, e.row + b, position, low, e.start + b, low - origin, slots, window)
+        return QueryBlock(e.row + a, e.row + b, position, low, e.start + b, low - origin, slots, window, own)
 
     return block

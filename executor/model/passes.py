@@ -95,7 +95,8 @@ class RunningPass:
         """Run to the next preemption point; None at the end. Raises RuntimeError on a pass that is done.
 
         Also raises what the pass raises. It is then done, its sequences stand where they stood before it, and other
-        passes do not notice.
+        passes do not notice. Where layers keep a state or no more than a window, rows of the pass may have taken the
+        place of what the next rows need: such a sequence must start again, from its first token.
         """
         if self.done:
             raise RuntimeError("advance() on a pass that is done")
@@ -115,7 +116,10 @@ class RunningPass:
         self._greenlet.throw(error)
 
     def close(self) -> None:
-        """Give the pass up where it stands: its stack is unwound and its memory freed. Idempotent."""
+        """Give the pass up where it stands: its stack is unwound and its memory freed. Idempotent.
+
+        Its sequences are left as `advance` leaves them where a pass breaks.
+        """
         if not self.done:
             self.fail(GreenletExit())
 

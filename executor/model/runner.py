@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qllm.executor.latent.hook import forms
 from qllm.executor.model.attention_plan import place_for_kernels
-from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.model.kv_cache import PagedKVCache, Rings
 from qllm.executor.model.packed_batch import Batch, Sequence
 from qllm.executor.model.passes import RunAhead, RunningPass
 from qllm.executor.model.split import Split, Splitter, whole
@@ -23,7 +23,13 @@ from qllm.executor.unpacked.caches import unpacked_layers
 class Runner:
     """Starts passes over one prepared model and a cache of `kv_blocks` blocks. All passes belong to one thread.
 
-    `kernels`: whether those of `qllm.executor.gpu` compute attention and experts; by default on a GPU.
+    Args:
+        model: prepared.
+        kv_blocks: of the cache.
+        block_size: tokens in a block.
+        splitter: how passes are cut.
+        kernels: whether those of `qllm.executor.gpu` compute attention and experts; by default on a GPU.
+        rings: how layers with a sliding window keep the window alone (`window_of`); None: they keep all tokens.
     """
 
     def __init__(
@@ -34,11 +40,12 @@ class Runner:
         splitter: Splitter = whole,
         *,
         kernels: bool | None = None,
+        rings: Rings | None = None,
     ):
         self.model = model
         self.device = model.device
         self.kernels = has_kernels(self.device) if kernels is None else kernels
-        self.cache = PagedKVCache(kv_blocks, block_size, self.device)
+        self.cache = PagedKVCache(kv_blocks, block_size, self.device, rings)
         self.splitter = splitter
         self.n_experts = 0  #: of a layer, once the cache is made
         self.windows = declared_windows(model.config)
@@ -52,7 +59,7 @@ class Runner:
     def make_cache(self) -> None:
         """Make the KV of all layers, in a pass over one token. Raises what PyTorch raises where memory ends."""
         with torch.inference_mode():
-            running = self.begin([(Sequence([0], [0]), 1)])
+            running = self.begin([(Sequence([0], [0], ring=self.cache.ring_of(1)), 1)])
             run_to_end(running)
         self.n_experts = max(map(len, running.routing), default=0)
 
@@ -118,6 +125,17 @@ def declared_windows(config: PreTrainedConfig) -> list[int | None]:
     """Sliding window of each attention layer by configuration (tokens, the token itself included), None without."""
     layers = DynamicCache(config=config).layers
     return [getattr(layer, "sliding_window", None) for layer in layers if isinstance(layer, DynamicLayer)]
+
+
+def window_of(model: PreTrainedModel) -> int | None:
+    """The largest sliding window (tokens) of a model in which some layers have one and others attend to all tokens.
+
+    Its windows may be kept in rings. None for any other model, and where attention is not packed or keeps latents.
+    """
+    windows = declared_windows(model.config)
+    found = [window for window in windows if window is not None]
+    plain = not unpacked_layers(model.config) and not any(True for _ in forms(model))
+    return max(found) if plain and found and len(found) < len(windows) else None
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -74,8 +74,10 @@ def engine_clock(target: LoadedModel, config: Config) -> RealClock:
 
 def engine_limits(target: LoadedModel, config: Config) -> Limits:
     """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
-    given = config.limits
-    return limits_with(config, target.kv_blocks(given.block_size) if given.kv_blocks is None else given.kv_blocks)
+    blocks = config.limits.kv_blocks
+    if blocks is None:
+        blocks = target.kv_blocks(config.limits.block_size, config.limits.max_seqs)
+    return limits_with(config, blocks)
 
 
 def run(

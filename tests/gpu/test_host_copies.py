@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qllm.executor.gpu import host_memory
 from qllm.executor.gpu.host_copies import ALIGNED, HostCopies, layout
 from qllm.executor.gpu.host_memory import CHUNKS_IN_PIECE, HostPool
-from qllm.executor.model.kv_cache import PagedKVCache
+from qllm.executor.model.kv_cache import PagedKVCache, slots_of
 
 BLOCKS, BLOCK_SIZE, CHUNK = 24, 4, 1024
 WIDTHS = ((2, 24, 16), (1, 8, 8), (4, 16, 32))  # kv_heads, width of K, width of V
@@ -59,6 +59,11 @@ class LateSide:
         pass
 
 
+def slots(cache, blocks, tokens):
+    """Of the first `tokens` tokens of the sequence in `blocks`."""
+    return torch.from_numpy(slots_of(blocks, cache.block_size, 0, tokens)).to(cache.device)
+
+
 def unpinned(shape):
     return torch.full(shape, 99, dtype=torch.uint8)
 
@@ -96,7 +101,7 @@ def check_that_kv_comes_back(data, buffers, pieces):
             cache.write(index, slots, rows[0].float(), rows[1].bfloat16())
 
     def contents(blocks, tokens):
-        return [t.clone() for i in range(len(WIDTHS)) for t in cache.read(i, cache._slots(blocks, tokens))]
+        return [t.clone() for i in range(len(WIDTHS)) for t in cache.read(i, slots(cache, blocks, tokens))]
 
     for number in range(data.draw(st.integers(1, 14))):
         doing = data.draw(st.sampled_from(["begin", "offload", "restore", "drop", "copies run"]))
@@ -104,14 +109,14 @@ def check_that_kv_comes_back(data, buffers, pieces):
             tokens = data.draw(st.integers(1, len(free) * BLOCK_SIZE))
             blocks = data.draw(st.permutations(sorted(free)))[: -(-tokens // BLOCK_SIZE)]
             free -= set(blocks)
-            write(cache._slots(blocks, tokens))
+            write(slots(cache, blocks, tokens))
             here[number] = blocks, tokens, contents(blocks, tokens)
         elif doing == "offload" and here:
             blocks, tokens, held = here.pop(data.draw(st.sampled_from(sorted(here))))
             away[number] = cache.offload(blocks, tokens), held
             assert away[number][0].nbytes == sum(t.nbytes for t in held)
             free |= set(blocks)
-            write(cache._slots(blocks, tokens))  # the next owner's
+            write(slots(cache, blocks, tokens))  # the next owner's
         elif doing == "restore" and away:
             name = data.draw(st.sampled_from(sorted(away)))
             host, held = away[name]
@@ -245,11 +250,11 @@ def test_a_gpu_goes_on_while_kv_moves_and_every_row_comes_back():
                 for store in cache.layer(index, like, like):
                     store.normal_()
             blocks, others = (list(range(first, 3 * tokens // size, 3)) for first in (0, 1))
-            held = [store[cache._slots(blocks, tokens)] for store in (*cache.keys, *cache.values)]
+            held = [store[slots(cache, blocks, tokens)] for store in (*cache.keys, *cache.values)]
             for _ in range(4):
                 host = cache.offload(blocks, tokens)
                 for store in (*cache.keys, *cache.values):
-                    store[cache._slots(blocks, tokens)] = 0.0  # the next owner's, on the same stream
+                    store[slots(cache, blocks, tokens)] = 0.0  # the next owner's, on the same stream
                 cache.restore(host, others)
                 del host
                 assert all(

@@ -250,8 +250,8 @@ def load(
                 config = _read_config(name_or_path, trust_remote_code)
                 found = torch_dtype(dtype, config) or torch.float32
                 skeleton = _skeleton(config, found, trust_remote_code)
+                size = weights_bytes(skeleton, experts)
             layers: int = config.get_text_config(decoder=True).num_hidden_layers
-            size = weights_bytes(skeleton, experts)
             made = size if experts == "packed" else weights_bytes(skeleton)  # to be quantised, it is made plain
             if made > MEMORY_SHARE * memory_bytes(place)[0]:
                 few = random_model(with_layers(config, FEW_LAYERS), found, place, experts)

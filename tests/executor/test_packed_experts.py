@@ -358,6 +358,10 @@ def test_checkpoints_whose_experts_are_not_quantised_are_refused(own, made):
 def test_only_a_checkpoint_has_packed_experts(made, tmp_path):
     with pytest.raises(LoadError, match="which needs a quantised checkpoint's weights; allowed here: plain, nf4"):
         prepare_model(tiny_model("qwen3_moe"), experts="packed")
+    shutil.copy(made().parent / "plain" / "config.json", tmp_path)
+    with pytest.raises(LoadError) as told:
+        load(str(tmp_path), experts="packed", random_weights=True)
+    assert str(told.value).startswith(f"--model {tmp_path}: experts cannot stay packed: its weights are not quantised;")
     shutil.copy(made() / "config.json", tmp_path)
     with pytest.raises(LoadError, match="which needs a quantised checkpoint's weights"):
         load(str(tmp_path), experts="packed", random_weights=True)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,7 @@ class Interval(NamedTuple):
     n: int
 
 
+@cache
 def student_t(df: int, share: float = 0.95) -> float:
     """The t within which `share` of Student's distribution with `df` (>= 1) degrees of freedom lies, around 0."""
     low, high = 0.0, 1.0
@@ -72,21 +74,29 @@ def _within(t: float, df: int) -> float:
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
+def intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Means and 95 % intervals by Student's t of independent values along the last axis, one a seed.
+
+    Args:
+        values: float64[..., seeds]; those that are nan are left out.
+
+    Returns:
+        mean, low, high and the number of values, [...] each. Mean: nan for none; low and high: nan for fewer than two.
+    """
+    given = ~np.isnan(values)
+    n = given.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(given, values, 0.0).sum(axis=-1) / n
+        apart = np.where(given, values - mean[..., None], 0.0)
+        t = np.vectorize(lambda count: student_t(count - 1) if count > 1 else math.nan, otypes=[float])(n)
+        half = t * np.sqrt((apart**2).sum(axis=-1) / (n - 1) / n)
+    return mean, mean - half, mean + half, n
+
+
 def mean_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Mean and 95 % interval by Student's t of independent values, one a seed; those that are nan are left out."""
-    given = np.asarray(values, dtype=float)
-    given = given[~np.isnan(given)]
-    n = len(given)
-    mean = float(given.mean()) if n else math.nan
-    if n < 2:
-        return Interval(mean, math.nan, math.nan, n)
-    half = student_t(n - 1) * float(given.std(ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
-
-
-def paired(one: pd.Series, other: pd.Series) -> Interval:
-    """Mean and 95 % interval of `one` - `other` over the seeds that both have; both are indexed by seed."""
-    return mean_interval((one - other).dropna().to_numpy(dtype=float))
+    """`intervals` of one row of values."""
+    mean, low, high, n = intervals(np.asarray(values, dtype=float))
+    return Interval(float(mean), float(low), float(high), int(n))
 
 
 def differences(results: Results, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
@@ -120,17 +130,30 @@ def paired_rows(
     Returns:
         As `differences`, with `by` in place of policy.
     """
-    rows: list[dict[str, Any]] = []
+    parts = []
     for key, here in per_seed.groupby(list(at), sort=False, observed=True, dropna=False):
-        place = dict(zip(at, key, strict=True))
-        found = {str(name): table.set_index("seed") for name, table in here.groupby(by, sort=False, observed=True)}
-        for metric in metrics:
-            for minus, name in combinations([name for name in names if name in found], 2):
-                interval = paired(found[name][metric], found[minus][metric])
-                if interval.n:
-                    values = dict(zip(("difference", "low", "high", "seeds"), interval, strict=True))
-                    rows.append({**place, "metric": metric, by: name, "minus": minus, **values})
-    return pd.DataFrame(rows, columns=[*at, "metric", by, "minus", "difference", "low", "high", "seeds"])
+        there = {str(name): table.set_index("seed") for name, table in here.groupby(by, sort=False, observed=True)}
+        known = [name for name in names if name in there]
+        seeds = sorted(set(here["seed"]))
+        pairs = [(minus, name) for minus, name in combinations(range(len(known)), 2)]
+        if not pairs:
+            continue
+        values = np.array([there[name].reindex(seeds)[list(metrics)].to_numpy(dtype=float) for name in known])
+        earlier, later = np.array(pairs).T
+        difference = (values[later] - values[earlier]).transpose(2, 0, 1)  # metrics, pairs, seeds
+        mean, low, high, n = intervals(difference)
+        table = pd.DataFrame(
+            {
+                **{name: [value] * mean.size for name, value in zip(at, key, strict=True)},
+                "metric": np.repeat(list(metrics), len(pairs)),
+                by: np.tile([known[k] for k in later], len(metrics)),
+                "minus": np.tile([known[k] for k in earlier], len(metrics)),
+                **{"difference": mean.ravel(), "low": low.ravel(), "high": high.ravel(), "seeds": n.ravel()},
+            }
+        )
+        parts.append(table[table["seeds"] > 0])
+    columns = [*at, "metric", by, "minus", "difference", "low", "high", "seeds"]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
 
 
 def in_words(metric: str, difference: float, low: float, high: float) -> str:

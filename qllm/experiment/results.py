@@ -1,4 +1,4 @@
-"""The results of a simulation in memory and on disk: requests.parquet, summary.csv, failures.csv and config.yaml."""
+"""The results of a simulation in memory and on disk: tables as parquet and CSV, and config.yaml."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from qllm.config.config import RATE, Config, load_config
 from qllm.config.schema import Slo
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import after_warmup, judged, summarise
+from qllm.experiment.paired import differences
 from qllm.traces.files import portable_path
 from qllm.traces.messages import first_line
 
 REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
+DIFFERENCES = "differences.csv"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class Results:
         return pd.concat(parts, ignore_index=True)
 
     @cached_property
+    def differences(self) -> pd.DataFrame:
+        """Every two policies compared on common seeds (see qllm.experiment.paired); without intervals for one seed."""
+        return differences(self)
+
+    @cached_property
     def slos(self) -> dict[str, list[Slo]]:
         """The SLO of each class: none, one, or those that were swept."""
         found: dict[str, list[Slo]] = {name: [] for name in self.config.classes}
@@ -88,7 +95,9 @@ class Results:
         return found
 
     def save(self, out: str | Path) -> Path:
-        """Write requests.parquet, summary.csv, config.yaml and, where something failed, failures.csv; return `out`.
+        """Write requests.parquet, summary.csv and config.yaml; return `out`.
+
+        And differences.csv where there are several policies and seeds, failures.csv where something failed.
 
         Args:
             out: The folder, made if need be.
@@ -107,6 +116,10 @@ class Results:
         table = pa.Table.from_pandas(self.requests, preserve_index=False).replace_schema_metadata(None)
         pq.write_table(table, folder / REQUESTS, compression="zstd")
         self.summary.to_csv(folder / SUMMARY, index=False, float_format="%.9g", lineterminator="\n")
+        if len(self.config.policies) > 1 and self.requests["seed"].nunique() > 1:
+            self.differences.to_csv(folder / DIFFERENCES, index=False, float_format="%.9g", lineterminator="\n")
+        else:
+            (folder / DIFFERENCES).unlink(missing_ok=True)
         if self.failures.empty:
             (folder / FAILURES).unlink(missing_ok=True)  # of an earlier run
         else:

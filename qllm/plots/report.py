@@ -17,6 +17,7 @@ import pandas as pd
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import totals
+from qllm.experiment.paired import ONE_SEED, in_words, paired_rows
 from qllm.experiment.results import CONFIG, Results, load_results, portable
 from qllm.experiment.sweep import SEVERAL
 from qllm.plots.curves import save_figures
@@ -37,6 +38,7 @@ _FIGURES = (
     {"name": "throughput", "title": "Turnaround and throughput"},
     {"name": "slo", "title": "SLO attainment"},
 )
+MOST_PAIRS = 6000  #: rows of a table of differences; of more, those from the first policy alone
 _MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -67,6 +69,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> Path:
         figure_kinds=[kind for kind in _FIGURES if any(part["figures"][kind["name"]] for part in parts)],
         differences=differences(loaded),
         compared=_table(compare(loaded, labels)),
+        between=between(loaded, labels),
     )
     path = Path(out)
     try:
@@ -101,6 +104,47 @@ def compare(loaded: Sequence[Results], labels: Sequence[str]) -> pd.DataFrame:
     return joined[several][columns].reset_index()
 
 
+def between(loaded: Sequence[Results], labels: Sequence[str]) -> dict[str, Any]:
+    """The same policy in every two results on common seeds, if these stand for the same requests: rows, and a note."""
+    if len({repr(_workload(results)) for results in loaded}) > 1:
+        return {**_table(pd.DataFrame()), "note": "The workloads differ, so that seeds do not pair: no intervals."}
+    swept = [set(results.config.sweep) - {"rate"} for results in loaded]
+    at = ["policy", "rate", "class", *sorted(set.intersection(*swept))]
+    tables = []
+    for results, label in zip(loaded, labels, strict=True):
+        table = results.per_seed.assign(result=label)
+        tables.append(table.assign(policy=table["policy"].astype(str)).drop_duplicates([*at, "seed"], keep=False))
+    return _differences(paired_rows(pd.concat(tables), "result", labels, at), "result")
+
+
+def _workload(results: Results) -> Any:
+    """What decides which requests a seed stands for."""
+    config = results.config.model_dump(include={"classes", "arrival", "requests", "duration"})
+    judged = ("slo", "deadline", "priority")
+    config["classes"] = {
+        name: {key: value for key, value in job.items() if key not in judged} for name, job in config["classes"].items()
+    }
+    return portable(config, Path.cwd())
+
+
+def _differences(rows: pd.DataFrame, by: str) -> dict[str, Any]:
+    """A table of differences with a column in words, and what has to be said of it."""
+    if not len(rows) or rows["seeds"].max() < 2:
+        return {**_table(rows[:0]), "note": ONE_SEED if len(rows) else ""}
+    note = ""
+    if len(rows) > MOST_PAIRS:
+        first = rows["minus"].iloc[0]
+        rows = rows[rows["minus"] == first][:MOST_PAIRS]
+        note = f"Only differences from {first}, and at most {MOST_PAIRS} rows; differences.csv has all."
+    words = [in_words(*row) for row in rows[["metric", "difference", "low", "high"]].itertuples(index=False)]
+    clear = np.where((rows["low"] > 0) | (rows["high"] < 0), "yes", "")
+    shown = rows.assign(**{by: rows[by] + " minus " + rows["minus"]}, words=words, clear=clear)
+    names = {"words": "difference [95 % interval]", "clear": "leaves out 0"}
+    last = ["words", "clear", "difference", "low", "high", "seeds"]
+    order = [*(name for name in rows.columns if name not in ("minus", *last)), *last]
+    return {**_table(shown[order].rename(columns=names)), "note": note}
+
+
 def _part(label: str, folder: Path, results: Results, policies: Sequence[str]) -> dict[str, Any]:
     """What the template shows of one folder."""
     timings = results.config.provenance.get("timings", "unknown: unknown")
@@ -123,6 +167,7 @@ def _part(label: str, folder: Path, results: Results, policies: Sequence[str]) -
         "timeline": _data(folder / "timeline.png"),
         "summary": _table(results.summary.drop(columns=["ttft_mean_lo_s", "ttft_mean_hi_s"])),
         "totals": _totals(results),
+        "differences": _differences(results.differences, "policy"),
         "failures": _table(results.failures),
         "config": (folder / CONFIG).read_text(encoding="utf-8"),
     }

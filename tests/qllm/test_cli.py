@@ -17,7 +17,7 @@ def test_simulate_writes_its_files_and_prints_a_table(tmp_path: Path) -> None:
     done = qllm("simulate", config, "--out", tmp_path / "out", "--jobs", 2, "--timeline")
     assert done.returncode == 0, done.stderr
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    tables = {"requests.parquet", "summary.csv", "config.yaml", "timeline.json"}
+    tables = {"requests.parquet", "summary.csv", "differences.csv", "config.yaml", "timeline.json"}
     figures = {f"{name}.{kind}" for name in ("ttft", "throughput", "slo") for kind in ("png", "svg")}
     assert files == tables | figures | {"points", "timeline.png"}
     assert "qllm" in done.stdout

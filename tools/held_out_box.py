@@ -135,9 +135,8 @@ def main() -> None:
             print(f"{gpu} {model} {dtype}, passes: " + "  ".join(f"{f} {e:.0%}" for f, e in frameworks.items()))
             apart += frameworks.values()
         told = [mape(found) for found in kinds.values()]
-        print(
-            f"== {gpu}: {kernels} kernels; " + "  ".join(map(str, zip(kinds, told, strict=True))) + f"; {mape(apart)}"
-        )
+        shown = "  ".join(f"{kind} {error}" for kind, error in zip(kinds, told, strict=True))
+        print(f"== {gpu}: {kernels} kernels: {shown}; passes by one framework alone {mape(apart)}")
         largest = max(abs(error) for found in kinds.values() for error in found)
         rows.append([gpu, kernels, *told, f"{largest:.0%}", mape(apart)])
     if args.write:

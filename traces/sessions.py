@@ -49,3 +49,19 @@ def closed_loop(clients: int, think_s: np.ndarray) -> Sessions:
     if clients < 1:
         raise ValueError(f"clients is {clients}, must be at least 1")
     return Sessions(np.maximum(np.arange(len(think_s)) - clients, -1), think_s)
+
+
+def turns(many: int, think_s: np.ndarray) -> Sessions:
+    """Conversations of `many` requests, one after the other in the trace; the last one may have fewer.
+
+    Args:
+        many: At least 1.
+        think_s: Seconds before each request but a conversation's first, float64[n].
+
+    Raises:
+        ValueError: As `closed_loop` does.
+    """
+    if many < 1:
+        raise ValueError(f"turns is {many}, must be at least 1")
+    number = np.arange(len(think_s))
+    return Sessions(np.where(number % many, number - 1, -1), think_s)

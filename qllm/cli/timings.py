@@ -199,7 +199,7 @@ def roofline(
         raise ConfigError("give --model or --hf-config, one of them")
     file = hf_config or (model if _is_file(model or "") else None)
     shape = _shape(str(hf_config or model))
-    changed = {
+    changed: dict[str, Any] = {
         key: value
         for key, value in (
             ("bandwidth", bandwidth),

@@ -43,7 +43,26 @@ def onoff(
     return np.maximum.accumulate(cycles * cycle + np.minimum(in_on + in_off, cycle))
 
 
-PROCESSES: dict[str, Callable[..., np.ndarray]] = {"poisson": poisson, "gamma": gamma, "onoff": onoff}
+def phases(rng: np.random.Generator, requests: int, *, rate: float, phases: list[dict[str, float]]) -> np.ndarray:
+    """Poisson arrivals whose rate changes: phases (`seconds`, `rate` in proportion), over and over from time 0.
+
+    Their mean rate over a round is `rate`. float64[requests], sorted: the unit-rate process through the inverse of the
+    cumulative rate, as in `onoff`.
+    """
+    seconds = np.array([phase["seconds"] for phase in phases])
+    shares = np.array([phase["rate"] for phase in phases]) * seconds
+    cycle = seconds.sum()
+    ends, counts = np.cumsum(seconds), np.cumsum(shares / shares.sum()) * rate * cycle
+    busy = shares > 0  # where nobody comes time passes and nothing is counted
+    starts, before = ends - seconds, np.append(0.0, counts[:-1])
+    cycles, rest = np.divmod(np.cumsum(rng.standard_exponential(requests)), rate * cycle)
+    at = np.minimum(np.searchsorted(counts[busy], rest, side="left"), busy.sum() - 1)
+    share = (rest - before[busy][at]) / (counts[busy] - before[busy])[at]
+    within = starts[busy][at] + np.clip(share, 0, 1) * seconds[busy][at]
+    return np.maximum.accumulate(cycles * cycle + within)
+
+
+PROCESSES: dict[str, Callable[..., np.ndarray]] = {"poisson": poisson, "gamma": gamma, "onoff": onoff, "phases": phases}
 
 
 def draw_arrivals(rng: np.random.Generator, requests: int, arrival: GeneratedArrival, *, rate: float) -> np.ndarray:

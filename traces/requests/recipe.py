@@ -136,6 +136,26 @@ class OnOff(StrictModel):
         return self
 
 
+class Phase(StrictModel):
+    """A stretch of time at a rate of its own."""
+
+    seconds: Positive
+    rate: Annotated[float, Field(ge=0, allow_inf_nan=False)]  #: in proportion to that of the other phases
+
+
+class Phases(StrictModel):
+    """A Poisson process whose rate changes: phases one after the other, over and over, with `rate` as their mean."""
+
+    process: Literal["phases"]
+    phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)]  #: of phases: such as the hours of a day
+
+    @model_validator(mode="after")
+    def _somebody_comes(self) -> Phases:
+        if not any(phase.rate for phase in self.phases):
+            raise ValueError("the rate of one phase at least must be above 0")
+        return self
+
+
 def process_by_name(data: Any) -> Any:
     """`arrival: poisson` in full. ValueError for what is neither a name nor a mapping."""
     if data is None or isinstance(data, str):
@@ -146,7 +166,7 @@ def process_by_name(data: Any) -> Any:
 
 
 GeneratedArrival = Annotated[
-    Annotated[Poisson | Gamma | OnOff, Field(discriminator="process")], BeforeValidator(process_by_name)
+    Annotated[Poisson | Gamma | OnOff | Phases, Field(discriminator="process")], BeforeValidator(process_by_name)
 ]
 
 

@@ -115,7 +115,7 @@ class _Config:
             raise self.error("num_hidden_layers", told, f"at most {MOST_EXPERTS}")
         dense = self._dense_layers(layers)
         window = self._window(layers)
-        sizes = {
+        sizes: dict[str, Any] = {
             **{"layers": layers, "hidden": hidden, "heads": heads, "inter": inter, "experts": experts},
             "kv_heads": self.size("num_key_value_heads", default=heads),
             "top_k": self.size(*TOP_K),

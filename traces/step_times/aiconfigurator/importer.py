@@ -94,7 +94,8 @@ def import_aiconfigurator(
         (attends, "attention", attention, attended, importer.attention),
         ("moe", "moe", moe, experts, importer.experts),
     )
-    told, weighed = [], []  # not plausible; slow at some sizes, and the fastest in the mean
+    told: list[str] = []  # what is not plausible
+    weighed: list[str] = []  # slow at some sizes, and the fastest in the mean
     for kind, option, choice, part, build in parts:
         (weighed if choice == FASTEST else told).extend(importer.slow(kind, option, part, build))
     if errors.max() > OUTLIER:

@@ -56,7 +56,7 @@ class Experts(Part):
     tile: int | None
 
     def curve(self) -> dict[Any, float]:
-        return {int(tokens): float(seconds) for tokens, seconds in self.rows.items()}
+        return dict(zip(self.rows.index.tolist(), self.rows.tolist(), strict=True))
 
     def good(self) -> bool:
         return bool(np.abs(self.fit.errors).max() <= OUTLIER)

@@ -25,12 +25,11 @@ from released_checkpoints import OTHERS, TWENTY, Checkpoint, Quantised
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig
 
-from qllm.executor.engine.engine import STATES
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.latent.hook import METHOD, forms
 from qllm.executor.model.checks import auto_class, check_config, expand_weights
 from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
-from qllm.executor.model.info import ACCELERATOR_SHARE
+from qllm.executor.model.info import ACCELERATOR_SHARE, RESIDENT
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.quantised.experts import weights_bytes
 from qllm.executor.quantised.packed import FORMS
@@ -176,7 +175,7 @@ def short(number: int, unit: int) -> str:
 
 def fits(memory: Memory) -> str:
     """Whether a model fits a GPU of 80 GB, and KV of how many tokens beside it."""
-    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - STATES * Limits().max_seqs * memory.state
+    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - RESIDENT * Limits().max_seqs * memory.state
     if left <= 0 or not memory.kv:
         return "no" if left <= 0 else "-"
     tokens = int(left / memory.kv) // 1000

@@ -42,7 +42,8 @@ DEEPSEEK = {
 }
 
 
-def written(folder: Path, data: object) -> Path:
+def written(folder: Path, data: object, make: bool = False) -> Path:
+    folder.mkdir(exist_ok=make or folder.is_dir())
     path = folder / "config.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     return path
@@ -178,3 +179,27 @@ def test_an_unknown_quantisation_is_a_line(tmp_path, given_):
 def test_a_name_makes_a_file_name(tmp_path):
     data = {**QWEN, "hidden_size": 1024, "_name_or_path": "me/../A b\\\0c:d"}
     assert shape_from_config(written(tmp_path, data)) == replace(SHAPES["qwen3-30b-a3b"], hidden=1024, name="a-b-c-d")
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+MORE = (
+    *("mlp_only_layers", "moe_layer_freq", "layer_types"),
+    *("text_config", "n_shared_experts", "interleave_moe_layer_step"),
+)
+
+
+@given(base=st.sampled_from((QWEN, GPT_OSS, DEEPSEEK)), value=ODD, data=st.data())
+def test_no_value_of_any_key_breaks_the_reader(tmp_path_factory, base, value, data):
+    key = data.draw(st.sampled_from(sorted({*base, *MORE})))
+    path = written(tmp_path_factory.getbasetemp() / "odd.d", {**base, key: value}, make=True)
+    for read in (shape_from_config, weights_dtype):
+        told = ""
+        try:
+            assert isinstance(read(path), ModelShape | str)
+        except TimingError as refused:
+            told = str(refused)
+        assert not told or (told.startswith(f"{path}: ") and "\n" not in told)

@@ -107,6 +107,8 @@ def run(words: list[str]) -> None:
     if arguments[0] == "simulate":
         given = "".join(arguments)
         arguments += FEWER if "sweep.rate" not in given else FEWER[2:]
+    if arguments[0] == "capacity":
+        arguments += [*FEWER[2:], "--set", "capacity={precision: 0.2, curve: 1}"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}\n{result.exception!r}"
 

@@ -75,15 +75,15 @@ def kv(world: World) -> None:
     """KV of one long sequence to host memory and back."""
 
     def run(runner: Runner) -> None:
-        blocks = range(world.sizes.moved // BLOCK)
+        blocks, ring = range(world.sizes.moved // BLOCK), runner.cache.ring_of(world.sizes.moved)
         there, back = [], []
         for repeat in range(-1, 7):  # the first one makes the buffers
             world.synchronize()
             start = time.perf_counter()
-            moved = runner.cache.offload(blocks, world.sizes.moved)
+            moved = runner.cache.offload(blocks, world.sizes.moved, ring)
             world.synchronize()
             away = time.perf_counter()
-            runner.cache.restore(moved, blocks)
+            runner.cache.restore(moved, blocks, ring)
             world.synchronize()
             end = time.perf_counter()
             if repeat >= 0:

@@ -212,7 +212,8 @@ class World:
         for number, (new, cached) in enumerate(sizes):
             blocks = range(first, first - (-(new + cached) // BLOCK))
             first = blocks.stop
-            entries.append((packed_batch.Sequence(self.tokens(new + cached, number), [*blocks]), new))
+            ring = runner.cache.ring_of(new + cached, number)
+            entries.append((packed_batch.Sequence(self.tokens(new + cached, number), [*blocks], ring=ring), new))
         waiting = [(seq, len(seq.tokens) - new) for seq, new in entries if len(seq.tokens) > new]
         while waiting:  # compute what is cached, in passes of a size that is served
             some = [waiting.pop()]

@@ -29,7 +29,7 @@ from qllm.executor.calibration.fit import (
     wide,
 )
 from qllm.executor.calibration.grid import pass_kinds
-from qllm.executor.calibration.profiler import PRECISION, ROUNDS, Profiler, Progress
+from qllm.executor.calibration.profiler import BLOCK, PRECISION, ROUNDS, Profiler, Progress, rings_for
 from qllm.executor.calibration.store import MeasurementStore
 from qllm.executor.errors import CalibrationError
 from qllm.executor.model.info import memory_bytes, model_facts
@@ -83,7 +83,10 @@ def calibrate(
     if model.device.type == "cuda":
         torch.cuda.set_device(model.device)  # kernels go to the current device
     device = device_name(model.device)
-    kv_tokens = extent.kv_tokens(int(KV_SHARE * memory_bytes(model.device)[0] / facts["kv_bytes_per_token"]))
+    rings = rings_for(model, extent.max_batch)
+    windows = 0 if rings is None else rings.n_blocks * BLOCK * facts["window_bytes_per_token"]
+    left = KV_SHARE * memory_bytes(model.device)[0] - windows
+    kv_tokens = extent.kv_tokens(int(left / facts["kv_bytes_per_token"]))
     kinds = pass_kinds(**vars(extent), kv_tokens=kv_tokens, experts=facts["experts"], top_k=facts["top_k"])
     measured_of = {"model": loaded.name, "device": device, **facts, **vars(extent), "versions": versions()}
     store = MeasurementStore(out.with_name(out.name + ".measured"), measured_of)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from qllm.executor.calibration.grid import PassKind, mixed_lengths
 from qllm.executor.calibration.stopwatch import (
+    DECODING,
     Entries,
     Entry,
     PassTimes,
@@ -26,7 +27,9 @@ from qllm.executor.calibration.stopwatch import (
 from qllm.executor.calibration.store import MeasurementStore
 from qllm.executor.calibration.timed_runner import TimedRunner
 from qllm.executor.engine.hook_clock import Stopwatch, timed
-from qllm.executor.model.runner import run_to_end
+from qllm.executor.model.info import ring_size
+from qllm.executor.model.kv_cache import Rings
+from qllm.executor.model.runner import run_to_end, window_of
 from qllm.executor.model.split import Split
 
 BLOCK = 16  # KV slots in a block
@@ -52,7 +55,8 @@ class Profiler:
     """
 
     def __init__(self, model: PreTrainedModel, kv_tokens: int, max_batch: int):
-        self.runner = TimedRunner(model, -(-kv_tokens // BLOCK) + max_batch + 1, BLOCK, max_batch)
+        blocks, rings = -(-kv_tokens // BLOCK) + max_batch + 1, rings_for(model, max_batch)
+        self.runner = TimedRunner(model, blocks, BLOCK, max_batch, rings=rings)
         with torch.inference_mode():
             fill_cache(self.runner)
         self.model = model
@@ -125,6 +129,7 @@ class Profiler:
         new = min(256, self.runner.cache.n_blocks * BLOCK // 4)
         long, short = self.sequences(PassKind(1, new, 0))[0], self.sequences(PassKind(1, 1, new))[0]
         short[0].blocks = [block + -(-new // BLOCK) for block in short[0].blocks]
+        short[0].ring = self.runner.cache.ring_of(new + 1, number=1)
         for entry in (long, short):  # what is made at a first use is made here
             self._run(entry)
         stops = 0
@@ -153,23 +158,29 @@ class Profiler:
     def bandwidth(self) -> float:
         """Bytes per second at which the KV of a sequence moves between the device and host memory."""
         cache = self.runner.cache
-        of_token = sum(store[0].nbytes for store in cache.stores)
-        most = MOVED if self.runner.device.type == "cpu" else max(MOVED, ACCELERATOR_MOVED // of_token)
+        most = MOVED if self.runner.device.type == "cpu" else max(MOVED, ACCELERATOR_MOVED // cache.token_bytes())
         tokens = min(most, cache.n_blocks * BLOCK)
-        blocks = list(range(-(-tokens // BLOCK)))
+        blocks, ring = list(range(-(-tokens // BLOCK))), cache.ring_of(tokens)
         rates = []
         for _ in range(SHORT + 1):
             moved = 0
 
             def there_and_back() -> None:
                 nonlocal moved
-                host = cache.offload(blocks, tokens)
-                cache.restore(host, blocks)
+                host = cache.offload(blocks, tokens, ring)
+                cache.restore(host, blocks, ring)
                 moved = 2 * host.nbytes
 
             seconds = seconds_of(self.runner.device, there_and_back)
             rates.append(moved / seconds)
         return statistics.median(rates[1:])
+
+
+def rings_for(model: PreTrainedModel, max_batch: int) -> Rings | None:
+    """Rings for the sequences of each pass, where layers of `model` keep a window alone."""
+    window = window_of(model) or 0
+    size = ring_size(window, BLOCK, model.device)
+    return Rings(size * max(max_batch, DECODING), size, window) if size else None
 
 
 def spread(often: dict[PassKind, int]) -> list[tuple[PassKind, int]]:

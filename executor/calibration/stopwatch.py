@@ -59,7 +59,7 @@ def fill_cache(runner: Runner) -> None:
     """Fill the KV cache with random values: memory that was never written is read faster than KV ever is in serving."""
     runner.make_cache()
     for store in runner.cache.stores:
-        store[: runner.cache.zero_slot].normal_()
+        store[:-1].normal_()  # all slots but the one that is always zero
 
 
 def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: object) -> Entries:
@@ -67,11 +67,12 @@ def random_entries(runner: Runner, sizes: Iterable[tuple[int, int]], seed: objec
     # What lies in their blocks is taken for their KV.
     vocabulary = embedding(runner.model).num_embeddings
     rng, size, first = random.Random(str(seed)), runner.cache.block_size, 0
-    entries = []
+    entries: Entries = []
     for new, cached in sizes:
         blocks = range(first, first - (-(new + cached) // size))
         tokens = [0] * cached + rng.choices(range(vocabulary), k=new)
-        entries.append((Sequence(tokens, [*blocks], cached), new))
+        ring = runner.cache.ring_of(new + cached, len(entries))
+        entries.append((Sequence(tokens, [*blocks], cached, ring), new))
         first = blocks.stop
     return entries
 

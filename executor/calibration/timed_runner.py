@@ -18,6 +18,7 @@ from qllm.executor.gpu.pass_inputs import HostInputs
 from qllm.executor.graphs.buckets import Bucket
 from qllm.executor.graphs.pieces import Piece, Recorder
 from qllm.executor.graphs.runner import GraphRunner, Recorded, graph_recorders
+from qllm.executor.model.kv_cache import Rings
 from qllm.executor.model.packed_batch import Batch
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.split import Split
@@ -81,9 +82,10 @@ class TimedRunner(GraphRunner):
         max_seqs: int,
         *,
         kernels: bool | None = None,
+        rings: Rings | None = None,
         recorder: Callable[[], Recorder] | None = None,
     ):
-        settings: dict[str, Any] = {"graphs": "use", "max_seqs": max_seqs, "kernels": kernels}
+        settings: dict[str, Any] = {"graphs": "use", "max_seqs": max_seqs, "kernels": kernels, "rings": rings}
         super().__init__(model, kv_blocks, block_size, recorder=self._make_recorder, **settings)
         self.watch: Stopwatch | None = None
         self.replays = False

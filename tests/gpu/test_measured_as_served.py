@@ -107,8 +107,8 @@ def device(monkeypatch, plain_kernels) -> Device:
     return device
 
 
-def as_on_a_gpu(*args):
-    return TimedRunner(*args, kernels=True, recorder=TapeRecorder)
+def as_on_a_gpu(*args, **settings):
+    return TimedRunner(*args, **settings, kernels=True, recorder=TapeRecorder)
 
 
 @pytest.fixture(scope="module")

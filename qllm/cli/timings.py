@@ -27,7 +27,9 @@ def describe(
     from qllm.traces.step_times.timings import Timings, TimingWarning, bundled_timings
 
     if file is None:
-        told = {name: Timings.load(name) for name in bundled_timings()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TimingWarning)  # `list` says what does not fit
+            told = {name: Timings.load(name) for name in bundled_timings()}
         if as_json:
             typer.echo(json.dumps(list(told)))
         for name, timings in ({} if as_json else told).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 
@@ -188,7 +188,7 @@ class _Workload:
             for i, before in enumerate(sessions.follows.tolist()):
                 self.followers.setdefault(before, []).append(i)
 
-    def arrivals(self, stop: Stop | None) -> Process:
+    def arrivals(self, stop: Stop | None) -> Generator[simpy.Event, None, bool]:
         """SimPy process: each request that follows none enters at its time; returns whether `stop` ended it before."""
         env = self.env
         if len(self.fleet.replicas) > 1:

@@ -151,7 +151,10 @@ def import_(
 @app.command()
 def roofline(
     out: Annotated[Path, typer.Option(help="Timing trace to write (.csv)", show_default=False)],
-    gpu: Annotated[str, typer.Option(help="A GPU of known data sheet, as a100_sxm, h200, l40s")],
+    gpu: Annotated[
+        str,
+        typer.Option(help="A GPU of known data sheet, as a100_sxm, h200, l40s; for another one, change its numbers"),
+    ],
     model: Annotated[str | None, typer.Option(help=SHAPE_HELP)] = None,
     hf_config: Annotated[
         Path | None, typer.Option(help="The model's config.json, or its folder, in place of --model")
@@ -209,9 +212,12 @@ def roofline(
         )
         if value is not None
     }
+    sheet = DATA_SHEETS[data_sheet_name(gpu)]
+    if changed:  # no longer that GPU
+        changed["device"] = f"{sheet.device} with {', '.join(f'{key} {value:g}' for key, value in changed.items())}"
     timings = roofline_timings(
         shape,
-        DATA_SHEETS[data_sheet_name(gpu)]._replace(**changed),
+        sheet._replace(**changed),
         dtype=dtype or (weights_dtype(file) if file else PUBLISHED.get(shape.name, "bf16")),
         other_dtype=other_dtype,
         costs=Costs(

@@ -94,6 +94,8 @@ def test_every_parameter_counts(tmp_path: Path) -> None:
     plain = total()
     for key, value in vars(Costs()).items():
         assert total(f"--{key.replace('_', '-')}", str(value * 0.9)) != plain, key
+    total("--flops", "1e14")
+    assert Timings.load(tmp_path / "t.csv").device == "NVIDIA H100 80GB HBM3 with flops 1e+14"  # no longer that GPU
     for flag, value in (("bandwidth", "1e12"), ("flops", "1e14"), ("memory", "70000000000")):
         assert total(f"--{flag}", value) != plain, flag
 

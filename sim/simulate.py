@@ -12,7 +12,7 @@ import numpy as np
 import simpy
 
 from qllm.scheduler import Limits, Pass, Policy, Request, Scheduler, SchedulerError
-from qllm.sim.device import Device, Observer, Process, fast_device, step_device
+from qllm.sim.device import Device, Observer, fast_device, step_device
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.replicas import Fleet, Replica
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
@@ -252,7 +252,7 @@ class _Workload:
 
     def later(self, call: Callable[[], None], seconds: float = 0.0) -> None:
         """Call when all that ends at that instant has ended, before anything is decided."""
-        self.env.timeout(seconds).callbacks.append(lambda _: call())  # type: ignore[union-attr]
+        self.env.timeout(seconds).callbacks.append(lambda _: call())
 
     def in_system(self) -> Mapping[int, Request]:
         """The requests in the system, by index: those of all replicas, and those that wait in front of them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, make_policy
@@ -18,6 +18,7 @@ STEPS = PassCostModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-
 COLUMNS = ("arrival", "first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions")
 
 
+@settings(deadline=None)
 @given(trace=traces(), policy=policies, limits=limits(), after=st.integers(0, 30))
 def test_a_run_that_is_ended_is_the_beginning_of_the_whole_one(trace, policy, limits, after) -> None:
     asked: list[float] = []

@@ -18,7 +18,8 @@ import numpy as np
 from scipy import stats
 
 from qllm import load_config
-from qllm.config.from_config import cost_model, load_timings, popularity, request_trace, scheduler_limits
+from qllm.config.from_config import cost_model, load_timings, popularity, scheduler_limits
+from qllm.config.workload import request_trace
 from qllm.experiment.run import Run, runs
 from qllm.scheduler import POLICIES, Limits, Policy, make_policy
 from qllm.sim import RunResult, isolated_ttft, simulate

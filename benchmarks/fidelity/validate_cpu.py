@@ -24,7 +24,8 @@ import yaml
 from validation_table import repeats, summary
 
 from qllm.config.config import Config, load_config
-from qllm.config.from_config import cost_model, request_trace, scheduler_limits
+from qllm.config.from_config import cost_model, scheduler_limits
+from qllm.config.workload import request_trace
 from qllm.executor.calibration.calibrate import Extent, calibrate
 from qllm.executor.model.loading import LoadedModel, load
 from qllm.executor.testing import make_checkpoint

@@ -13,7 +13,8 @@ import pandas as pd
 from results_file import add_out
 
 from qllm.config.config import Config
-from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
+from qllm.config.from_config import cost_model, isolated, load_timings, popularity, scheduler_limits
+from qllm.config.workload import request_trace
 from qllm.scheduler import make_policy
 from qllm.sim import simulate
 from qllm.traces.requests.trace import RequestTrace

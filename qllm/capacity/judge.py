@@ -60,12 +60,14 @@ class Judge:
     def _per_class(self, chosen: np.ndarray) -> np.ndarray:
         return np.bincount(self.cls[chosen], minlength=len(self.classes))
 
-    def _beyond(self, i: np.ndarray, ttft: np.ndarray, decoding: np.ndarray) -> dict[str, np.ndarray]:
-        """By bound, which of the requests `i` are beyond it; `ttft` and `decoding`, first to last token, in seconds."""
+    def _beyond(self, i: np.ndarray, arrival: np.ndarray, first: np.ndarray, end: np.ndarray) -> dict[str, np.ndarray]:
+        """By bound, which of the requests `i` are beyond it; seconds, `first` nan where there is no token yet."""
+        begun = np.where(np.isnan(first), end, first)
         value = {
-            "ttft": lambda: ttft,
-            "ttft_over_isolated": lambda: ttft / self.alone[i],
-            "tpot": lambda: decoding / self.gaps[i],
+            "ttft": lambda: begun - arrival,
+            "ttft_over_isolated": lambda: (begun - arrival) / self.alone[i],
+            "tpot": lambda: (end - begun) / self.gaps[i],
+            "e2e": lambda: end - arrival,
         }
         return {key: value[key]() > bound[i] for key, bound in self.bounds.items()}
 
@@ -75,7 +77,7 @@ class Judge:
         A request that has ended as anything but finished misses all its bounds.
         """
         i = np.arange(len(self.cls))
-        beyond = self._beyond(i, result.first_token - result.arrival, result.finish - result.first_token)
+        beyond = self._beyond(i, result.arrival, result.first_token, result.finish)
         unserved = result.status != Status.FINISHED
         missed = {key: (np.isfinite(self.bounds[key]) & unserved) | over for key, over in beyond.items()}
         missed[""] = unserved.copy()
@@ -86,7 +88,7 @@ class Judge:
     def fails(self, misses: np.ndarray) -> np.ndarray:
         """Of each class, whether so many misses beside `missed` are too many, bool[classes]."""
         good = self.together - self.missed - misses
-        return (good < self.together) & (good / np.maximum(self.together, 1) < self.attainment)
+        return np.asarray((good < self.together) & (good / np.maximum(self.together, 1) < self.attainment))
 
     def hopeless(self, now: float, result: RunResult, requests: Mapping[int, Request]) -> bool:
         """Whether some class cannot meet its SLO any more; looked at some `_LOOKS` times in a run.
@@ -97,17 +99,14 @@ class Judge:
         if self._asked % self._every:
             return False
         done = np.flatnonzero((result.status == Status.FINISHED) & self.judged)
-        beyond = self._beyond(
-            done, result.first_token[done] - result.arrival[done], result.finish[done] - result.first_token[done]
-        )
+        beyond = self._beyond(done, result.arrival[done], result.first_token[done], result.finish[done])
         missed = (result.status == Status.REJECTED) & self.judged
         for over in beyond.values():
             missed[done] |= over
         waiting = np.fromiter((i for i in requests if self.judged[i]), dtype=np.int64)
         if len(waiting):
             first = np.array([requests[i].first_token for i in waiting.tolist()])
-            ttft = np.where(np.isnan(first), now, first) - result.arrival[waiting]
-            beyond = self._beyond(waiting, ttft, np.where(np.isnan(first), 0.0, now - first))
+            beyond = self._beyond(waiting, result.arrival[waiting], first, np.full(len(waiting), now))
             for over in beyond.values():
                 missed[waiting] |= over
         return bool(self.fails(self._per_class(missed)).any())

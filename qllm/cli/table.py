@@ -38,6 +38,7 @@ _PRINTED = (
     ("TTFT\nmet", "slo_ttft_met", ".1%"),
     ("x alone\nmet", "slo_ttft_over_isolated_met", ".1%"),
     ("TPOT\nmet", "slo_tpot_met", ".1%"),
+    ("e2e\nmet", "slo_e2e_met", ".1%"),
     ("SLO\nmet", "slo_attainment", ".1%"),
     ("done\nper s", "throughput_rps", ".2f"),
     ("satu-\nrated", "saturated", ""),

@@ -15,11 +15,13 @@ from pydantic_core import PydanticCustomError
 from qllm.config.schema import (
     Arrival,
     CapacityConfig,
+    Conversations,
     FileName,
     JobClass,
     LimitsConfig,
     PolicyConfig,
     Replay,
+    Unscheduled,
     Warmup,
     cells,
     check_title,
@@ -27,7 +29,7 @@ from qllm.config.schema import (
 from qllm.config.timings_source import named_timings
 from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
 from qllm.traces.messages import KeyPath, dotted, suggestion
-from qllm.traces.requests.recipe import Poisson, Recipe, check_total
+from qllm.traces.requests.recipe import Gamma, OnOff, Phases, Poisson, Recipe, check_total
 from qllm.traces.requests.strict_model import (
     Count,
     Positive,
@@ -43,6 +45,7 @@ from qllm.traces.step_times.timings import bundled_timings
 #: Axis of the figures and column of every table, though it need not be swept.
 RATE = "rate"
 MOST_RUNS = 100_000  #: simulations of one sweep
+MOST_REPLICAS = 1024
 
 
 class Config(StrictModel):
@@ -62,6 +65,10 @@ class Config(StrictModel):
     duration: Positive | None = None  #: seconds of arrivals, where `requests` is not given
     warmup: Warmup | None = None  #: what of each run the metrics leave out
     limits: LimitsConfig = LimitsConfig()
+    replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)] = 1  #: GPUs behind a router, each with its own scheduler
+    #: of several GPUs the one that a request goes to: each in turn; where the fewest requests are; where the fewest are
+    #: that are as urgent; or requests wait in front of all, most urgent first
+    router: Literal["round_robin", "least_loaded", "ls_aware", "shared_queue"] = "least_loaded"
     policies: list[PolicyConfig]  #: those that are compared
     #: how many (0, 1, 2, ...) or which
     seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(
@@ -105,7 +112,14 @@ class Config(StrictModel):
             raise ValueError("at least one class is needed, e.g. ls")
         for name in classes:
             check_title(name)
-        check_total({name: job.share for name, job in classes.items()})
+        rates = [name for name, job in classes.items() if job.rate is not None]
+        odd = [name for name, job in classes.items() if rates and (job.rate is None or job.share is not None)]
+        if odd:
+            raise ValueError(
+                f"class {rates[0]} has a rate; allowed: a rate for each class, also {odd[0]}, and no share"
+            )
+        if not rates:
+            check_total({name: job.share for name, job in classes.items()})
         return classes
 
     @field_validator("policies")
@@ -164,15 +178,41 @@ class Config(StrictModel):
 
     def _complete_recipe(self) -> None:
         """What a generated workload needs besides."""
-        if self.requests is None and self.duration is None:
+        process = self.arrival.process
+        if isinstance(self.arrival, Unscheduled):
+            if self.requests is None:
+                raise ValueError(f"arrival {process} needs requests (how many are sent)")
+            if self.rate is not None or RATE in self.sweep or self.has_class_rates:
+                raise ValueError(f"arrival {process} has no rate; leave rate out")
+        elif self.requests is None and self.duration is None:
             raise ValueError("give requests (how many are sent) or duration (seconds of arrivals)")
-        if self.rate is None and RATE not in self.sweep:
+        elif self.offered_rate is None and RATE not in self.sweep:
             raise ValueError("give rate (requests per second) or sweep.rate")
-        self.recipe()
+        if self.has_class_rates:
+            if isinstance(self.arrival, Conversations):
+                raise ValueError(f"arrival {process} has one rate; give classes a share in place of a rate")
+            for name in self.classes:
+                self.recipe(name)
+        else:
+            self.recipe()
 
-    def recipe(self) -> Recipe:
-        """What generates the requests. TraceError where the configuration does not say all of it."""
-        return checked(Recipe, {"arrival": self.arrival, "classes": self.classes})
+    @property
+    def has_class_rates(self) -> bool:
+        """Whether each class comes at a rate of its own."""
+        return any(job.rate is not None for job in self.classes.values())
+
+    @property
+    def offered_rate(self) -> float | None:
+        """Requests per second, all classes together; None where nobody says."""
+        if self.rate is not None or not self.has_class_rates:
+            return self.rate
+        return sum(job.rate or 0.0 for job in self.classes.values())
+
+    def recipe(self, name: str | None = None) -> Recipe:
+        """What generates the requests, or those of one class. TraceError where the configuration does not say all."""
+        process = self.arrival if isinstance(self.arrival, Poisson | Gamma | OnOff | Phases) else Poisson()
+        classes = self.classes if name is None else {name: self.classes[name].model_copy(update={"share": None})}
+        return checked(Recipe, {"arrival": process, "classes": classes})
 
     @property
     def priorities(self) -> dict[str, int]:

@@ -1,24 +1,16 @@
-"""What a configuration describes: the request trace, the step times, the scheduler's limits."""
+"""What a configuration describes: the step times, and the scheduler's limits."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from qllm.config.config import Config
-from qllm.config.schema import Replay
 from qllm.config.yaml_lines import ConfigError
 from qllm.scheduler import Limits
 from qllm.sim import isolated_ttft
 from qllm.traces.files import file_stamp
-from qllm.traces.requests.generate import assign_classes, generate
-from qllm.traces.requests.readers import read_requests
-from qllm.traces.requests.recipe import Recipe
-from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceWarning
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.popularity import load_popularity
 from qllm.traces.step_times.timings import Timings
@@ -38,87 +30,6 @@ def _read_timings(name: str, _: object) -> Timings:
 @lru_cache(maxsize=4)
 def _read_popularity(name: str, experts: int, layers: int, _: object) -> np.ndarray:
     return load_popularity(name, experts, layers)
-
-
-@lru_cache(maxsize=4)
-def _read_trace(
-    file: str, format: str | None, unit: str | None, skip_invalid: bool, _: object
-) -> tuple[RequestTrace, list[str]]:
-    """The trace, and what reading it warned of: each run says so, whichever of them read the file."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trace = read_requests(file, format, unit=unit, skip_invalid=skip_invalid)
-    return trace, [str(one.message) for one in caught]
-
-
-def request_trace(config: Config, seed: int) -> RequestTrace:
-    """The requests of one run, by workload and seed alone: every policy sees the same. ConfigError, TraceError.
-
-    A request of a recorded trace keeps the bounds that it has there; one without gets the deadline of its class.
-    """
-    trace = _requests(config, seed)
-    wanted = {name: job.deadline for name, job in config.classes.items() if job.deadline is not None}
-    for key in ("ttft", "tpot"):
-        of_class = [getattr(wanted.get(name), key, None) or math.inf for name in trace.classes]
-        if min(of_class) < math.inf:
-            name = f"max_{key}_s"
-            own, usual = getattr(trace, name), np.array(of_class)[trace.cls]
-            trace = replace(trace, **{name: usual if own is None else np.where(np.isinf(own), usual, own)})
-    return trace
-
-
-def _requests(config: Config, seed: int) -> RequestTrace:
-    if isinstance(config.arrival, Replay):
-        return _replayed(config, config.arrival, seed)
-    recipe = config.recipe()
-    if config.rate is None:
-        raise ConfigError("rate: this key is missing; give rate (requests per second) or sweep.rate")
-    if config.requests is not None:
-        return generate(recipe, rate=config.rate, requests=config.requests, seed=seed)
-    return _until(recipe, config.rate, config.duration or 0.0, seed)
-
-
-def _until(recipe: Recipe, rate: float, duration: float, seed: int) -> RequestTrace:
-    """The requests that arrive within `duration` seconds (a longer trace begins with the shorter one)."""
-    expected = rate * duration
-    requests = math.ceil(expected + 6 * math.sqrt(expected)) + 16
-    while True:
-        trace = generate(recipe, rate=rate, requests=requests, seed=seed)
-        if trace.arrival[-1] > duration:
-            return _within(trace, duration)
-        requests *= 2
-
-
-def _within(trace: RequestTrace, duration: float) -> RequestTrace:
-    requests = int((trace.arrival <= duration).sum())
-    if not requests:
-        raise ConfigError(f"duration: no request arrives within {duration:g} s; allowed: longer, or requests")
-    return trace.head(requests)
-
-
-def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
-    """The recorded trace cut, stretched and given classes as the configuration says."""
-    given = replay.file, replay.format, replay.unit, replay.skip_invalid
-    trace, warned = _read_trace(*given, file_stamp(replay.file))
-    for message in warned:
-        warnings.warn(message, TraceWarning, stacklevel=2)
-    if replay.spread:
-        trace = trace.spread()
-    if config.duration is not None:
-        trace = _within(trace, config.duration)
-    if config.requests is not None:
-        trace = trace.head(config.requests)
-    if config.rate is not None:
-        trace = trace.at_rate(config.rate)
-    shares = {name: job.share for name, job in config.classes.items()}
-    if trace.classes == SINGLE_CLASS and set(shares) != set(SINGLE_CLASS):
-        return assign_classes(trace, shares, seed=seed)
-    unknown = [name for name in trace.classes if name not in shares]
-    if unknown:
-        raise ConfigError(f"classes: {replay.file} has the class {unknown[0]!r}; allowed: {', '.join(shares)}")
-    if any(share is not None for share in shares.values()) and trace.classes != SINGLE_CLASS:
-        raise ConfigError(f"classes: {replay.file} names each request's class; leave share out")
-    return trace
 
 
 def scheduler_limits(config: Config, timings: Timings) -> Limits:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qllm.config.policies import file_policy, named_policy
 from qllm.scheduler import Policy
 from qllm.traces.messages import shown
-from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Poisson, process_by_name
+from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Phases, Poisson, process_by_name
 from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel
 
 
@@ -81,11 +81,12 @@ class Slo(StrictModel):
     ttft: Positive | None = None  #: seconds
     ttft_over_isolated: Positive | None = None  #: TTFT over the request's TTFT alone on an idle device
     tpot: Positive | None = None  #: seconds per output token after the first
+    e2e: Positive | None = None  #: seconds from arrival to the last token
 
     @model_validator(mode="after")
     def _something(self) -> Slo:
-        if self.ttft is None and self.ttft_over_isolated is None and self.tpot is None:
-            raise ValueError("give at least one of ttft, ttft_over_isolated, tpot")
+        if all(getattr(self, key) is None for key in type(self).model_fields):
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
         return self
 
 
@@ -116,8 +117,11 @@ class _Priority(StrictModel):
 
 
 class JobClass(ClassRecipe, _Priority):
-    """One class of requests: its priority, its share and lengths as in the recipe of a trace, and its SLO."""
+    """One class of requests: its priority, its share or rate, its lengths as in the recipe of a trace, and its SLO."""
 
+    #: requests per second of this class, in place of share; all classes have one, or none. A `rate` of the whole scales
+    #: them in proportion
+    rate: Positive | None = None
     slo: Slo | None = None
     deadline: Deadline | None = None  #: what policies may go by; the SLO is what results are judged by
 
@@ -134,8 +138,34 @@ class Replay(StrictModel):
     skip_invalid: bool = False  #: leave rows out that are no requests; a warning counts them
 
 
+class Batch(StrictModel):
+    """All requests at once, when the run begins: an offline batch, which has no rate."""
+
+    process: Literal["batch"]  #: how requests arrive
+
+
+class Closed(StrictModel):
+    """A closed loop: clients that send their next request when the last has ended. It has no rate."""
+
+    process: Literal["closed"]  #: how requests arrive
+    clients: Count  #: of closed: each has one request in the system at most
+    think_s: NotNegative = 0.0  #: of closed: seconds between an answer and the client's next request, exponential mean
+
+
+class Conversations(StrictModel):
+    """Conversations of several turns: a turn comes when the last was answered, and its prompt repeats all before it."""
+
+    process: Literal["conversations"]  #: how requests arrive
+    turns: Count  #: of conversations: requests of each; their first ones are a Poisson process of rate / turns
+    think_s: NotNegative = 0.0  #: of conversations: seconds between an answer and the next turn, exponential mean
+
+
+Unscheduled = Batch | Closed  #: arrivals that no rate tells
 Arrival = Annotated[
-    Annotated[Poisson | Gamma | OnOff | Replay, Field(discriminator="process")], BeforeValidator(process_by_name)
+    Annotated[
+        Poisson | Gamma | OnOff | Phases | Replay | Batch | Closed | Conversations, Field(discriminator="process")
+    ],
+    BeforeValidator(process_by_name),
 ]
 
 
@@ -168,7 +198,7 @@ class CapacityConfig(StrictModel):
     #: how far the rate found may lie below the lowest that fails, over it
     precision: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.01
     price_per_gpu_hour: Positive | None = None  #: in any currency; with it, costs per million tokens are told
-    curve: Annotated[int, Field(ge=0, le=100)] = 8  #: rates at which the attainment is drawn
+    curve: Annotated[int, Field(ge=0, le=100)] = 6  #: rates at which the attainment is drawn
 
 
 class PolicyConfig(BaseModel):

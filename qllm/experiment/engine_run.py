@@ -15,8 +15,9 @@ import pandas as pd
 import torch
 
 from qllm.config.config import Config
-from qllm.config.from_config import cost_model, limits_with, load_timings, request_trace
+from qllm.config.from_config import cost_model, limits_with, load_timings
 from qllm.config.policies import describe_failure
+from qllm.config.workload import check_for_engine, request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.executor import Engine, RealClock, replay
 from qllm.executor.calibration.environment import device_name, versions
@@ -96,6 +97,7 @@ def run(
     with Engines(target, graphs=graphs, progress=recording(update)) as engines:
         for number, this in enumerate(todo, start=1):
             name = f"run {number} of {len(todo)}, {this}"
+            check_for_engine(this.config)
             trace = request_trace(this.config, this.seed)
             limits = engine_limits(target, this.config)
             key = dataclasses.replace(limits, urgent_blocks=0, evict="recompute", max_suspended_tokens=None)

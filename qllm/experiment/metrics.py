@@ -62,6 +62,7 @@ SUMMARY_COLUMNS = (
     "slo_ttft_met",
     "slo_ttft_over_isolated_met",
     "slo_tpot_met",
+    "slo_e2e_met",
     "goodput_rps",
     "throughput_rps",
     "output_tokens_per_s",
@@ -72,7 +73,12 @@ SUMMARY_COLUMNS = (
     "ttft_mean_hi_s",
 )
 #: The bounds that an SLO may have: keys of `Slo`, each with its column of the summary.
-BOUNDS = {"ttft": "slo_ttft_met", "ttft_over_isolated": "slo_ttft_over_isolated_met", "tpot": "slo_tpot_met"}
+BOUNDS = {
+    "ttft": "slo_ttft_met",
+    "ttft_over_isolated": "slo_ttft_over_isolated_met",
+    "tpot": "slo_tpot_met",
+    "e2e": "slo_e2e_met",
+}
 #: What `totals` adds up: counts, and what is per second of the makespan that all classes share.
 _SUMS = ("sent", "completed", "rejected", "preemptions", "evictions")
 _RATES = ("goodput_rps", "throughput_rps", "output_tokens_per_s")
@@ -101,6 +107,7 @@ def within(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.DataFra
         "ttft": lambda bound: requests["ttft_s"] <= bound,
         "ttft_over_isolated": lambda bound: requests["ttft_over_isolated"] <= bound,
         "tpot": lambda bound: (requests["tpot_s"] <= bound) | (requests["output_tokens"] == 1),
+        "e2e": lambda bound: requests["turnaround_s"] <= bound,
     }
     found = pd.DataFrame(np.nan, index=requests.index, columns=list(BOUNDS))
     finished = requests["finish_s"].notna()

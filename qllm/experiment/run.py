@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from qllm.config.config import RATE, Config
-from qllm.config.from_config import cost_model, isolated, load_timings, popularity, request_trace, scheduler_limits
+from qllm.config.from_config import cost_model, isolated, load_timings, popularity, scheduler_limits
 from qllm.config.policies import describe_failure, watched
+from qllm.config.workload import request_trace, sessions
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
@@ -74,7 +75,9 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False, stop: St
             return run_simulation(
                 trace,
                 priorities=config.priorities,
-                policy=policy.build(),
+                policy=[policy.build() for _ in range(config.replicas)],
+                router=config.router,
+                sessions=sessions(config, run.seed, len(trace)),
                 limits=limits,
                 steps=cost_model(config),
                 popularity=popularity(config),
@@ -121,6 +124,7 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
             "evictions": np.asarray(result.evictions, dtype=np.int64),
             "kv_peak": np.full(n, result.kv_peak),
             "isolated_ttft_s": isolated_ttft,
+            **({} if result.replica is None else {"replica": result.replica}),
             "status": np.asarray(result.status, dtype=np.int8),
             "reason": [result.reasons.get(i, "") for i in range(n)],
         }
@@ -140,7 +144,7 @@ def _wanted(trace: RequestTrace) -> dict[str, Any]:
 
 def rate_of(run: Run, trace: RequestTrace) -> float:
     """Requests per second offered; 0 where all arrive at one instant: a batch has no rate."""
-    return run.config.rate or trace.rate or 0.0
+    return run.config.offered_rate or trace.rate or 0.0
 
 
 def sweep_rows(run: Run, found: pd.DataFrame) -> pd.DataFrame:

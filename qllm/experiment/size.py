@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from qllm.config.config import Config
-from qllm.config.from_config import cost_model, load_timings, request_trace, scheduler_limits
+from qllm.config.from_config import cost_model, load_timings, scheduler_limits
 from qllm.config.schema import Replay
+from qllm.config.workload import request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.run import Run
 
@@ -115,7 +116,7 @@ def _requests(config: Config, seed: int) -> _Requests:
         trace = request_trace(config, seed)
         span = float(trace.arrival[-1]) if len(trace) else 0.0
         return _Requests(len(trace), span, trace.prompt_tokens, trace.output_tokens)
-    rate = config.rate or 1.0
+    rate = config.offered_rate or 1.0
     count = float(config.requests or rate * (config.duration or 0.0))
     few = config.model_copy(update={"requests": max(1, min(_SAMPLE, int(count))), "duration": None})
     trace = request_trace(few, seed)

@@ -84,6 +84,7 @@ _METRICS = {
         "TTFT / isolated bound met (of sent)", "slo_ttft_over_isolated_met", _mean, "share"
     ),
     "slo_tpot_met": _Metric("TPOT bound met (of sent)", "slo_tpot_met", _mean, "share"),
+    "slo_e2e_met": _Metric("turnaround bound met (of sent)", "slo_e2e_met", _mean, "share"),
 }
 #: the bound of an SLO that is drawn as a line, by what the name of a column begins with
 _BOUND_OF = {"ttft_over_isolated": ("ttft_over_isolated", "x isolated"), "ttft_": ("ttft", " s")}

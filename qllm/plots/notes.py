@@ -9,7 +9,12 @@ from qllm.experiment.metrics import BOUNDS
 from qllm.experiment.results import Results
 from qllm.experiment.sweep import SEVERAL
 
-_SAID = {"ttft": "TTFT at most {} s", "ttft_over_isolated": "TTFT at most {} x isolated", "tpot": "TPOT at most {} s"}
+_SAID = {
+    "ttft": "TTFT at most {} s",
+    "ttft_over_isolated": "TTFT at most {} x isolated",
+    "tpot": "TPOT at most {} s",
+    "e2e": "turnaround at most {} s",
+}
 
 
 def bounds_of(results: Results, cls: str) -> dict[str, list[float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qllm.config.config import Config
-from qllm.config.from_config import request_trace
+from qllm.config.workload import request_trace
 from qllm.errors import EXPECTED
 from qllm.experiment.run import Run, runs, simulate_run
 from qllm.sim import PassSlice, RunResult

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from qllm.config.from_config import load_timings, request_trace
+from qllm.config.from_config import load_timings
+from qllm.config.workload import check_for_engine, request_trace
 from qllm.executor.engine.clock import RealClock
 from qllm.executor.engine.replay import replay
 from qllm.executor.model.loading import LoadedModel
@@ -115,6 +116,7 @@ def replay_run(run: Run, loaded: LoadedModel, engines: Engines | None = None) ->
     The engine polls while idle, as in a calibration. What it records for a GPU it has recorded before.
     """
     config = run.config
+    check_for_engine(config)
     trace = request_trace(config, run.seed)
     limits = engine_limits(loaded, config)
     steps = RecordingCostModel(load_timings(config.timings), max_step=config.max_step, expert_mode=config.expert_mode)

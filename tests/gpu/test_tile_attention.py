@@ -74,8 +74,8 @@ def test_rows_of_tiles_are_what_plain_attention_gives_and_other_rows_stay_as_the
 @given(st.lists(st.integers(1, 99), max_size=3, unique=True), st.sampled_from([None, 10]))
 @settings(max_examples=5, deadline=None)
 def test_a_row_does_not_depend_on_how_its_prompt_was_cut(cuts, window):
-    # Its bits do not either, on a GPU: see the last test. Here NumPy multiplies, and on some processors the last bits of
-    # a row of its products depend on the row's place.
+    # Its bits do not either, on a GPU: see the last test. Here NumPy multiplies, and on some processors the last bits
+    # of a row of its products depend on the row's place.
     world = PagedWorld([100])
     q = world.draw(100, 2, 8)
     whole = attend(world, q, tiles_of(0, [0, 100]), scale=0.3, window=window)

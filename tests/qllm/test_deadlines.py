@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qllm.config.config import load_config
-from qllm.config.from_config import request_trace
+from qllm.config.workload import request_trace
 from qllm.traces.requests.trace import RequestTrace, TraceError
 from tests.cli_support import write_config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qllm.config.config import load_config
-from qllm.config.from_config import request_trace
+from qllm.config.workload import request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.sweep import simulate
 from qllm.traces.requests.readers import read_requests

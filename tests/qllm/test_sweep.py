@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from qllm.config.config import load_config
-from qllm.config.from_config import request_trace, scheduler_limits
+from qllm.config.from_config import scheduler_limits
+from qllm.config.workload import request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.results import CONFIG as RESOLVED
 from qllm.experiment.results import REQUESTS, SUMMARY, Results, load_results

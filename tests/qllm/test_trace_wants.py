@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from qllm.config.config import Config, load_config
-from qllm.config.from_config import request_trace
+from qllm.config.workload import request_trace
 from qllm.experiment.results import Results, load_results
 from qllm.experiment.run import run_table, runs
 from qllm.experiment.sweep import simulate

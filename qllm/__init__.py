@@ -13,6 +13,7 @@ from qllm._lazy import lazy
 
 if TYPE_CHECKING:
     from qllm._version import __version__ as __version__
+    from qllm.capacity.capacity import find_capacity as find_capacity
     from qllm.config.config import load_config as load_config
     from qllm.config.yaml_lines import ConfigError as ConfigError
     from qllm.errors import SweepError as SweepError
@@ -35,6 +36,7 @@ _WHERE = {
     "SweepError": "qllm.errors",
     "__version__": "qllm._version",
     "add_caption": "qllm.plots.style",
+    "find_capacity": "qllm.capacity.capacity",
     "load_config": "qllm.config.config",
     "load_results": "qllm.experiment.results",
     "plot_ablation": "qllm.plots.point",

@@ -14,7 +14,7 @@ import pandas as pd
 from qllm.capacity.search import Found, at_rate, find
 from qllm.capacity.tables import Capacity, capacity_table, class_table, curve_table
 from qllm.config.config import RATE, Config, load_config
-from qllm.config.schema import Replay
+from qllm.config.schema import Conversations, Replay, Unscheduled
 from qllm.config.yaml_lines import ConfigError, load_yaml
 from qllm.experiment.backends import parallel
 from qllm.experiment.cache import CachedRun
@@ -78,7 +78,7 @@ def find_capacity(
     _tell(warned for one in [*alone, *together] for warned in one.warned.items())
     told = loaded.model_copy(update={"provenance": {**provenance(loaded), "capacity": "the search chose the rates"}})
     results = _results(told, curve, tables)
-    found = capacity_table(told, seeds, together, before, results)
+    found = capacity_table(seeds, together, before, results)
     return Capacity(found, class_table(told, found, results), _seed_table(todo, alone), curve_table(results), told)
 
 
@@ -95,9 +95,14 @@ def load_for_capacity(
         file.override(assignment)
     data = file.data
     swept = data.get("sweep")
-    replays = isinstance(data.get("arrival"), dict) and data["arrival"].get("process") == "trace"
-    if data.get(RATE) is None and not (isinstance(swept, dict) and RATE in swept):
-        if replays:
+    arrival = data.get("arrival")
+    process = arrival.get("process") if isinstance(arrival, dict) else arrival
+    if (
+        data.get(RATE) is None
+        and not (isinstance(swept, dict) and RATE in swept)
+        and process not in ("batch", "closed")
+    ):
+        if process == "trace":
             raise file.error(
                 ("arrival",),
                 "a replayed trace keeps the rate that it was recorded at, and capacity is a search over the rate; "
@@ -114,6 +119,16 @@ def _checked(config: Config, policies: Sequence[str], where: str = "") -> Config
         raise ConfigError(
             f"{where}classes: none has an slo, so that any rate would do; allowed: at least one, such as "
             f"classes.{name}.slo: {{ttft: 1.0}}"
+        )
+    process = config.arrival.process
+    if isinstance(config.arrival, Unscheduled):
+        raise ConfigError(
+            f"{where}arrival: {process} has no rate, and capacity is a search over it; allowed: a process with one, "
+            "such as poisson"
+        )
+    if isinstance(config.arrival, Conversations) and config.warmup is not None:
+        raise ConfigError(
+            f"{where}warmup: {process} come when the last was answered; allowed: leave it out for capacity"
         )
     titles = [policy.title for policy in config.policies]
     for name in policies:

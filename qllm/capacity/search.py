@@ -20,8 +20,8 @@ import numpy as np
 
 from qllm.capacity.judge import Judge, fits
 from qllm.config.config import Config
-from qllm.config.from_config import request_trace
 from qllm.config.schema import Replay
+from qllm.config.workload import request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.run import LAST_ARRIVAL_S, Run, simulate_run
 from qllm.sim import RunResult, Status
@@ -128,7 +128,7 @@ class _Search:
         """Whether a class fails, and the misses of all seeds by bound; only a lower bound where runs are cut."""
         traces = [requests(run, rate) for run in self.seeds]
         judges = [Judge(self.config, trace) for trace in traces]
-        together, missed = sum(judge.sent for judge in judges), np.zeros_like(judges[0].sent)
+        together, missed = np.sum([judge.sent for judge in judges], axis=0), np.zeros_like(judges[0].sent)
         misses: dict[str, np.ndarray] = {}
         failed = False
         for run, trace, judge in zip(self.seeds, traces, judges, strict=True):
@@ -137,7 +137,7 @@ class _Search:
             mine = judge.misses(result)
             failed |= bool(judge.fails(mine[""]).any())
             missed = missed + mine[""]
-            misses = {key: misses.get(key, 0) + count for key, count in mine.items()}
+            misses = {key: misses[key] + count if misses else count for key, count in mine.items()}
             if failed and cut:
                 break
         return failed, judges[0], misses
@@ -175,7 +175,7 @@ class _Search:
         return float(len(trace) * share / (np.nanmax(result.finish) - trace.arrival[0]))
 
     def simulated(self, run: Run, rate: float, trace: RequestTrace, judge: Judge | None) -> RunResult:
-        result = simulate_run(at_rate(run, rate), trace, stop=judge and judge.hopeless)
+        result = simulate_run(at_rate(run, rate), trace, stop=None if judge is None else judge.hopeless)
         self.runs += 1
         self.ended += bool((result.status == Status.UNFINISHED).any())
         return result

@@ -28,13 +28,13 @@ _OF_CLASS = ("slo_attainment", *BOUNDS.values(), "ttft_p99_s", "tpot_p99_s", "tu
 
 @dataclass(frozen=True)
 class Capacity:
-    """What was found; rates in requests per second of all classes on one GPU.
+    """What was found; rates in requests per second, of all classes on all GPUs unless it says otherwise.
 
     Attributes:
         capacity: A row per point and policy: policy, swept keys, rate_rps with its 95 % interval rate_lo_rps and
-            rate_hi_rps, saturation_rps, limit (what fails just above: "saturation", or "ls: ttft"), seeds,
-            output_tokens_per_s, tokens_per_s (prompts too) and, with a price, cost_per_million_output_tokens and
-            cost_per_million_tokens.
+            rate_hi_rps, saturation_rps, limit (what fails just above: "saturation", or "ls: ttft"), seeds, gpus,
+            rate_per_gpu_rps, output_tokens_per_s, tokens_per_s (prompts too) and, with a price,
+            cost_per_million_output_tokens and cost_per_million_tokens.
         classes: A row per point, policy and class at that rate: policy, swept keys, class, rate_rps,
             output_tokens_per_s, and metrics of the summary, requests of all seeds pooled.
         seeds: A row per point, policy and seed: the capacity of the seed by itself, how many runs that took, and how
@@ -92,7 +92,6 @@ def _number(value: Any) -> Any:
 
 
 def capacity_table(
-    config: Config,
     seeds: Sequence[list[Run]],
     found: Sequence[Found],
     before: Sequence[Sequence[Found]],
@@ -104,8 +103,9 @@ def capacity_table(
         cells = {key: value for key, value in mine[0].cells.items() if key != RATE}
         half = _half_width([each.rate for each in alone])
         tokens = _tokens(results, mine[0].title, cells, one.rate)
-        price = config.capacity.price_per_gpu_hour if not config.sweep else mine[0].config.capacity.price_per_gpu_hour
-        row = {
+        here = mine[0].config
+        price = here.capacity.price_per_gpu_hour
+        row: dict[str, Any] = {
             "policy": mine[0].title,
             **cells,
             "rate_rps": one.rate,
@@ -114,12 +114,14 @@ def capacity_table(
             "saturation_rps": one.saturation,
             "limit": one.limit,
             "seeds": len(mine),
+            "gpus": here.replicas,
+            "rate_per_gpu_rps": one.rate / here.replicas,
             "output_tokens_per_s": one.rate * tokens["output_tokens"],
             "tokens_per_s": one.rate * (tokens["output_tokens"] + tokens["prompt_tokens"]),
         }
         if price is not None:
             for kind, per_s in (("output_tokens", row["output_tokens_per_s"]), ("tokens", row["tokens_per_s"])):
-                row[f"cost_per_million_{kind}"] = price / 3600 / per_s * 1e6 if per_s else math.nan
+                row[f"cost_per_million_{kind}"] = price * here.replicas / 3600 / per_s * 1e6 if per_s else math.nan
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -66,31 +66,28 @@ def _print(found: Capacity, caption: str, folder: Path) -> None:
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     swept, priced = list(found.config.sweep), "cost_per_million_tokens" in found.capacity
+    shared = bool((found.capacity["gpus"] > 1).any())
     for name in (*swept, "policy", "class"):
         table.add_column(escape(name), no_wrap=True)
     costs = ("cost per\nM output", "cost per\nM tokens") if priced else ()
-    for name in (
-        "capacity\nper s",
-        "95 %\ninterval",
-        "satu-\nration",
-        "output\ntokens/s",
-        "tokens/s",
-        "SLO\nmet",
-        *costs,
-    ):
+    per_gpu = ("per GPU",) if shared else ()
+    heads = ("capacity\nper s", *per_gpu, "95 %\ninterval", "satu-\nration", "output\ntokens/s", "tokens/s", "SLO\nmet")
+    for name in (*heads, *costs):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fails above it", no_wrap=True)
     for row in found.capacity.to_dict("records"):
         low, high = row["rate_lo_rps"], row["rate_hi_rps"]
         cells = [*(str(row[key]) for key in swept), row["policy"], "(all)", _number(row["rate_rps"])]
+        cells += [_number(row["rate_per_gpu_rps"])] if shared else []
         cells += ["-" if low != low else f"{_number(low)}-{_number(high)}", _number(row["saturation_rps"])]
         cells += [f"{row['output_tokens_per_s']:.0f}", f"{row['tokens_per_s']:.0f}", ""]
-        cells += [_cost(row[f"cost_per_million_{kind}"]) for kind in ("output_tokens", "tokens")] if priced else []
+        cells += [_number(row[f"cost_per_million_{kind}"]) for kind in ("output_tokens", "tokens")] if priced else []
         table.add_row(*map(escape, [*cells, row["limit"]]))
-        for one in _classes(found, row):
-            met = "-" if one["slo_attainment"] != one["slo_attainment"] else f"{one['slo_attainment']:.1%}"
-            cells = [*("" for _ in swept), "", one["class"], _number(one["rate_rps"]), "", ""]
-            table.add_row(*map(escape, [*cells, f"{one['output_tokens_per_s']:.0f}", "", met]))
+        for one in _classes(found, row["policy"], [row[key] for key in swept]):
+            cells = ["" for _ in swept] + ["", one["class"], _number(one["rate_rps"])] + ["" for _ in per_gpu]
+            met = one["slo_attainment"]
+            cells += ["", "", f"{one['output_tokens_per_s']:.0f}", "", "-" if met != met else f"{met:.1%}"]
+            table.add_row(*map(escape, cells))
         table.add_section()
     console = Console()
     console.width = 1000  # a narrower one would cut the numbers
@@ -99,11 +96,12 @@ def _print(found: Capacity, caption: str, folder: Path) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _classes(found: Capacity, row: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = found.classes
-    for key in ("policy", *found.config.sweep):
-        rows = rows[rows[key] == row[key]]
-    return rows.to_dict("records")  # type: ignore[return-value]
+def _classes(found: Capacity, policy: str, values: list[Any]) -> list[Any]:
+    """The classes of a policy where the swept keys have these values."""
+    rows = found.classes[found.classes["policy"] == policy]
+    for key, value in zip(found.config.sweep, values, strict=True):
+        rows = rows[rows[key] == value]
+    return rows.to_dict("records")
 
 
 def _told(found: Capacity) -> list[str]:
@@ -114,7 +112,7 @@ def _told(found: Capacity) -> list[str]:
     asked = f"{config.capacity.attainment:.4g}"
     lines = [
         f"Capacity: the highest rate at which {asked} of each class with an SLO meet it and the device "
-        "keeps up (saturation). Requests per second of all classes on one GPU."
+        "keeps up (saturation). Requests per second of all classes."
     ]
     if len(config.seed_list) == 1:
         return [*lines, ONE_SEED]
@@ -131,8 +129,4 @@ def _told(found: Capacity) -> list[str]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _cost(value: float) -> str:
     return "-" if value != value else f"{value:.3g}"

@@ -50,7 +50,8 @@ def save_capacity(found: Capacity, out: str | Path, caption: str) -> list[Path]:
 def draw_capacity(found: Capacity, caption: str) -> Figure:
     """The figure that `save_capacity` writes."""
     swept = list(found.config.sweep)
-    facets = found.capacity[swept].drop_duplicates().to_dict("records") if swept else [{}]
+    unique = found.capacity[swept].drop_duplicates().itertuples(index=False, name=None) if swept else [()]
+    facets = [dict(zip(swept, values, strict=True)) for values in unique]
     shown = facets[:MOST_FACETS]
     classes = [name for name, job in found.config.classes.items() if job.slo is not None]
     figure = new_figure(4.4 + 4.2 * len(classes), 1.4 + 3.2 * len(shown))

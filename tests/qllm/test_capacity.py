@@ -265,3 +265,19 @@ def test_the_same_command_goes_into_the_same_folder(tmp_path: Path) -> None:
     claim(tmp_path / "out", load_for_capacity(path, ["rate=3"]), "capacity")
     with pytest.raises(ConfigError, match="--policies qlm: did you mean 'qllm'"):
         load_for_capacity(path, policies=["qlm"])
+
+
+def test_two_gpus_serve_twice_as_much_for_twice_the_price(server: Config) -> None:
+    capacity = type(server.capacity).model_validate({"price_per_gpu_hour": 3.6, "curve": 0})
+    config = bounded(server, 1e3, seeds=[0], requests=100, capacity=capacity)
+    one, two = (find_capacity(config.model_copy(update={"replicas": n})).capacity.iloc[0] for n in (1, 2))
+    assert two["rate_rps"] == pytest.approx(2 * one["rate_rps"], rel=0.03)
+    assert two["rate_per_gpu_rps"] == two["rate_rps"] / 2
+    assert two["cost_per_million_tokens"] == pytest.approx(one["cost_per_million_tokens"], rel=0.03)
+
+
+def test_what_has_no_rate_has_no_capacity(tmp_path: Path) -> None:
+    text = CONFIG.partition("sweep:")[0]
+    for process in ("batch", "{process: closed, clients: 3}"):
+        with pytest.raises(ConfigError, match=r"config.yaml: arrival: (batch|closed) has no rate.*such as poisson"):
+            find_capacity(write_config(tmp_path, text.replace("{process: poisson}", process)))

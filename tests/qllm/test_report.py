@@ -14,7 +14,7 @@ from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.results import Results, load_results
 from qllm.experiment.sweep import simulate
 from qllm.plots.curves import save_figures
-from qllm.plots.report import compare, differences, write_report
+from qllm.plots.report import between, compare, differences, write_report
 from qllm.traces.step_times.testing import affine_timings
 from tests.cli_support import qllm, write_config
 
@@ -166,3 +166,26 @@ def test_a_browser_opens_it_without_a_console_error_and_sorts(both: Path, tmp_pa
     assert len(known) == 4  # two rates, two policies
     assert shown[4:] == [""] * 4  # be has no SLO: always last
     assert len(filtered) == 2
+
+
+def test_policies_and_results_are_compared_seed_by_seed(folders: list[Path], both: Path) -> None:
+    text = both.read_text()
+    assert text.count("Policies compared seed by seed") == 2
+    assert "qllm minus fcfs" in text
+    assert "difference [95 % interval]" in text
+    loaded = [load_results(folder) for folder in folders]
+    rows = between(loaded, ["a", "b"])
+    assert rows["note"] == ""
+    assert {row[0].shown for row in rows["rows"]} == {"qllm"}
+    assert {row[4].shown for row in rows["rows"]} == {"b minus a"}
+
+
+def test_what_cannot_be_paired_is_said(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    few = ["sweep.rate=[50]", "requests=20", "policies=[fcfs]"]
+    for name, changed in (("one", "seeds=1"), ("two", "seeds=2"), ("other", "classes.ls.share=0.5")):
+        simulate(config, set=[*few, changed]).save(tmp_path / name)
+    one, two, other = (load_results(tmp_path / name) for name in ("one", "two", "other"))
+    assert between([two, other], ["a", "b"])["note"].startswith("The workloads differ")
+    assert between([one, two], ["a", "b"])["note"].startswith("One seed says nothing about chance")
+    assert between([two, simulate(config, set=[*few, "limits.max_seqs=2"])], ["a", "b"])["note"] == ""

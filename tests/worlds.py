@@ -85,6 +85,7 @@ def limits(draw: st.DrawFn) -> Limits:
         urgent_blocks=draw(st.sampled_from([0, 0, 4])),
         max_suspended_tokens=draw(st.sampled_from([None, None, 30])),
         evict=draw(st.sampled_from(["recompute", "offload"])),
+        max_resident=draw(st.sampled_from([None, None, 1, 3])),
     )
 
 

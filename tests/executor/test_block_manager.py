@@ -45,6 +45,39 @@ def test_no_block_is_anybody_elses_and_none_is_lost(steps):
         assert all(0 <= block < 40 for block in held)
 
 
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 60)), max_size=60), st.integers(1, 4))
+def test_rings_grow_to_their_size_and_no_block_of_theirs_is_anybody_elses(steps, size):
+    kv, sequences = memory(6 * 15, Rings(3 * size, size, 1)), [sequence() for _ in range(6)]
+    for number, tokens in steps:
+        mine, before = sequences[number], list(sequences[number].ring)
+        if tokens < 0:
+            kv.release(mine)
+            before = []
+        else:
+            need = max(len(before), min(size, -(-tokens // BLOCK)))
+            left = 3 * size - sum(len(other.ring) for other in sequences)
+            if need - len(before) > left:
+                blocks = list(mine.blocks)
+                with pytest.raises(ExecutorError, match=f"{need - len(before)} KV blocks of windows needed, {left} fr"):
+                    kv.grow(mine, tokens, ())
+                assert (mine.blocks, mine.ring) == (blocks, before)
+                continue
+            kv.grow(mine, tokens, ())
+            assert len(mine.ring) == need
+        assert mine.ring[: len(before)] == before
+        rings = [block for other in sequences for block in other.ring]
+        assert len(rings) == len(set(rings)) == kv.held - sum(len(other.blocks) for other in sequences)
+        assert all(0 <= block < 3 * size for block in rings)
+
+
+def test_who_gets_its_first_blocks_takes_those_of_who_was_dropped():
+    kv, dropped, new = memory(40), sequence(), sequence()
+    kv.grow(dropped, 8, ())
+    dropped.dropped, dropped.request_id = True, "request-0"
+    kv.grow(new, 4, [dropped, new])
+    assert (dropped.blocks, dropped.recurrent, kv.held) == ([], None, 1)
+
+
 def test_sequences_that_come_grow_and_go_lie_in_one_piece():
     """Eight at a time in a memory four times as large, each a prompt of 32 tokens and then 16 more, one by one."""
     kv, rng = memory(8 * 12 * 4), np.random.default_rng(0)

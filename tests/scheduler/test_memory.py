@@ -17,6 +17,7 @@ from qllm.scheduler.memory import KVBudget
         ({"max_batched_tokens": None}, "limits.max_batched_tokens is None, must be a whole number, at least 1"),
         ({"urgent_blocks": -1}, "limits.urgent_blocks is -1, must be a whole number, at least 0"),
         ({"max_suspended_tokens": True}, "limits.max_suspended_tokens is True, must be a whole number, at least 1"),
+        ({"max_resident": 0}, "limits.max_resident is 0, must be a whole number, at least 1"),
         ({"max_seqs": 8, "max_batched_tokens": 4}, r"max_batched_tokens is 4, must be at least max_seqs \(8\)"),
         ({"kv_blocks": 8, "urgent_blocks": 8}, r"limits.urgent_blocks is 8, must be in \[0, 8\)"),
         ({"evict": "drop"}, "limits.evict is 'drop', must be recompute or offload"),

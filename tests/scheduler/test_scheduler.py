@@ -63,6 +63,7 @@ def check(s: Scheduler) -> None:
         assert p.prefill_level == min((c.request.level for c in p.prefill), default=float("inf"))
     assert s.kv.free + held_blocks(s) == s.kv.total
     holders = [r for r in s.requests.values() if r.blocks or r.batch]
+    assert s.memory.resident == len(holders) <= (s.limits.max_resident or len(holders))
     for level in range(4):
         assert s.memory.holders(level) == sum(r.level <= level for r in holders)
         assert s.waiting.count(level) == sum(r.level == level for r in waiting)

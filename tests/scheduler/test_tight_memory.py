@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ tight = st.builds(
     kv_blocks=st.integers(12, 20),
     block_size=st.just(1),
     evict=st.sampled_from(["recompute", "offload"]),
+    max_resident=st.sampled_from([None, None, 1, 2, 4]),
 )
 
 
@@ -42,6 +45,7 @@ def serve(policy: Policy, limits: Limits, requests: list[Spec], most: int = 2_00
             continue
         passes.append(p)
         check_order(s, p)
+        check_residents(s)
         now += 1.0
         if p.preemptions < 3 and s.should_yield(p, now - 0.5):  # a pass gets on between two points, and ends
             s.suspended(p, now - 0.5)
@@ -57,6 +61,12 @@ def check_order(s: Scheduler, p: Pass) -> None:
         return
     decoding = max(r.level for r in p.decode.members.values())
     assert all(idle.level >= decoding for idle in s.ready), f"{list(s.ready)} sit idle while level {decoding} decodes"
+
+
+def check_residents(s: Scheduler) -> None:
+    """No more requests hold KV blocks than may."""
+    holding = sum(r.blocks > 0 or r.batch is not None for r in s.requests.values())
+    assert s.memory.resident == holding <= (s.limits.max_resident or holding)
 
 
 @settings(max_examples=300, deadline=None)
@@ -143,3 +153,56 @@ def test_no_queue_is_kept_for_a_priority_at_which_nobody_waits():
         assert len(s.waiting._heaps) == len(s.waiting)
     assert not s.waiting._heaps
     assert not s.memory._admitted
+
+
+def bounded(most: int | None, **more: Any) -> Scheduler:
+    return Scheduler(make_policy("priority"), Limits(max_seqs=2, block_size=4, max_resident=most, **more))
+
+
+def begun(s: Scheduler, r: Request, now: float) -> Pass:
+    """The pass that begins when `r` has come."""
+    s.add(r, now)
+    p = s.next(now)
+    assert p is not None
+    return p
+
+
+@pytest.mark.parametrize("evict", ["recompute", "offload"])
+def test_at_the_bound_who_is_more_urgent_takes_the_place_of_the_least_urgent_admitted_last(evict):
+    s = bounded(2, evict=evict)
+    first, second, urgent = (Request(i, 8, 9, priority) for i, priority in enumerate((1, 1, 0)))
+    s.finished(begun(s, first, 0.0), 1.0)
+    s.finished(begun(s, second, 1.0), 2.0)
+    while second.batch is None:
+        s.finished(s.next(2.0), 2.0)
+    assert s.memory.resident == 2
+    p = begun(s, urgent, 3.0)
+    assert [c.request for c in p.prefill] == [urgent]
+    assert (first.evictions, second.evictions, s.memory.resident) == (0, 1, 2)
+    s.finished(p, 4.0)
+    while s.requests:
+        p = s.next(5.0)
+        assert s.memory.resident <= 2
+        s.finished(p, 5.0)
+    assert s.memory.resident == 0
+
+
+def test_at_the_bound_an_equal_waits_and_so_does_who_finds_all_others_in_suspended_passes():
+    s = Scheduler(make_policy("qllm", fill_tokens=0), Limits(max_seqs=2, block_size=4, max_resident=1))
+    be = begun(s, Request(0, 4000, 2, 1), 0.0)
+    s.add(Request(1, 8, 2, 1), 0.1)
+    s.add(Request(2, 8, 2, 0), 0.1)
+    assert not s.has_slot(0)
+    assert not s.has_slot(1)
+    assert not s.should_yield(be, 0.1)
+    s.finished(be, 1.0)
+    assert s.has_slot(0)
+    assert not s.has_slot(1)
+    assert [c.request.id for c in s.next(1.0).prefill] == [2]
+
+
+def test_without_a_bound_as_many_hold_memory_as_the_levels_let_in():
+    s = Scheduler(make_policy("priority"), Limits(max_seqs=1, block_size=4))
+    for number in range(5):
+        s.finished(begun(s, Request(number, 4, 50, -number), float(number)), number + 0.5)
+    assert s.memory.resident == 5

@@ -25,6 +25,7 @@ from qllm.experiment.metrics import BOUNDS
 from qllm.experiment.results import Results
 from qllm.experiment.results import write_config as write_resolved
 from qllm.experiment.run import Run, run_table, runs, simulate_run, sweep_rows
+from qllm.plots.capacity import draw_capacity
 from tests.cli_support import CONFIG, qllm, write_config
 
 #: One request at a time, one token each: a server with a fixed service time.
@@ -133,6 +134,8 @@ def test_workers_change_nothing_and_the_summary_agrees(small: Config) -> None:
         alone.capacity.set_index(["policy", "limits.max_seqs"])["rate_rps"].sort_index().to_numpy()
     )
     assert set(alone.differences["metric"]) == {"rate_rps", "saturation_rps"}
+    figure = draw_capacity(alone, "simulated")
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["limits.max_seqs = 2", "", "limits.max_seqs = 8", ""]
 
 
 def test_ending_runs_early_changes_no_rate(small: Config) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 from figure_classes import three_classes
 from figure_markdown import markdown
 from figure_results import caption, load
+from figure_tables_capacity import capacity
 from figure_tables_server import server_batch, server_load
 from figure_tables_slack import slack, slack_engine, slack_overload, slack_paper
 
@@ -320,6 +321,7 @@ TABLES: dict[str, Callable[[], str]] = {
         slack_overload,
         slack_engine,
         three_classes,
+        capacity,
         throughput,
         mixed_load,
         server_load,

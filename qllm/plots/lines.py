@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from qllm.config.config import RATE
 from qllm.experiment.results import Results
 from qllm.plots.notes import told
-from qllm.plots.style import style_of
+from qllm.plots.style import class_of_rate, style_of
 
 _WIDE = 0.75  #: of a place on an axis without numbers: its lines stand beside each other
 _LETTERS = 48  #: that such an axis has room for
@@ -32,7 +32,7 @@ def titles(results: Results) -> list[str]:
 
 def x_axis(results: Results) -> str:
     """The swept key on the x axis: the rate; if only others were swept, the first with numbers, else the first."""
-    several = [key for key in [RATE, *results.config.sweep] if results.summary[key].nunique() > 1]
+    several = _varied(results)
     numeric = [key for key in several if pd.api.types.is_numeric_dtype(results.summary[key])]
     return next(iter([*numeric, *several]), RATE)
 
@@ -40,8 +40,18 @@ def x_axis(results: Results) -> str:
 def other_keys(results: Results) -> list[str]:
     """The other swept keys with more than one value."""
     x = x_axis(results)
+    return [key for key in _varied(results) if key != x]
+
+
+def _varied(results: Results) -> list[str]:
+    """The rate and the swept keys that have more than one value.
+
+    Where the rate of a class was swept, that of all together only follows it, and is left out.
+    """
     swept = dict.fromkeys([RATE, *results.config.sweep])
-    return [key for key in swept if key != x and results.summary[key].nunique() > 1]
+    if RATE not in results.config.sweep and any(class_of_rate(key) for key in results.config.sweep):
+        del swept[RATE]
+    return [key for key in swept if results.summary[key].nunique() > 1]
 
 
 def spread_out(results: Results, x: str) -> bool:
@@ -81,7 +91,8 @@ def in_words(x: str, value: Any) -> str:
     if x == RATE and not value > 0:
         return "all requests at once"
     shown = f"{value:g}" if isinstance(value, int | float | np.number) else str(value)
-    return f"{shown} requests/s" if x == RATE else f"{x} = {shown}"
+    cls = class_of_rate(x)
+    return f"{shown} {f'{cls} ' if cls else ''}requests/s" if x == RATE or cls else f"{x} = {shown}"
 
 
 def lines_of(

@@ -59,10 +59,17 @@ def new_axes() -> Axes:
 
 def finish_axes(ax: Axes, x: str) -> None:
     """Name the x axis, draw a light grid, leave the frame out."""
-    ax.set_xlabel("request rate (requests/s)" if x == RATE else x)
+    cls = class_of_rate(x)
+    ax.set_xlabel("request rate (requests/s)" if x == RATE else f"{cls} request rate (requests/s)" if cls else x)
     ax.grid(True, which="major", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def class_of_rate(key: str) -> str | None:
+    """The class whose own rate the key of a configuration is; None for any other key."""
+    before, _, name = key.rpartition(".")
+    return before.removeprefix("classes.") if before.startswith("classes.") and name == RATE else None
 
 
 def log_axis(axis: Axis) -> None:

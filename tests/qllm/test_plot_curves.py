@@ -64,6 +64,27 @@ def test_another_class_and_other_swept_keys(results: Results, tmp_path: Path) ->
     assert "qllm, limits.max_seqs=4" in lines(plot_slo(both))
 
 
+def test_the_rate_of_a_class_is_an_axis_and_that_of_all_together_makes_no_lines(tmp_path: Path) -> None:
+    rates = ["rate=null", "classes.ls={rate: 5, share: null}", "classes.be={rate: 20, share: null}"]
+    lengths = [f"classes.{cls}.{key}=8" for cls in ("ls", "be") for key in ("prompt", "output")]
+    swept = simulate(
+        write_config(tmp_path), set=[*rates, *lengths, "sweep={classes.ls.rate: [5, 10]}", "seeds=1", "requests=20"]
+    )
+    assert swept.summary["rate"].nunique() == 2
+    assert x_axis(swept) == "classes.ls.rate"
+    ax = plot_ttft(swept)
+    assert ax.get_xlabel() == "ls request rate (requests/s)"
+    drawn = lines(ax)
+    assert drawn["fcfs"][0] == [5, 10]
+    assert {"fcfs", "qllm"} == {label for label in drawn if not label.startswith("SLO")}
+    assert "10 ls requests/s" in plot_time_spent(swept).get_xlabel()
+    whole = simulate(
+        write_config(tmp_path),
+        set=[*rates, *lengths, "sweep={classes.ls.rate: [5, 10], rate: [20, 40]}", "seeds=1", "requests=20"],
+    )
+    assert x_axis(whole) == "rate"
+
+
 def test_files_are_the_same_for_the_same_results_and_name_the_timings(results: Results, tmp_path: Path) -> None:
     caption = "Timings: affine: modelled; no device"
     first, second = (save_figures(results, folder, caption) for folder in _folders(tmp_path))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.latent.hook import METHOD, forms
 from qllm.executor.model.checks import auto_class, check_config, expand_weights
 from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
-from qllm.executor.model.info import ACCELERATOR_SHARE, RESIDENT
+from qllm.executor.model.info import ACCELERATOR_SHARE, RESIDENT, ring_size
 from qllm.executor.model.loading import prepare_model
+from qllm.executor.model.runner import declared_windows, window_of
 from qllm.executor.quantised.experts import weights_bytes
 from qllm.executor.quantised.packed import FORMS
 from qllm.executor.recurrent.states import state_bytes
@@ -43,6 +45,7 @@ MARKED = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- /models -->)", re.DOTAL
 UNKNOWN = "not tried: no tiny configuration of it is known here"
 SIZES = "qllm_sizes"  #: attention that notes what it is given
 GPU_BYTES = 80 * 10**9
+BLOCK = Limits().block_size
 #: What errors say, and what that means.
 PLAIN = {
     "index out of range": "the index of its sparse attention asks for the positions of all tokens",
@@ -57,8 +60,10 @@ class Memory(NamedTuple):
     """What a model takes in bfloat16."""
 
     weights: int  #: bytes, of the text part
-    kv: int  #: bytes a token; 0: unknown
+    kv: int  #: bytes a token, of layers that keep all tokens; 0: unknown
     state: int  #: bytes a sequence, of recurrent layers
+    in_ring: int = 0  #: bytes a token, of layers that keep a window
+    ring: int = 0  #: tokens that these keep of a sequence on a GPU
 
 
 def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -69,14 +74,18 @@ def config_of(checkpoint: Checkpoint) -> PreTrainedConfig:
 def memory_of(config: PreTrainedConfig) -> Memory:
     """Memory of a model, computed from one token without any weights."""
     kept: list[int] = []
+    windowed: list[int] = []
+    windows, numbers = declared_windows(config), itertools.count()
     expanding: list[int] = []
     unpacked = unpacked_layers(config)
 
     def attention(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
+        number = next(numbers)
+        window = kwargs.get("sliding_window") or (windows[number] if number < len(windows) else None)
         if module.layer_idx not in unpacked and not hasattr(module, METHOD):
-            kept.append(key.nbytes + value.nbytes)
+            (windowed if largest and window else kept).append(key.nbytes + value.nbytes)
         rows, heads = query.shape[2], query.shape[1]
         return query.new_empty((query.shape[0], rows, heads, value.shape[-1])), None
 
@@ -85,9 +94,10 @@ def memory_of(config: PreTrainedConfig) -> Memory:
         model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
         model.set_experts_implementation(PASS_THROUGH)  # where rows go would depend on numbers
         model.set_attn_implementation(SIZES)
-        for module in model.modules():
-            if hasattr(module, METHOD) and module.layer_idx not in unpacked:
-                note_latents(module, kept, expanding)
+        latent = [m for m in model.modules() if hasattr(m, METHOD) and m.layer_idx not in unpacked]
+        for module in latent:
+            note_latents(module, kept, expanding)
+        largest = 0 if latent else window_of(model) or 0
         called: set[torch.nn.Module] = set()
         recorder = register_module_forward_pre_hook(lambda module, _: called.add(module))
         try:
@@ -100,7 +110,8 @@ def memory_of(config: PreTrainedConfig) -> Memory:
     for layer in (cache.layers[i] for i in unpacked):  # of these the engine keeps what transformers does
         found = (layer.keys, layer.values, getattr(layer, "indexer_keys", None))
         kept += [tensor.nbytes for tensor in found if tensor is not None]
-    return Memory(weights_of(model) + sum(expanding), sum(kept), state_bytes(cache))
+    ring = BLOCK * ring_size(largest, BLOCK, kernels=True)
+    return Memory(weights_of(model) + sum(expanding), sum(kept), state_bytes(cache), sum(windowed), ring)
 
 
 def note_latents(module: Any, kept: list[int], expanding: list[int]) -> None:
@@ -175,16 +186,19 @@ def short(number: int, unit: int) -> str:
 
 def fits(memory: Memory) -> str:
     """Whether a model fits a GPU of 80 GB, and KV of how many tokens beside it."""
-    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - RESIDENT * Limits().max_seqs * memory.state
+    residents = RESIDENT * Limits().max_seqs
+    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - residents * memory.state
     if left <= 0 or not memory.kv:
         return "no" if left <= 0 else "-"
-    tokens = int(left / memory.kv) // 1000
+    rings = residents * memory.ring * memory.in_ring
+    tokens = int(max(left / (memory.kv + memory.in_ring), (left - rings) / memory.kv)) // 1000
     return f"yes, KV of {tokens:,},000 tokens" if tokens else "no"
 
 
 def checkpoints() -> str:
     """The twenty: served or not, and the memory that they take."""
-    columns = ("checkpoint", "model type", "served", "fits 80 GB", "weights", "KV a token", "state a sequence", "sizes")
+    columns = ("checkpoint", "model type", "served", "fits 80 GB", "weights")
+    columns += ("KV a token", "windows a sequence", "state a sequence", "sizes")
     return markdown(columns, map(row_of, TWENTY))
 
 
@@ -197,7 +211,8 @@ def row_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     told = (f"no: {reason}", "-") if reason else ("yes", fits(memory))
     sizes = [f"{short(memory.weights, 10**9)} GB"]
     sizes += [f"{short(memory.kv, 10**3)} kB" if memory.kv and not reason else "-"]
-    sizes += [f"{short(memory.state, 10**6)} MB" if memory.state and not reason else "-"]
+    for kept in (memory.ring * memory.in_ring, memory.state):
+        sizes.append(f"{short(kept, 10**6)} MB" if kept and not reason else "-")
     return name, f"`{checkpoint.model_type}`", *told, *sizes, source
 
 

@@ -29,7 +29,7 @@ from qllm.executor.calibration.timed_runner import TimedRunner
 from qllm.executor.engine.hook_clock import Stopwatch, timed
 from qllm.executor.model.info import ring_size
 from qllm.executor.model.kv_cache import Rings
-from qllm.executor.model.runner import run_to_end, window_of
+from qllm.executor.model.runner import has_kernels, run_to_end, window_of
 from qllm.executor.model.split import Split
 
 BLOCK = 16  # KV slots in a block
@@ -179,7 +179,7 @@ class Profiler:
 def rings_for(model: PreTrainedModel, max_batch: int) -> Rings | None:
     """Rings for the sequences of each pass, where layers of `model` keep a window alone."""
     window = window_of(model) or 0
-    size = ring_size(window, BLOCK, model.device)
+    size = ring_size(window, BLOCK, kernels=has_kernels(model.device))
     return Rings(size * max(max_batch, DECODING), size, window) if size else None
 
 

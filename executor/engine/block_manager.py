@@ -17,6 +17,7 @@ from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
 from qllm.executor.model.info import RESIDENT, fitting_blocks, ring_size
 from qllm.executor.model.kv_cache import PagedKVCache, Rings
+from qllm.executor.model.runner import has_kernels
 from qllm.executor.recurrent.states import move_state
 from qllm.scheduler import Limits, Pass, Scheduler, State
 
@@ -37,7 +38,8 @@ def fitted(
     Raises:
         KVMemoryError: not a single block fits.
     """
-    size, blocks = ring_size(facts["window"], given.block_size, model.device), given.kv_blocks
+    size = ring_size(facts["window"], given.block_size, kernels=has_kernels(model.device))
+    blocks = given.kv_blocks
     residents = RESIDENT * given.max_seqs if given.max_resident is None else given.max_resident
     if blocks is None or kv_memory is not None:
         blocks = fitting_blocks(model, facts, given.block_size, residents, kv_memory)

@@ -62,7 +62,7 @@ def attention_forward(
     if batch.inputs is not None:
         from qllm.executor.gpu.packed_attention import Layer, attend  # Triton, which is there with a GPU only
 
-        in_rings, stores = batch.cache.in_rings(window), batch.cache.layer(layer, *kept, window)
+        in_rings, stores = batch.cache.in_rings(window), batch.cache.layer(layer, *kept, window=window)
         tables, ring = batch.inputs.tables(in_rings=in_rings), batch.cache.ring_tokens if in_rings else 0
         form = Layer(*stores, batch.cache.block_size, scale, window, softcap, s_aux, tables, ring)
         attend(q, k, v, out, form, batch.inputs, batch.prompt_parts, partial(running.reach, "attention"), latents)

@@ -106,12 +106,12 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
 
 
-def ring_size(window: int, block_size: int, device: torch.device) -> int:
+def ring_size(window: int, block_size: int, *, kernels: bool) -> int:
     """Blocks of a full ring, which holds the window; 0 where there is none.
 
-    Where kernels attend, it holds the rows of a recorded pass on top, which are written before they attend.
+    Where kernels of a GPU attend, it holds the rows of a recorded pass on top, which are written before they attend.
     """
-    rows = RECORDED_ROWS if has_kernels(device) else 1
+    rows = RECORDED_ROWS if kernels else 1
     return -(-(window + rows - 1) // block_size) if window else 0
 
 
@@ -131,7 +131,7 @@ def fitting_blocks(
         *(model, facts["kv_bytes_per_token"], block_size, kv_memory),
         states=residents * facts["state_bytes"],
         ring_token_bytes=facts["window_bytes_per_token"],
-        ring_blocks=residents * ring_size(facts["window"], block_size, model.device),
+        ring_blocks=residents * ring_size(facts["window"], block_size, kernels=has_kernels(model.device)),
     )
 
 

@@ -114,7 +114,7 @@ class PagedKVCache:
         return self.rings.n_blocks * self.block_size
 
     def layer(
-        self, index: int, key: torch.Tensor, value: torch.Tensor, window: int | None = None
+        self, index: int, key: torch.Tensor, value: torch.Tensor, *, window: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of layer `index`, `[slots + 1, kv_heads, width]`; made at first use, like `key` and `value`."""
         if index == len(self.keys):
@@ -128,10 +128,10 @@ class PagedKVCache:
         return self.keys[index], self.values[index]
 
     def write(
-        self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None = None
+        self, index: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, window: int | None = None
     ) -> None:
         """Store `key`, `value` (`[T, kv_heads, width]`) of layer `index` in `slots` (int64 `[T]`)."""
-        for store, new in zip(self.layer(index, key, value, window), (key, value), strict=True):
+        for store, new in zip(self.layer(index, key, value, window=window), (key, value), strict=True):
             store.flatten(1).index_copy_(0, slots, new.flatten(1))
 
     def read(self, index: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -128,10 +128,10 @@ class Batch:
         if not self.cache.in_rings(window):
             self.cache.write(layer, self.slots, key, value)
         elif self.ring_rows is None:
-            self.cache.write(layer, self.ring_slots, key, value, window)
+            self.cache.write(layer, self.ring_slots, key, value, window=window)
         else:
             key, value = (t.index_select(0, self.ring_rows) for t in (key, value))
-            self.cache.write(layer, self.ring_slots, key, value, window)
+            self.cache.write(layer, self.ring_slots, key, value, window=window)
 
     @property
     def decode_rows(self) -> int:

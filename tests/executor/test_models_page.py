@@ -79,12 +79,14 @@ def test_a_model_type_is_served_or_refused_as_the_page_says(name: str) -> None:
     assert of_family(name) == page.type_row(name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "gpt_oss", "lfm2_moe", "bailing_hybrid"])
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v3", "gpt_oss", "lfm2_moe", "bailing_hybrid", "gemma4_text"])
 def test_memory_computed_without_weights_is_that_of_the_engine(name: str) -> None:
     model = tiny_model(name)
     facts = model_facts(prepare_model(model.bfloat16()))
     computed = page.memory_of(tiny_config(name))
     assert (computed.kv, computed.state) == (facts["kv_bytes_per_token"], facts["state_bytes"])
+    assert computed.in_ring == facts["window_bytes_per_token"]
+    assert computed.ring == (-(-(facts["window"] + 511) // 16) * 16 if facts["window"] else 0)
     assert computed.weights == page.weights_of(model)
 
 

@@ -259,7 +259,7 @@ def test_of_windows_what_the_next_token_sees_goes_to_host_memory(gpt_oss, tokens
 def test_a_calibration_measures_with_rings(gpt_oss) -> None:
     profiler = Profiler(gpt_oss, 200, 3)
     cache = profiler.runner.cache
-    assert cache.rings == Rings(4 * ring_size(WINDOW, 16, torch.device("cpu")), 1, WINDOW)
+    assert cache.rings == Rings(4 * ring_size(WINDOW, 16, kernels=False), 1, WINDOW)
     for store in cache.stores:
         assert (store[:-1] != 0).all()
         assert (store[-1] == 0).all()

@@ -173,8 +173,8 @@ def test_a_suspended_pass_counts_the_context_that_it_has_gathered(model) -> None
 @pytest.mark.parametrize("rows", [1, 64])
 def test_an_engine_evicts_and_brings_back(model, monkeypatch, evict, rows) -> None:
     size = -(-(WINDOW + rows - 1) // 4)
-    monkeypatch.setattr("qllm.executor.engine.block_manager.ring_size", lambda *_: size)
-    monkeypatch.setattr(info, "ring_size", lambda *_: size)
+    monkeypatch.setattr("qllm.executor.engine.block_manager.ring_size", lambda *_, **__: size)
+    monkeypatch.setattr(info, "ring_size", lambda *_, **__: size)
     made: list[GraphRunner] = []
 
     def make(*args, **more):
@@ -193,11 +193,10 @@ def test_an_engine_evicts_and_brings_back(model, monkeypatch, evict, rows) -> No
     assert made[0].recorded
 
 
-def test_rings_on_a_gpu_hold_the_rows_of_a_recorded_pass_beside_the_window(monkeypatch) -> None:
-    assert info.ring_size(128, 16, torch.device("cpu")) == 8
-    monkeypatch.setattr(info, "has_kernels", lambda _: True)
-    assert info.ring_size(128, 16, torch.device("cpu")) == -(-(128 + RECORDED_ROWS - 1) // 16)
-    assert info.ring_size(0, 16, torch.device("cpu")) == 0
+def test_rings_on_a_gpu_hold_the_rows_of_a_recorded_pass_beside_the_window() -> None:
+    assert info.ring_size(128, 16, kernels=False) == 8
+    assert info.ring_size(128, 16, kernels=True) == -(-(128 + RECORDED_ROWS - 1) // 16)
+    assert info.ring_size(0, 16, kernels=True) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

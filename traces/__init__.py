@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from qllm.traces.results import PassSlice as PassSlice
     from qllm.traces.results import RunResult as RunResult
     from qllm.traces.results import Status as Status
+    from qllm.traces.sessions import Sessions as Sessions
+    from qllm.traces.sessions import closed_loop as closed_loop
+    from qllm.traces.sessions import turns as turns
     from qllm.traces.step_times.aiconfigurator.importer import import_aiconfigurator as import_aiconfigurator
     from qllm.traces.step_times.cost_model import PassCostModel as PassCostModel
     from qllm.traces.step_times.data_sheet import DATA_SHEETS as DATA_SHEETS
@@ -61,6 +64,7 @@ _WHERE = {
     "RequestTrace": "qllm.traces.requests.trace",
     "RunResult": "qllm.traces.results",
     "SHAPES": "qllm.traces.step_times.model_shapes",
+    "Sessions": "qllm.traces.sessions",
     "Status": "qllm.traces.results",
     "TimingError": "qllm.traces.step_times.file_format",
     "TimingWarning": "qllm.traces.step_times.file_format",
@@ -72,6 +76,7 @@ _WHERE = {
     "bundled_lengths": "qllm.traces.requests.quantile_table",
     "bundled_popularity": "qllm.traces.step_times.popularity",
     "bundled_timings": "qllm.traces.step_times.timings",
+    "closed_loop": "qllm.traces.sessions",
     "describe_popularity": "qllm.traces.step_times.popularity",
     "generate": "qllm.traces.requests.generate",
     "import_aiconfigurator": "qllm.traces.step_times.aiconfigurator.importer",
@@ -79,6 +84,7 @@ _WHERE = {
     "read_requests": "qllm.traces.requests.readers",
     "roofline_timings": "qllm.traces.step_times.modelled",
     "shape_from_config": "qllm.traces.step_times.hf_config",
+    "turns": "qllm.traces.sessions",
     "write_requests": "qllm.traces.requests.writers",
 }
 

@@ -118,13 +118,15 @@ def _by_class(config: Config, rate: float, seed: int) -> RequestTrace:
 
 def _merged(parts: list[RequestTrace], classes: tuple[str, ...]) -> RequestTrace:
     """Generated traces of one class each as one, by arrival."""
-    columns = [
-        np.concatenate([getattr(part, name) for part in parts] or [np.empty(0, dtype)])
-        for name, dtype in (("arrival", float), ("prompt_tokens", int), ("output_tokens", int))
-    ]
-    cls = np.concatenate([np.full(len(part), classes.index(part.classes[0])) for part in parts] or [np.empty(0, int)])
-    order = np.argsort(columns[0], kind="stable")
-    return RequestTrace(*(column[order] for column in columns), cls[order], classes)
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype), *(getattr(part, name) for part in parts)])
+
+    arrival = column("arrival", float)
+    cls = np.repeat([classes.index(part.classes[0]) for part in parts], [len(part) for part in parts]).astype(int)
+    order = np.argsort(arrival, kind="stable")
+    prompt, output = column("prompt_tokens", int), column("output_tokens", int)
+    return RequestTrace(arrival[order], prompt[order], output[order], cls[order], classes)
 
 
 def _conversations(config: Config, arrival: Conversations, rate: float, seed: int) -> RequestTrace:

@@ -44,9 +44,14 @@ def class_names(config: Config) -> dict[int, str]:
 
 def write_timeline(recorded: list[tuple[Run, RunResult]], path: str | Path, time: str = "simulated") -> int:
     """Write what `record` gave to `path`, and return the number of events; `time`: simulated or measured."""
-    events = []
-    for process, (run, result) in enumerate(recorded, start=1):
-        events += trace_events(result.slices or [], run.config, process, str(run))
+    events: list[dict[str, Any]] = []
+    process = 0
+    for run, result in recorded:
+        for replica in range(run.config.replicas):
+            process += 1
+            name = str(run) if run.config.replicas == 1 else f"{run}, GPU {replica}"
+            mine = [one for one in result.slices or [] if one.replica == replica]
+            events += trace_events(mine, run.config, process, name)
     data = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": time}}
     Path(path).write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
     return len(events)

@@ -124,9 +124,9 @@ def save_timeline(
     """Write a picture of a panel per recorded run, around the first suspension in any of them, else the start.
 
     `caption`: simulated or measured, and on what. `layers`: by default of the configuration's timing trace, as in a
-    simulation. Returns False, and writes nothing, where nothing ran.
+    simulation. Of several GPUs the first is shown. Returns False, and writes nothing, where nothing ran.
     """
-    shown = [(run, result.slices or []) for run, result in recorded]
+    shown = [(run, [one for one in result.slices or [] if one.replica == 0]) for run, result in recorded]
     if not any(slices for _, slices in shown):
         return False
     start, end = _window([slices for _, slices in shown])
@@ -136,7 +136,8 @@ def save_timeline(
     for ax, (run, slices) in zip(panels, shown, strict=True):
         inside = [one for one in slices if one.end >= start and one.start <= end]
         plot_timeline(inside, classes, layers=layers or cost_model(run.config).layers, ax=ax)
-        ax.set_title(str(run), fontsize=10, loc="left")
+        several = f", the first of {run.config.replicas} GPUs" if run.config.replicas > 1 else ""
+        ax.set_title(f"{run}{several}", fontsize=10, loc="left")
         ax.set_xlabel("")
     panels[-1].set_xlabel("time (s)")
     panels[-1].set_xlim(start, end)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +15,9 @@ from qllm import simulate
 from qllm.config.config import Config, load_config
 from qllm.config.workload import check_for_engine, request_trace, sessions
 from qllm.config.yaml_lines import ConfigError
+from qllm.experiment.run import runs
+from qllm.plots.perfetto import record, write_timeline
+from qllm.plots.schedule import save_timeline
 from qllm.traces.requests.generate import generate
 
 BASE = {
@@ -166,6 +172,19 @@ def test_more_gpus_serve_more_and_say_which(tmp_path):
     assert "replica" not in alone.requests
     for router in ("round_robin", "ls_aware", "shared_queue"):
         assert (simulate(config(rate=8.0, requests=20, replicas=2, router=router)).requests["finish_s"] > 0).all()
+
+
+def test_timelines_of_several_gpus_keep_them_apart(tmp_path):
+    recorded = record(runs(config(rate=8.0, requests=20, replicas=3)))
+    write_timeline(recorded, tmp_path / "timeline.json")
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "process_name"]
+    assert [name.rpartition(", ")[2] for name in names] == ["GPU 0", "GPU 1", "GPU 2"]
+    for process in (1, 2, 3):  # one pass at a time on each
+        mine = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["pid"] == process)
+        assert mine
+        assert all(a[1] <= b[0] + 1e-3 for a, b in pairwise(mine))
+    assert save_timeline(recorded, tmp_path / "timeline.png", "Simulated.")
 
 
 def test_what_is_simulated_only_is_refused_for_the_engine():

@@ -210,7 +210,7 @@ def test_what_is_simulated_only_is_refused_for_the_engine():
         ("arrival: {process: conversations, turns: 2}", "give rate"),
         ("replicas: 0\nrate: 1", "replicas"),
         ("router: random\nrate: 1", "round_robin"),
-        ("classes: {ls: {rate: 1, prompt: 1, output: 1}, be: {prompt: 1, output: 1}}", "a rate for each class, also be"),
+        ("classes: {ls: {rate: 1, prompt: 1, output: 1}, be: {prompt: 1, output: 1}}", "for each class, also be"),
         ("classes: {ls: {rate: 1, share: 1, prompt: 1, output: 1}}", "and no share"),
         ("classes: {ls: {rate: 0, prompt: 1, output: 1}}", "rate"),
         ("classes: {ls: {rate: 1, prompt: 1}}", "needs prompt and output"),

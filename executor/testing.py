@@ -86,6 +86,16 @@ TINY: dict[str, Any] = {
     "indexer_head_dim": 16,
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_n_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "ssm_state_size": 16,
     "initializer_range": 0.2,  # the usual 0.02 at this size gives the same token over and over
     "max_position_embeddings": 256,
     "pad_token_id": 0,
@@ -98,6 +108,7 @@ OPTIONAL = frozenset({"q_lora_rank", "sliding_window", "hidden_size_per_layer_in
 SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "nemotron_h": {"chunk_size": 16},
     "bailing_hybrid": {"layer_group_size": 2},
     "kimi_linear": {
         "linear_attn_config": {

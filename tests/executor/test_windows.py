@@ -97,19 +97,6 @@ def test_rings_have_the_bits_of_layers_that_keep_all_tokens(gpt_oss, sizes) -> N
 
 
 @torch.inference_mode()
-def test_a_decoding_row_has_the_same_bits_alone_and_in_company_of_its_length(gpt_oss) -> None:
-    found = []
-    for company in (1, 3):
-        runner = runner_of(gpt_oss)
-        some = [sequence(p, i) for i, p in enumerate(prompts(20, 20, 20)[:company])]
-        for s in some:
-            run_to_end(runner.begin([(s, 20)]))
-            s.tokens.append(7)
-        found.append(run_to_end(runner.begin((s, 1) for s in some))[0])
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
-
-
-@torch.inference_mode()
 def test_a_sequence_whose_pass_was_given_up_starts_again(gpt_oss) -> None:
     """At any point, and nobody else notices."""
     asked = prompts(20, 18)

@@ -48,7 +48,7 @@ ARROWS = {
     "executor/sampling": {"executor"},
     "executor/cpu": set(),
     "executor/quantised": {"executor", "executor/cpu"},
-    "executor/gpu": {"executor/gpu/fused"},
+    "executor/gpu": {"executor/gpu/fused", "executor/latent"},
     "executor/gpu/fused": {"executor/gpu"},
     "executor/model": {
         *("executor", "executor/cpu", "executor/gpu", "executor/gpu/fused"),

@@ -103,6 +103,23 @@ class DecodeBatch:
         """KV blocks that the next pass takes: one for each member whose last block is full."""
         return self._phase[-self.passes % self.block_size]
 
+    def repeats(self, free: int) -> int:
+        """How many passes from now on end nobody, and leave blocks for the pass after them where `free` are free."""
+        ends = self._ends
+        while ends[0][2].batch is not self or ends[0][2].last_pass != ends[0][0]:  # it left before
+            heappop(ends)
+        rounds = free // len(self.members)  # each takes one block for each member
+        return min(ends[0][0] - self.passes - 1, rounds * self.block_size)
+
+    def repeat(self, times: int) -> int:
+        """So many passes were done that ended nobody; returns the KV blocks that those after the first took."""
+        first = self.passes + 1
+        self.passes += times
+        self.context += times * len(self.members)
+        rounds, left = divmod(times, self.block_size)
+        phase, size = self._phase, self.block_size
+        return rounds * len(self.members) + sum([phase[-i % size] for i in range(first, first + left)])
+
     def advance(self) -> list[Request]:
         """A pass was done: every member has one token more. Returns those that have all their tokens: they leave."""
         self.passes = passes = self.passes + 1

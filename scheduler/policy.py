@@ -31,6 +31,9 @@ class Policy:
             use the KV blocks that `Limits.urgent_blocks` reserves.
         max_suspended_s: Seconds. A pass that was suspended for so long in all is due: it goes on at the next decision.
         max_wait_s: Seconds. A BE request that was in no running pass for so long in all gets the level `urgent`.
+        steady: Whether it decides by who waits, is ready or is suspended alone: not by the time, nor by how often it
+            was asked; nor does it hear of passes (`ran`). A simulation asks it less often then. A subclass with answers
+            of its own has to say so again.
         predicts: Whether it asks `s.seconds`, so that the scheduler keeps count of how long passes take.
     """
 
@@ -39,6 +42,7 @@ class Policy:
     urgent: int = 0
     max_suspended_s: float = NEVER
     max_wait_s: float = NEVER
+    steady: bool = False
     predicts: bool = False
 
     def start(self, s: Scheduler) -> None:
@@ -97,6 +101,18 @@ def checked_policy(policy: Policy, name: str = "") -> Policy:
         if not fits(value):
             raise UnknownPolicy(f"{name}: {key} is {value!r:.80}{allowed}")
     return policy
+
+
+def is_steady(policy: Policy) -> bool:
+    """Whether `policy` is steady by what the class says that its last answers are from."""
+    parts = (getattr(policy, "__dict__", {}), *map(vars, type(policy).__mro__))
+    said = next(part for part in parts if "steady" in part or any(map(_answers, part.items())))
+    return bool(said.get("steady")) and not policy.predicts and policy.max_wait_s == NEVER
+
+
+def _answers(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return callable(value) and name not in _AT_ARRIVAL and not name.startswith("__")
 
 
 def ask(policy: Policy, question: str, *args: Any) -> Any:
@@ -177,11 +193,15 @@ def _is_reason(answer: Any) -> bool:
 
 _Check = tuple[Callable[[Any], bool], str]
 
+#: questions that are not asked between two passes
+_AT_ARRIVAL = {"start", "admits", "level", "order"}
+
 #: what the attributes of a policy may be, and how that is told
 _ATTRIBUTES: dict[str, _Check] = {
     "granularity": (lambda value: value in get_args(Granularity), f"; allowed: {', '.join(get_args(Granularity))}"),
     "merge": (_is_bool, ", must be true or false"),
     "predicts": (_is_bool, ", must be true or false"),
+    "steady": (_is_bool, ", must be true or false"),
     "urgent": (_is_number, ", must be a number"),
     "max_suspended_s": (_is_bound, ", must be a number of at least 0"),
     "max_wait_s": (_is_bound, ", must be a number of at least 0"),

@@ -35,7 +35,7 @@ from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.pass_times import PassSeconds, PassTimes
 from qllm.scheduler.passes import NEVER, Pass, longest_suspended
-from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, policy_error
+from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, is_steady, policy_error
 from qllm.scheduler.reprioritize import change_priority
 from qllm.scheduler.request import Request, RequestShed, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
@@ -74,6 +74,7 @@ class Scheduler:
         self._times = PassTimes(seconds) if policy.predicts else None
         self.ageing = Ageing(policy.max_wait_s, policy.urgent)
         self._hears = type(policy).ran is not Policy.ran
+        self.steady = is_steady(policy)  #: whether decode passes are repeated without asking (repeats.py)
         self._chooses = type(policy).admits is not Policy.admits
         #: whether `should_yield` may turn true with time alone
         self.rechecks = type(policy).recheck_at is not Policy.recheck_at or policy.max_wait_s < NEVER

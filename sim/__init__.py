@@ -3,9 +3,10 @@
 if __name__ != "qllm.sim":
     raise ImportError("this package is called qllm.sim: from qllm.sim import ...")
 
+from qllm.sim.isolated import isolated_ttft, uniform
 from qllm.sim.replicas import ROUTERS
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
-from qllm.sim.simulate import isolated_ttft, simulate, uniform
+from qllm.sim.simulate import simulate
 from qllm.traces.results import PassSlice, RunResult, Status
 
 __all__ = [

@@ -18,8 +18,10 @@ import simpy
 from simpy.events import EventPriority
 
 from qllm.scheduler import Pass, Request, Scheduler
+from qllm.scheduler.repeats import repeat, repeats
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
+from qllm.sim.routing import Routing
 from qllm.traces.step_times.cost_model import TICK
 
 #: priorities of events at one instant; arrivals have SimPy's own, 1
@@ -40,13 +42,19 @@ class Device:
         gpu: GpuModel,
         on_finished: Callable[[list[Request]], None],
         observer: Observer | None = None,
+        next_event: Callable[[], float] | None = None,
     ):
-        """`on_finished` hears of the requests that end with a pass, `observer` of each stretch that a pass ran."""
+        """`on_finished` hears of the requests that end with a pass, `observer` of each stretch that a pass ran.
+
+        `next_event` tells when something may come to this device that it does not make itself; default: SimPy's next
+        event.
+        """
         self.env = env
         self.scheduler = scheduler
         self.gpu = gpu
         self.on_finished = on_finished
         self.observer = observer
+        self.next_event = next_event or env.peek
         self.idle: simpy.Event | None = None  # what it waits for while nothing runs
         self.rested = False  # it stood idle for a time, and the next pass wakes it up
         self.interruptible: Pass | None = None  # the running pass, while an event may stop it
@@ -91,6 +99,23 @@ class Device:
         env.schedule(event, priority, seconds)
         return event
 
+    def repeat(self, p: Pass, run: SimulatedPass) -> tuple[float, SimulatedPass]:
+        """Passes like `p`, which begins, run to their ends as long as nothing is to be decided between them.
+
+        Returns:
+            When the last of them begins, for which `p` stands from then on, and that one.
+        """
+        start, times = self.env.now, repeats(self.scheduler, p)
+        while times and start + run.total < (until := self.next_event()):
+            first, most = start, times if self.observer is None else 1
+            done, start, draw, seconds = self.gpu.repeat(p, first + run.total, most, until)
+            if self.observer is not None:
+                self.observer(p, run, first, start, 0, run.steps_in_all(), False)
+            repeat(self.scheduler, p, done, start)
+            run = SimulatedPass(self.gpu, p, draw, seconds)
+            times -= done
+        return start, run
+
     def suspend(self, p: Pass, run: SimulatedPass) -> None:
         """`p` stops where `run` stands."""
         self.scheduler.suspended(p, self.env.now)
@@ -104,6 +129,7 @@ def fast_device(device: Device) -> Process:
     stops = gpu.granularity != "iteration"
     merging = Merging(scheduler) if scheduler.policy.merge else None
     rechecks = stops and device.rechecks
+    repeats_passes = scheduler.steady and isinstance(gpu.routing, Routing)
     while True:
         if env.peek() == env._now:
             yield device.sleep(0.0, DECISION)
@@ -115,6 +141,8 @@ def fast_device(device: Device) -> Process:
         start = env._now
         if run is None:
             run = device.launch(p)
+            if repeats_passes and not (merging is not None and scheduler.suspended_passes):
+                start, run = device.repeat(p, run)
         else:
             start += steps.resume_s
         if merging is not None:
@@ -162,7 +190,7 @@ def fast_device(device: Device) -> Process:
                 yield device.sleep(steps.suspend_s)
             continue
         if observer is not None:
-            observer(p, run, start, end, first, 2 + steps.layers * run.cost.steps_per_layer, False)
+            observer(p, run, start, end, first, run.steps_in_all(), False)
         device.on_finished(scheduler.finished(p, end))
 
 

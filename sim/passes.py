@@ -11,6 +11,7 @@ from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
 _VARIANTS = 32  # routing draws kept per size of a decode pass
+_KEPT = 1 << 17  # seconds of experts, 20 MB
 
 
 class SimulatedPass:
@@ -60,6 +61,10 @@ class SimulatedPass:
             _, n, context, after_prefill = self._size
             self._cost = self.steps.cost((), n, context, n, after_prefill=after_prefill)
         return self._cost
+
+    def steps_in_all(self) -> int:
+        """How many steps it has."""
+        return 2 + self.steps.layers * self.cost.steps_per_layer
 
     def counts(self) -> np.ndarray:
         """Tokens per expert, int[layers, experts]."""
@@ -158,24 +163,66 @@ class GpuModel:
         self.steps = steps
         self.routing = routing
         self.granularity = granularity
-        self._decodes: dict[int, list[tuple[int, float]]] = {}
+        self._decodes: dict[int, list[int]] = {}  # by size, the draws that decode passes take turns with
+        self._experts_s: dict[tuple[int, int], float] = {}  # by tokens and draw, of those that may come again
 
     def start(self, p: Pass) -> SimulatedPass:
         """`p` is launched for the first time."""
         steps, draw = self.steps, self.routing.draw()
         if self.routing.pooled and not p.prefill and p.restored is None and p.offloaded is None:
-            n = p.n_decode
-            variants = self._decodes.get(n)
-            if variants is None:
-                cost = steps.cost((), n, p.decode_context, n)  # the experts' cut is that of any pass of n tokens
-                variants = self._decodes[n] = self._variants(n, cost)
-            draw, experts_s = variants[draw % _VARIANTS]
-            return SimulatedPass(self, p, draw, steps.decode_total(n, p.decode_context, p.after_prefill) + experts_s)
+            n, context = p.n_decode, p.decode_context
+            draws = self._decodes.get(n)
+            if draws is None:
+                drawn = [self.routing.draw() for _ in range(_VARIANTS)]
+                draws = self._decodes[n] = [self.routing.place(n, each) for each in drawn]
+            draw = draws[draw % _VARIANTS]
+            experts_s = self._experts_s.get((n, draw))
+            if experts_s is None:
+                experts_s = self._experts(n, draw, context)
+            return SimulatedPass(self, p, draw, steps.decode_total(n, context, p.after_prefill) + experts_s)
         cost = steps.cost(p.prefill, p.n_decode, p.decode_context, p.rows, p.moved_tokens, p.after_prefill)
-        experts_s = steps.experts_of_pass(cost, self.routing.counts(p.tokens, draw))
+        key = p.tokens, self.routing.place(p.tokens, draw)
+        experts_s = self._experts_s.get(key)
+        if experts_s is None:
+            experts_s = self._experts_of(key, cost)
         return SimulatedPass(self, p, draw, steps.total(cost, experts_s), cost)
 
-    def _variants(self, tokens: int, cost: PassCost) -> list[tuple[int, float]]:
-        """Routing draws for decode passes of `tokens` tokens, each with the seconds of all its experts."""
-        draws = [self.routing.draw() for _ in range(_VARIANTS)]
-        return [(d, self.steps.experts_of_pass(cost, self.routing.counts(tokens, d))) for d in draws]
+    def repeat(self, p: Pass, end: float, times: int, until: float) -> tuple[int, float, int, float]:
+        """Passes like decode pass `p`, one after the other, the last of which begins before `until`.
+
+        Args:
+            p: The first; it ends at `end`, before `until`.
+            end: Seconds.
+            times: How many follow it at most, at least 1.
+            until: Seconds.
+
+        Returns:
+            How many followed it, and of the last of them: when it begins, its draw of the routing, and its seconds.
+        """
+        n, context, draws = p.n_decode, p.decode_context, self.routing.ahead()
+        variants, known, seconds = self._decodes[n], self._experts_s, self.steps.decode_seconds(n, context)
+        times = min(times, len(draws))
+        done = 0
+        while done < times and end < until:
+            done += 1
+            begins = end
+            context += n
+            draw = variants[draws[-done] % _VARIANTS]
+            experts_s = known.get((n, draw))
+            if experts_s is None:
+                experts_s = self._experts(n, draw, context)
+            total = seconds(context) + experts_s
+            end = begins + total
+        del draws[-done:]
+        return done, begins, draw, total
+
+    def _experts(self, n: int, draw: int, context: int) -> float:
+        """Seconds of all experts of a decode pass of `n` sequences, kept for the next one."""
+        return self._experts_of((n, draw), self.steps.cost((), n, context, n))  # cut like those of any n tokens
+
+    def _experts_of(self, key: tuple[int, int], cost: PassCost) -> float:
+        """Seconds of all experts of a pass of so many tokens with that draw, kept for the next one."""
+        if len(self._experts_s) > _KEPT:
+            self._experts_s.clear()
+        experts_s = self._experts_s[key] = self.steps.experts_of_pass(cost, self.routing.counts(*key))
+        return experts_s

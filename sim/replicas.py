@@ -75,6 +75,7 @@ class Fleet:
             raise ValueError(f"router is {router!r:.80}; allowed: {', '.join(ROUTERS)}")
         self.replicas = replicas
         self.waiting: list[tuple[int, float, int, Request]] = []
+        self.is_queue = router == "shared_queue" and len(replicas) > 1  #: what ends on one makes room for who waits
         self._router = router
         self._rejected = rejected
 

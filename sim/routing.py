@@ -39,6 +39,10 @@ class RecordedRouting:
         self._next += 1
         return self._next - 1
 
+    def place(self, tokens: int, draw: int) -> int:
+        """Return `draw`: no two passes are known to have the same counts."""
+        return draw
+
     def counts(self, tokens: int, draw: int) -> np.ndarray:
         """Return the tokens per expert of pass number `draw`, int[layers, experts].
 
@@ -80,6 +84,10 @@ class ResampledRouting:
         """Return a random integer below 2^30."""
         return int(self._rng.integers(1 << 30))
 
+    def place(self, tokens: int, draw: int) -> int:
+        """Return `draw`: few passes have the same counts."""
+        return draw
+
     def counts(self, tokens: int, draw: int) -> np.ndarray:
         """Return the tokens per expert of a pass of `tokens` tokens, int64[layers, experts].
 
@@ -119,12 +127,22 @@ class Routing:
         self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
         self._rng = np.random.default_rng((seed, 1, replica) if replica else (seed, 1))
         self._draws: list[int] = []
+        self._deviations: dict[int, np.ndarray] = {}  # by the noise that makes them
+        self._none = np.zeros_like(self.share)
 
     def draw(self) -> int:
         """Return a random integer below 2^30."""
+        return self.ahead().pop()
+
+    def ahead(self) -> list[int]:
+        """Return what is drawn next, the last of them first; who takes one removes it."""
         if not self._draws:
             self._draws = self._rng.integers(1 << 30, size=_BLOCK).tolist()
-        return self._draws.pop()
+        return self._draws
+
+    def place(self, tokens: int, draw: int) -> int:
+        """Return the least draw that gives a pass of `tokens` tokens the same counts as `draw`."""
+        return draw % (self.size if tokens <= self.size else _NOISES)
 
     def counts(self, tokens: int, draw: int) -> np.ndarray:
         """Return the tokens per expert of a pass of `tokens` tokens, int64[layers, experts].
@@ -135,12 +153,14 @@ class Routing:
             at = draw % self.size
             chosen: np.ndarray = self._sums[at + tokens] - self._sums[at]
             return chosen.astype(np.intp).reshape(self.share.shape)
-        drawn: np.ndarray = self._deviation * self._noise[draw % len(self._noise)]
-        drawn *= math.sqrt(tokens)
+        noise = draw % len(self._noise)
+        if noise not in self._deviations:
+            self._deviations[noise] = self._deviation * self._noise[noise]
+        drawn: np.ndarray = self._deviations[noise] * math.sqrt(tokens)
         drawn += tokens * self.share
         drawn += 0.5
-        np.maximum(drawn, 0, out=drawn)
-        np.minimum(drawn, tokens, out=drawn)
+        np.maximum(drawn, self._none, out=drawn)  # of two arrays, several times as fast as with a number
+        np.minimum(drawn, np.full_like(drawn, tokens), out=drawn)
         return drawn.astype(np.intp)
 
 
@@ -161,7 +181,7 @@ def binomial(tokens: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     return counts[often], chances[often]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _pool(data: bytes, shape: tuple[int, int], top_k: int, seed: int) -> tuple[int, np.ndarray, np.ndarray]:
     """(tokens in the pool, uint16[2 tokens + 1, layers * experts] running counts of the pool twice over, noise)."""
     layers, experts = shape

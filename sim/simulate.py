@@ -7,15 +7,17 @@ from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
+from math import inf
 
 import numpy as np
 import simpy
 
 from qllm.scheduler import Limits, Pass, Policy, Request, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, fast_device, step_device
+from qllm.sim.isolated import uniform
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.replicas import Fleet, Replica
-from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing, binomial
+from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import PassSlice, RunResult, Status
 from qllm.traces.sessions import Sessions
@@ -87,15 +89,15 @@ def simulate(
     _check_context(trace, steps.timings)
     shares = uniform(steps) if popularity is None else popularity
     env = simpy.Environment()
-    workload = _Workload(trace, levels, sessions, env)
+    workload = _Workload(trace, levels, sessions, env, inf if until is None else until)
     slices: list[PassSlice] | None = [] if timeline else None
     replicas = []
     for i, each in enumerate(policies):
+        scheduler = Scheduler(each, limits, expected_seconds(steps))  # first: it refuses what is no policy
         drawn = routing or Routing(shares, steps.timings.top_k, seed, i)
         gpu = GpuModel(steps, drawn, each.granularity)
         observer = None if slices is None else _observer(gpu, slices, i)
-        scheduler = Scheduler(each, limits, expected_seconds(steps))
-        device = Device(env, scheduler, gpu, partial(workload.ended, i), observer)
+        device = Device(env, scheduler, gpu, partial(workload.ended, i), observer, workload.next_event)
         replicas.append(Replica(scheduler, device))
     workload.fleet = Fleet(replicas, router, workload.rejected)
     for replica in replicas:
@@ -128,60 +130,22 @@ def _check_context(trace: RequestTrace, timings: Timings) -> None:
         )
 
 
-def uniform(steps: PassCostModel) -> np.ndarray:
-    """Return the popularity in which all experts get the same share, float64[layers, experts]."""
-    return np.full((steps.layers, steps.n_experts), 1.0 / steps.n_experts)
-
-
-def isolated_ttft(
-    prompt_tokens: np.ndarray, *, limits: Limits, steps: PassCostModel, popularity: np.ndarray | None = None
-) -> np.ndarray:
-    """Compute the TTFT of prompts alone on an idle device, expected over what their tokens may be routed to.
-
-    A lone request of a simulation takes that long on average; what it draws itself may take a little less or more.
-
-    Args:
-        prompt_tokens: Length of each prompt, int[n].
-        limits: What the GPU can hold.
-        steps: How long the steps of a pass take.
-        popularity: Share of tokens routed to each expert, float[layers, experts]; uniform by default.
-
-    Returns:
-        Seconds, float64[n].
-    """
-    share = np.minimum((uniform(steps) if popularity is None else popularity) * steps.timings.top_k, 1.0)
-    lengths, back = np.unique(prompt_tokens, return_inverse=True)
-    return np.array([_isolated_prefill(int(n), limits.max_batched_tokens, steps, share) for n in lengths])[back]
-
-
-def _isolated_prefill(tokens: int, max_tokens: int, steps: PassCostModel, share: np.ndarray) -> float:
-    shares, place = np.unique(share, return_inverse=True)
-    with np.errstate(divide="ignore"):
-        missed = np.log1p(-share)  # the logarithm of a token's chance to go elsewhere, -inf where all come
-    done, seconds = 0, 0.0
-    while done < tokens:
-        n = min(tokens - done, max_tokens)
-        cost = steps.cost([(None, n, done)], 0, 0, int(done + n == tokens))
-        # f is no line, so f of the mean is not the mean of f: few tokens at most experts have none.
-        expected = np.array([steps.experts(counts) @ chance for counts, chance in (binomial(n, q) for q in shares)])
-        empty = np.exp(n * steps.by_group(cost, missed)[:, 1:])  # chance that a further group has no tokens
-        seconds += steps.total(cost, float(expected[place].sum() + cost.group_launch_s * (1 - empty).sum()))
-        done += n
-    return seconds
-
-
 class _Workload:
     """The requests of one simulation and what is recorded of them."""
 
     fleet: Fleet
 
-    def __init__(self, trace: RequestTrace, levels: list[int], sessions: Sessions | None, env: simpy.Environment):
+    def __init__(
+        self, trace: RequestTrace, levels: list[int], sessions: Sessions | None, env: simpy.Environment, until: float
+    ):
         self.trace = trace
         self.sessions = sessions
         self.levels = levels
         self.env = env
         self.result = RunResult.of(ticks(trace.arrival))
         self.followers: dict[int, list[int]] = {}
+        self.until = until
+        self.next_arrival = 0.0  # of those that follow none, or the end of the run
         self.coming: list[tuple[float, int]] = []  # of those that follow: when they arrive, a heap
         self.think_s = ticks(np.zeros(0) if sessions is None else sessions.think_s)
         if sessions is not None:
@@ -196,11 +160,18 @@ class _Workload:
         for r in self.requests():
             wait = r.arrival - env.now
             if wait > 0:
+                self.next_arrival = min(r.arrival, self.until)
                 yield env.timeout(wait)
             if stop is not None and stop(env.now, self.result, self.in_system()):
                 return True
             self.enter(r)
+        self.next_arrival = self.until
         return False
+
+    def next_event(self) -> float:
+        """When something may come to a GPU that is not of its own making."""
+        reacts = self.sessions is not None or self.fleet.is_queue  # what ends on one GPU makes something come
+        return self.env.peek() if reacts else self.next_arrival
 
     def enter(self, r: Request) -> None:
         """`r` arrives now."""

@@ -57,6 +57,7 @@ policies = st.one_of(
         st.sampled_from(["qllm", "layer"]),
         fill_tokens=st.sampled_from([None, 0, 16]),
         resume=st.sampled_from(["prefill", "idle"]),
+        max_suspended_s=st.sampled_from([None, 0.01]),
     ),
 )
 

@@ -20,6 +20,8 @@ class Fcfs(Policy):
     When the batch has room, new arrivals are prefilled together, then decoding goes on.
     """
 
+    steady = True
+
     def level(self, r: Request) -> int:
         return 0
 
@@ -29,6 +31,8 @@ class Priority(Policy):
 
     Less urgent requests that lose their place in the batch sit idle with their KV.
     """
+
+    steady = True
 
 
 class Chunked(Policy):
@@ -40,6 +44,8 @@ class Chunked(Policy):
     Args:
         budget: Tokens that a pass is filled up to.
     """
+
+    steady = True
 
     def __init__(self, budget: int = 512):
         self.budget = whole(1, "chunked", "budget", budget)
@@ -71,6 +77,7 @@ class Qllm(Policy):
     """
 
     granularity: Granularity = "expert"
+    steady = True
 
     def __init__(
         self,
@@ -148,6 +155,8 @@ class Hybrid(Qllm):
         max_suspended_s: As for `Qllm`.
         merge: As for `Qllm`.
     """
+
+    steady = True
 
     def __init__(self, budget: int = 2048, max_suspended_s: float | None = None, merge: bool = False):
         super().__init__(max_suspended_s=max_suspended_s, merge=boolean("hybrid", "merge", merge))

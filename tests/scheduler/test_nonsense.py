@@ -38,6 +38,7 @@ ATTRIBUTES: dict[str, list[Any]] = {
     "granularity": ["token", nan, None, RAISES],
     "merge": ["yes", nan, 1, RAISES],
     "predicts": ["yes", nan, None, RAISES],
+    "steady": ["yes", nan, None, RAISES],
     "urgent": ["ls", nan, True, RAISES],
     "max_suspended_s": ["1 s", nan, -1.0, None, RAISES],
     "max_wait_s": ["1 s", nan, -1, True, RAISES],

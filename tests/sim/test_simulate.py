@@ -34,6 +34,60 @@ def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy
     assert fast.passes == slow.passes
 
 
+@settings(max_examples=150, deadline=None)
+@given(traces(), policies, limits(), step_models(), st.sampled_from([None, 0.011]))
+def test_passes_that_are_not_asked_about_are_those_that_asking_gives(trace, policy, limits, steps, until):
+    """Nobody looks at each pass, so the fast device runs many at a time, up to whatever may change a decision."""
+    fast, slow = (run(trace, policy, limits, steps, until=until, step_by_step=each) for each in (False, True))
+    for column in (*COLUMNS, "status"):
+        np.testing.assert_array_equal(getattr(fast, column), getattr(slow, column), err_msg=column)
+    assert (fast.makespan, fast.kv_peak) == (slow.makespan, slow.kv_peak)
+    assert fast.passes == slow.passes
+
+
+def test_a_policy_with_answers_of_its_own_is_asked_each_time_unless_it_says_that_it_is_steady():
+    steps = PassCostModel(affine_timings(layers=2, experts=4))
+    trace = RequestTrace(np.zeros(1), np.array([5]), np.array([40]), np.zeros(1, int), ("ls",))
+
+    class Asked(type(make_policy("qllm"))):
+        """Counts the questions."""
+
+        asked = 0
+
+        def select(self, s, batch, now):
+            self.asked += 1
+            super().select(s, batch, now)
+
+    class Steady(Asked):
+        steady = True
+
+    class Relabelled(Steady):
+        granularity = "layer"
+
+        def level(self, r):
+            return 0
+
+    class Restless(Steady):
+        predicts = True
+
+    asked = {}
+    for kind in (Asked, Steady, Relabelled, Restless):
+        policy = kind()
+        assert run(trace, policy, Limits(), steps).passes == 40
+        asked[kind] = policy.asked
+    assert asked[Asked] == asked[Restless] == 41
+    assert asked[Steady] == asked[Relabelled] < 10
+
+
+def test_what_is_kept_of_experts_is_bounded(monkeypatch):
+    trace = RequestTrace(np.zeros(1), np.array([5]), np.array([40]), np.zeros(1, int), ("ls",))
+    results = []
+    for kept in (1 << 17, 3):
+        monkeypatch.setattr("qllm.sim.passes._KEPT", kept)
+        results.append(run(trace, make_policy("fcfs"), Limits(), PassCostModel(affine_timings(layers=2, experts=4))))
+    assert results[0].makespan == results[1].makespan
+
+
 class Patient(Policy):
     """A waiting LS prompt stops what runs once it has waited for `wait_s`: nothing happens at that moment."""
 

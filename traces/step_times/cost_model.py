@@ -15,7 +15,7 @@ Merging (`mergeable`, `merged`): the running pass takes along tokens of suspende
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class PassCostModel:
         self._groups: dict[int, tuple[float, int, int]] = {}
         self._dense: dict[int, tuple[float, float]] = {}
         self._heads: dict[int, float] = {}
-        self._decode_fixed: dict[tuple[int, bool], float] = {}
+        self._decodes: dict[tuple[int, bool], Callable[[int], float]] = {}
 
     def _expert_table(self, limit: int) -> np.ndarray:
         table = self.timings.expert_table(limit) + self._own_launch
@@ -176,15 +176,26 @@ class PassCostModel:
 
     def decode_total(self, n_decode: int, decode_context: int, after_prefill: bool = False) -> float:
         """`total` of a pass that only decodes, without its experts: the fast path of the simulator."""
-        fixed = self._decode_fixed.get((n_decode, after_prefill))
-        if fixed is None:
-            cost = self.cost((), n_decode, decode_context, n_decode, after_prefill=after_prefill)
-            attention = self.layers * cost.query_block_s * cost.query_blocks
-            fixed = self._decode_fixed[n_decode, after_prefill] = self.total(cost, 0.0) - attention
-        query_block_s, query_blocks = self._query_blocks(
-            self.timings.attention_decode(n_decode, decode_context / n_decode)
-        )
-        return fixed + self.layers * query_block_s * query_blocks
+        return self.decode_seconds(n_decode, decode_context, after_prefill)(decode_context)
+
+    def decode_seconds(self, n_decode: int, context: int, after_prefill: bool = False) -> Callable[[int], float]:
+        """`decode_total` of `n_decode` sequences by the tokens that they hold, such as `context`."""
+        found = self._decodes.get((n_decode, after_prefill))
+        if found is not None:
+            return found
+        cost = self.cost((), n_decode, context, n_decode, after_prefill=after_prefill)
+        fixed = self.total(cost, 0.0) - self.layers * cost.query_block_s * cost.query_blocks
+        attention_of, layers, most = self.timings.attention_decode_line(n_decode), self.layers, self.max_step
+
+        def seconds(context: int) -> float:
+            attention = attention_of(context / n_decode)
+            if attention <= most:
+                return fixed + layers * (round(attention * TICKS_PER_S) * TICK)
+            query_block_s, query_blocks = self._query_blocks(attention)
+            return fixed + layers * query_block_s * query_blocks
+
+        self._decodes[n_decode, after_prefill] = seconds
+        return seconds
 
     def _query_blocks(self, attention: float) -> tuple[float, int]:
         """The query blocks of an attention of so many seconds: (seconds of each, how many)."""
@@ -203,7 +214,7 @@ class PassCostModel:
         t = self.timings
         group_launch_s = ticks(t.launches_per_expert * t.launch(tokens)) if self.mode == "fused" else 0.0
         room = self.max_step - self._experts_base_s - group_launch_s
-        each = max(float(self.experts(np.array(most))), TICK)
+        each = max(float(self._table[most] if most < len(self._table) else self.experts(np.array(most))), TICK)
         experts = int(min(max(room / each, 1), self.n_experts))
         return group_launch_s, experts, -(-self.n_experts // experts)
 

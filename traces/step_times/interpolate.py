@@ -8,8 +8,8 @@ holds; both warn, once.
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,11 @@ class Grid:
         self._cuts: list[float] = self.ys.tolist()
         self._last = max(len(self._cuts) - 2, 0)
         self._y_lo, self._y_hi = self._cuts[0], self._cuts[-1]
+        self._lists: tuple[list[float], list[float], list[list[float]]] = (
+            self.xs.tolist(),
+            self._cuts,
+            self.grid.tolist(),
+        )
         self._rows: dict[int, tuple[list[float], list[float]]] = {}
         self._warned = False
 
@@ -145,21 +150,34 @@ class Grid:
             at = self._last
         return values[at] + slopes[at] * (y - self._cuts[at])
 
+    def line(self, x: int) -> Callable[[float], float]:
+        """Seconds by y at one x, as a call of the grid gives them."""
+        (values, slopes), cuts = self._row(x), self._cuts
+        low, high = self._y_lo, self._y_hi
+
+        def at(y: float) -> float:
+            if not low <= y < high:
+                return float(self(x, y))
+            i = bisect_right(cuts, y) - 1
+            return values[i] + slopes[i] * (y - cuts[i])
+
+        return at
+
     def _row(self, x: int) -> tuple[list[float], list[float]]:
         """The line over y at one x, as values and slopes; kept, since batch sizes repeat."""
         if x < 0:
             raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {x}")
+        xs, ys, grid = self._lists
         if x == 0:
-            values = np.zeros(len(self.ys))
-        elif len(self.xs) == 1 or x <= self.xs[0]:
-            values = self.grid[0]
+            values = [0.0] * len(ys)
+        elif len(xs) == 1 or x <= xs[0]:
+            values = grid[0]
         else:
-            i = min(int(np.searchsorted(self.xs, x)), len(self.xs) - 1)
-            left, right = self.grid[i - 1], self.grid[i]
-            values = left + (right - left) * ((x - self.xs[i - 1]) / (self.xs[i] - self.xs[i - 1]))
-        slopes = np.diff(values) / np.diff(self.ys) if len(values) > 1 else np.zeros(1)
-        row = (values.tolist(), slopes.tolist())
-        self._rows[x] = row
+            i = min(bisect_left(xs, x), len(xs) - 1)
+            share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+            values = [left + (right - left) * share for left, right in zip(grid[i - 1], grid[i], strict=True)]
+        slopes = [(values[j + 1] - values[j]) / (ys[j + 1] - ys[j]) for j in range(len(ys) - 1)] or [0.0]
+        row = self._rows[x] = (values, slopes)
         return row
 
     def _columns(self, x: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +110,10 @@ class Timings(TimingHeader):
     def attention_decode(self, batch: Any, context: Any) -> Any:
         """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
         return self._attention_decode(batch, context)
+
+    def attention_decode_line(self, batch: int) -> Callable[[float], float]:
+        """`attention_decode` of one size of batch by the context, for those who ask often."""
+        return self._attention_decode.line(batch)
 
     def launch(self, tokens: Any) -> Any:
         """Seconds of one launch more in a pass: by the curve (may fall; flat beyond its end), else `launch_s`."""

@@ -1,0 +1,42 @@
+"""Decode passes that follow each other without a decision between them.
+
+While nobody comes, ends or is evicted, a steady policy (`Policy.steady`) decides after each decode pass as before it.
+A simulation need not ask then: it counts how many passes are sure to be alike (`repeats`), and lets the pass stand for
+the last of them (`repeat`). What is left then is what asking each time would have left.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qllm.scheduler.passes import NEVER, Pass
+
+if TYPE_CHECKING:
+    from qllm.scheduler.scheduler import Scheduler
+
+
+def repeats(s: Scheduler, p: Pass) -> int:
+    """How often `p`, which begins, may be followed by a pass of the same requests before anything is to be decided.
+
+    That is: as long as nobody comes. Free KV blocks can only become fewer meanwhile, and those who wait or sit in host
+    memory did not get theirs while there were more.
+    """
+    batch = p.decode
+    if not s.steady or batch is None or p.prefill or p.preemptions or p.restored or p.offloaded:
+        return 0
+    if s.suspended_passes and s.policy.max_suspended_s < NEVER:
+        return 0
+    return batch.repeats(s.kv.free)
+
+
+def repeat(s: Scheduler, p: Pass, times: int, now: float) -> None:
+    """So many passes like `p` have ended, none of which ended a request; `p` stands for the one that begins now."""
+    batch = p.decode
+    assert batch is not None  # else there are no repeats
+    s.passes += times
+    s.kv.take(batch.repeat(times))
+    batch.running_s += now - p.launched
+    p.id += times
+    p.decode_context = batch.context
+    p.after_prefill = False
+    p.launched = now

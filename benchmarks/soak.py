@@ -14,6 +14,7 @@ JSON object; exit code 1 where something is wrong.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -24,6 +25,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ ROUND_S = (1.0, 4.0)  # seconds that a round lasts
 PATIENCE_S = 60.0  # after which an engine that does not close, or a request without an end, counts as hanging
 #: From when every family was loaded and half of the time is over: until then libraries fill their caches.
 GROWTH_MB = 100
+M_ARENA_MAX = -8  # of glibc's mallopt
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},
@@ -260,6 +263,16 @@ def one_round(family: str, s: Subject, tally: Tally, rng: random.Random) -> None
     tally.count("rounds")
 
 
+def one_arena() -> None:
+    """Have all threads share glibc's heap, so that what grows is a leak.
+
+    By default each thread has an arena of its own, and each round starts an engine's thread: what their arenas keep
+    unused looked like a leak of 300 MB in ten minutes, while not one object more was alive.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(M_ARENA_MAX, 1)
+
+
 def memory_mb() -> float:
     """Resident memory of this process."""
     gc.collect()
@@ -302,6 +315,7 @@ def main() -> None:
     parser.add_argument("--family", action="append", help="only this one; may be given several times")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    one_arena()
     warnings.filterwarnings("ignore", "another engine of this process")
     logging.getLogger("qllm").setLevel(logging.CRITICAL)  # it tells of every exception that is thrown in
     threading.excepthook = lambda a: None if isinstance(a.exc_value, PolicyError) else sys.__excepthook__(*a[:3])

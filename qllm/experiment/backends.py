@@ -1,12 +1,14 @@
-"""Where simulations run: processes of this machine, or a Ray or Dask cluster, through joblib."""
+"""Where simulations run: processes of this machine, or a Ray or Dask cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from typing import Any, Literal, get_args
 
 import joblib
@@ -16,45 +18,68 @@ from qllm.errors import SweepError
 from qllm.traces.messages import suggestion
 
 Backend = Literal["local", "ray", "dask"]
+Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  #: what `joblib.delayed` makes
+RunAll = Callable[[Iterable[Call]], Iterator[Any]]  #: hands over the results in any order
+
+_TRIES = 2  #: pools of processes in a row that may finish nothing
+_AHEAD = 4  #: calls that a cluster has for each worker: a queue of all of them would take memory
 
 
 @contextmanager
-def parallel(backend: str, jobs: int) -> Iterator[joblib.Parallel]:
-    """A joblib.Parallel of `jobs` workers, each result handed over as soon as the backend can.
+def parallel(backend: str, jobs: int) -> Iterator[RunAll]:
+    """What runs calls made by `joblib.delayed` on `jobs` workers and hands over each result when it is there.
 
         local  processes of this machine
         ray    the cluster that RAY_ADDRESS names, else one of `jobs` processes on this machine
-        dask   all workers of the scheduler that DASK_SCHEDULER_ADDRESS names, else `jobs` processes on this machine. A
-               lost worker's tasks go to the others; one that kills each of them is waited for without end (joblib 1.6
-               is not told): interrupt, and the rest is kept
+        dask   all workers of the scheduler that DASK_SCHEDULER_ADDRESS names, else `jobs` processes on this machine
+
+    What a lost worker had in hand is run again. A call that takes worker after worker with it is given up: ray and dask
+    after four tries, local processes once `_TRIES` pools in a row finished nothing.
 
     A cluster's machines must see the configuration's files under the same paths. ConfigError: the backend is unknown or
-    not installed. SweepError: the cluster cannot be reached, or a worker is lost for good.
+    not installed. SweepError: the cluster cannot be reached, or a call was given up.
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"--backend {backend}: {suggestion(backend, list(get_args(Backend)))}")
     if backend == "ray":
-        with _ray(jobs), joblib.parallel_config("ray"):
-            yield joblib.Parallel(n_jobs=jobs)  # its pool gives results only all together
+        with _ray(jobs) as run_all:
+            yield run_all
     elif backend == "dask":
-        with _dask(jobs), joblib.parallel_config("dask"):
-            yield joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+        with _dask(jobs) as run_all:
+            yield run_all
     else:
+        yield partial(_run_locally, jobs=jobs)
+
+
+def _call(number: int, call: Call) -> tuple[int, Any]:
+    function, args, named = call
+    return number, function(*args, **named)
+
+
+def _run_locally(calls: Iterable[Call], jobs: int) -> Iterator[Any]:
+    left = dict(enumerate(calls))
+    tries = _TRIES
+    while left:
+        before = len(left)
+        pool = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
         try:
-            yield joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+            for number, result in pool([joblib.delayed(_call)(*one) for one in left.items()]):
+                del left[number]
+                yield result
         except BrokenProcessPool:
-            raise _lost(backend) from None
+            tries = _TRIES if len(left) < before else tries - 1
+            if not tries:
+                raise _lost("local") from None
+            left = dict(reversed(left.items()))  # what may have killed the worker comes last
 
 
 @contextmanager
-def _ray(jobs: int) -> Iterator[None]:
+def _ray(jobs: int) -> Iterator[RunAll]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports its use over the network otherwise
     try:
         import ray
-        from ray.util.joblib import register_ray
     except ImportError:
         raise _missing("ray", "ray") from None
-    register_ray()
     started = not ray.is_initialized()
     if started:
         here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": jobs, "include_dashboard": False}
@@ -62,8 +87,19 @@ def _ray(jobs: int) -> Iterator[None]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **here)
         except (OSError, RuntimeError) as error:
             raise SweepError(f"--backend ray: no cluster at {os.environ.get('RAY_ADDRESS', 'home')}: {error}") from None
+    remote = ray.remote(max_retries=3)(_call)
+
+    def run_all(calls: Iterable[Call]) -> Iterator[Any]:
+        todo = enumerate(calls)
+        running = [remote.remote(*one) for one in islice(todo, _AHEAD * jobs)]
+        while running:
+            done, running = ray.wait(running)
+            for reference in done:
+                yield ray.get(reference)[1]
+                running += [remote.remote(*one) for one in islice(todo, 1)]
+
     try:
-        yield
+        yield run_all
     except ray.exceptions.RayError:
         raise _lost("ray") from None
     finally:
@@ -72,10 +108,10 @@ def _ray(jobs: int) -> Iterator[None]:
 
 
 @contextmanager
-def _dask(jobs: int) -> Iterator[None]:
+def _dask(jobs: int) -> Iterator[RunAll]:
     try:
         import dask
-        from distributed import Client
+        from distributed import Client, KilledWorker, as_completed
     except ImportError:
         raise _missing("dask", "dask[distributed]") from None
     address = dask.config.get("scheduler-address", None)
@@ -83,8 +119,21 @@ def _dask(jobs: int) -> Iterator[None]:
         client = Client() if address else Client(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
     except OSError as error:
         raise SweepError(f"--backend dask: no scheduler at {address or 'home'}: {error}") from None
+
+    def run_all(calls: Iterable[Call]) -> Iterator[Any]:
+        todo = enumerate(calls)
+        ahead = _AHEAD * max(jobs, sum(client.ncores().values()))
+        running = as_completed([client.submit(_call, *one, pure=False) for one in islice(todo, ahead)])
+        for future in running:
+            yield future.result()[1]
+            for one in islice(todo, 1):
+                running.add(client.submit(_call, *one, pure=False))
+
     with client:
-        yield
+        try:
+            yield run_all
+        except KilledWorker:
+            raise _lost("dask") from None
 
 
 def _lost(backend: str) -> SweepError:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import pandas as pd
 import pytest
 
 from qllm.config.config import load_config
 from qllm.config.yaml_lines import ConfigError
+from qllm.errors import SweepError
 from qllm.experiment import cache
+from qllm.experiment.backends import parallel
 from qllm.experiment.cache import keys
 from qllm.experiment.results import REQUESTS, load_results
 from qllm.experiment.run import Run, runs
@@ -218,11 +223,73 @@ def test_the_same_bytes_from_a_cluster(backend: str, package: str, tmp_path: Pat
     assert one.stdout.replace("/one", "") == other.stdout.replace("/other", "")
 
 
+CLUSTERS = {"local": "joblib", "ray": "ray", "dask": "distributed"}
+KILLED_ON = ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ray", "dask"))]
+
+
+def once_killed(number: int, folder: Path) -> int:
+    if number == 3 and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def always_killed(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("backend", KILLED_ON)
+def test_what_a_killed_worker_had_in_hand_is_run_again(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(CLUSTERS[backend])
+    with parallel(backend, 2) as run_all:
+        found = list(run_all(joblib.delayed(once_killed)(number, tmp_path) for number in range(12)))
+    assert (tmp_path / "killed").exists()
+    assert sorted(found) == list(range(12))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.parametrize("backend", KILLED_ON)
+def test_what_kills_every_worker_is_given_up_in_one_line(backend: str) -> None:
+    pytest.importorskip(CLUSTERS[backend])
+    found = []
+
+    def run() -> None:
+        with parallel(backend, 2) as run_all:
+            for number in run_all(joblib.delayed(always_killed)(number) for number in range(12)):
+                found.append(number)
+
+    with pytest.raises(SweepError, match=rf"^--backend {backend}: a worker died"):
+        run()
+    assert set(found) <= set(range(12)) - {3}
+    if backend == "local":
+        assert len(found) == 11, "all that can be done is done"
+
+
+def test_a_sweep_survives_a_killed_worker_with_the_same_bytes(tmp_path: Path) -> None:
+    kills = FAILS_AT_50.replace(
+        'raise ValueError("too fast")',
+        "flag = __import__('pathlib').Path(__file__).with_suffix('.killed')\n"
+        "            if not flag.exists():\n"
+        "                flag.touch()\n"
+        "                __import__('os')._exit(1)",
+    )
+    (tmp_path / "mine.py").write_text(kills)
+    config = write_config(tmp_path, CONFIG.replace("- {name: qllm, fill_tokens: 0}", "- {file: mine.py}"))
+    swept = ["sweep.rate=[5, 5000]"]
+    broken = simulate(config, set=swept, jobs=2)
+    assert (tmp_path / "mine.killed").exists()
+    pd.testing.assert_frame_equal(broken.requests, simulate(config, set=swept).requests)
+
+
 def test_a_worker_that_dies_ends_the_sweep_with_one_line(tmp_path: Path) -> None:
     dies = FAILS_AT_50.replace('raise ValueError("too fast")', "__import__('os')._exit(1)")
     (tmp_path / "mine.py").write_text(dies)
     config = write_config(tmp_path, CONFIG.replace("- {name: qllm, fill_tokens: 0}", "- {file: mine.py}"))
     done = qllm("simulate", config, "--out", tmp_path / "out", "--jobs", 2, "--set", "sweep.rate=[5, 5000]")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --backend local: a worker died")
-    assert done.stderr.count("\n") == 1
+    told = [line for line in done.stderr.splitlines() if not line.startswith("simulating: ")]  # where it takes long
+    assert len(told) == 1
+    assert told[0].startswith("error: --backend local: a worker died")

@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, in under a minute each on an idle machine, and are stored with their outputs."""
+"""Notebooks run from top to bottom, in a minute or two each on two idle cores, and are stored with their outputs."""
 
 from __future__ import annotations
 

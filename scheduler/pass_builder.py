@@ -103,6 +103,8 @@ class PassBuilder:
             raise ValueError("batch.prefill: tokens is nan, must be a number")
         memory, limits = self._memory, self._limits
         waiting = memory.waiting
+        if waiting.level() == NEVER:
+            return False
         taken = len(self.chunks)
         places = limits.max_seqs - taken - (len(self._ready.batch) if self.decoding else 0)
         room = min(tokens, limits.max_batched_tokens - self.tokens)

@@ -119,6 +119,8 @@ def ask(policy: Policy, question: str, *args: Any) -> Any:
     """The policy's answer to `question`, the name of a method. Raises PolicyError where it breaks or is none."""
     try:
         answer = getattr(policy, question)(*args)
+        if answer is None and question in _SILENT:
+            return None
         if hasattr(answer, "send"):  # a generator or a coroutine: nothing of it ran
             answer.close()
             raise TypeError("yield and async are not for a policy's questions")
@@ -192,6 +194,9 @@ def _is_reason(answer: Any) -> bool:
 
 
 _Check = tuple[Callable[[Any], bool], str]
+
+#: questions that are mostly answered by None, which is checked first
+_SILENT = {"select", "ran"}
 
 #: questions that are not asked between two passes
 _AT_ARRIVAL = {"start", "admits", "level", "order"}

@@ -105,6 +105,8 @@ class Fleet:
                 yield i, r
 
     def _best(self, r: Request) -> int | None:
+        if len(self.replicas) == 1 and self._router != "shared_queue":
+            return 0
         found = [*range(len(self.replicas))]
         if self._router == "shared_queue":
             found = [i for i in found if self.replicas[i].has_room]

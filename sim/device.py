@@ -21,7 +21,6 @@ from qllm.scheduler import Pass, Request, Scheduler
 from qllm.scheduler.repeats import repeat, repeats
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
-from qllm.sim.routing import Routing
 from qllm.traces.step_times.cost_model import TICK
 
 #: priorities of events at one instant; arrivals have SimPy's own, 1
@@ -129,7 +128,7 @@ def fast_device(device: Device) -> Process:
     stops = gpu.granularity != "iteration"
     merging = Merging(scheduler) if scheduler.policy.merge else None
     rechecks = stops and device.rechecks
-    repeats_passes = scheduler.steady and isinstance(gpu.routing, Routing)
+    repeats_passes = scheduler.steady and gpu.ahead is not None
     while True:
         if env.peek() == env._now:
             yield device.sleep(0.0, DECISION)

@@ -163,6 +163,7 @@ class GpuModel:
         self.steps = steps
         self.routing = routing
         self.granularity = granularity
+        self.ahead = routing.ahead if isinstance(routing, Routing) else None  #: draws to come, where they are known
         self._decodes: dict[int, list[int]] = {}  # by size, the draws that decode passes take turns with
         self._experts_s: dict[tuple[int, int], float] = {}  # by tokens and draw, of those that may come again
 
@@ -199,7 +200,8 @@ class GpuModel:
         Returns:
             How many followed it, and of the last of them: when it begins, its draw of the routing, and its seconds.
         """
-        n, context, draws = p.n_decode, p.decode_context, self.routing.ahead()
+        assert self.ahead is not None  # else nobody asks
+        n, context, draws = p.n_decode, p.decode_context, self.ahead()
         variants, known, seconds = self._decodes[n], self._experts_s, self.steps.decode_seconds(n, context)
         times = min(times, len(draws))
         done = 0

@@ -83,7 +83,7 @@ def pass_kinds(
     *, max_tokens: int, max_context: int, max_batch: int, kv_tokens: int, experts: int, top_k: int
 ) -> list[PassKind]:
     """The kinds of passes to measure, up to these sizes, without those that need more than `kv_tokens` KV slots."""
-    found = [PassKind(1, n, 0) for n in by_half(max_tokens)]
+    found = [PassKind(1, n, 0) for n in sorted({*by_half(max_tokens), *by_four(max_tokens)})]  # what others rest on
     found += [PassKind(1, n, c) for c in contexts(max_context)[1:] for n in by_four(max_tokens)]
     found += [PassKind(b, 1, c) for b in by_two(max_batch) for c in contexts(max_context)]
     # Split between experts: one split each, into many groups, as what a group costs is a small difference.

@@ -332,6 +332,19 @@ def test_what_splitting_an_attention_costs_is_its_own_number(tmp_path):
     assert told_nothing.cost([(None, 64, 0)], 0, 0, 1).query_block_s == pytest.approx(0.27)
 
 
+@given(st.integers(1, 9000), st.integers(0, 9000), st.integers(1, 64))
+def test_whatever_the_limits_each_kind_of_pass_has_what_it_is_compared_with(tokens, context, batch):
+    sizes = {"max_tokens": tokens, "max_context": context, "max_batch": batch}
+    grid = pass_kinds(**sizes, kv_tokens=10**9, experts=32, top_k=4)
+    assert len(set(grid)) == len(grid)
+    for kind in grid:
+        if kind.query_blocks > 1:
+            assert kind.baseline in grid
+        if kind.sequences == 1:
+            assert PassKind(1, kind.new, 0) in grid
+
+
+
 def test_the_grid_leaves_out_what_does_not_fit():
     grid = pass_kinds(max_tokens=16, max_context=128, max_batch=8, kv_tokens=300, experts=8, top_k=2)
     assert PassKind(2, 1, 128) in grid

@@ -258,7 +258,7 @@ def test_a_gpu_goes_on_while_kv_moves_and_every_row_comes_back():
                 cache.restore(host, others)
                 del host
                 assert all(
-                    torch.equal(store[cache._slots(others, tokens)], rows)
+                    torch.equal(store[slots(cache, others, tokens)], rows)
                     for store, rows in zip((*cache.keys, *cache.values), held, strict=True)
                 )
                 blocks, others = others, blocks

@@ -274,7 +274,9 @@ class TestOnAGpu:
             took = [self.whole_seconds(made, kind) for _ in range(20)]
         assert (told[0].parts[0][0] == "begin") == (kind.new < 600 and kind.experts_per_group > 8)
         assert all(seconds >= 0 for passed in told for _, seconds in passed.parts)
-        assert np.median([passed.seconds for passed in told]) == pytest.approx(np.median(took), rel=0.2)
+        # A pass that is cut waits at each of its parts' ends while it is timed: of a tiny one that is half of its time.
+        most = 1.2 if kind.experts_per_group > 8 else 2.0
+        assert 0.8 < np.median([passed.seconds for passed in told]) / np.median(took) < most
 
     @staticmethod
     def whole_seconds(made: Profiler, kind: PassKind) -> float:

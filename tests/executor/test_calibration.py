@@ -344,7 +344,6 @@ def test_whatever_the_limits_each_kind_of_pass_has_what_it_is_compared_with(toke
             assert PassKind(1, kind.new, 0) in grid
 
 
-
 def test_the_grid_leaves_out_what_does_not_fit():
     grid = pass_kinds(max_tokens=16, max_context=128, max_batch=8, kv_tokens=300, experts=8, top_k=2)
     assert PassKind(2, 1, 128) in grid

@@ -1,11 +1,12 @@
-"""Latent attention on a CPU: what a token takes and how long passes last, with latents kept and with all heads kept.
+"""Latent attention: what a token takes and how long passes last, with latents kept and with keys and values kept.
 
-    python benchmarks/latents.py [--context 2048] [--repeats 5] [--out docs/results/latents.json]
+    python benchmarks/latents.py [--device cpu] [--repeats 5] [--out docs/results/latents.json]
 
 A random model with the attention of GLM-4.7-Flash (the default sizes of transformers' `glm4_moe_lite`: 20 heads,
-latents of 512, rotary parts of 64), LAYERS layers and small experts, float32. Timed are a pass in which SEQUENCES
-sequences of `context` tokens decode, and the last chunk of CHUNK tokens of a prompt of that length. Both ways run in
-turn in one process; the table shows medians, and their ratios.
+latents of 512, rotary parts of 64) and small experts: on a CPU 2 layers in float32, on a GPU 8 in bfloat16. Timed are
+a pass in which all sequences decode, and the last CHUNK tokens of a prompt of the same context. On a GPU passes are
+replayed as CUDA graphs where they are when they are served. Medians after two passes to warm up; both ways in one
+process, one after the other, over the same weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,96 +22,91 @@ from results_file import add_out, save, this_machine
 from transformers import AutoModelForCausalLM
 from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
 
+from qllm.executor.calibration.environment import device_name
+from qllm.executor.graphs.runner import GraphRunner
 from qllm.executor.model.info import model_facts
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Sequence
-from qllm.executor.model.runner import Runner, run_to_end
+from qllm.executor.model.runner import run_to_end
 
-LAYERS, SEQUENCES, CHUNK, BLOCK = 2, 8, 512, 16
+CHUNK, FILL, BLOCK = 512, 2048, 16
 WAYS = ("latents", "all heads")
+#: by device: (layers, hidden, dtype), and (context, sequences) of each row
+SIZES: dict[str, tuple[tuple[int, int, torch.dtype], tuple[tuple[int, int], ...]]] = {
+    "cpu": ((2, 512, torch.float32), ((2048, 8),)),
+    "cuda": ((8, 2048, torch.bfloat16), ((2048, 32), (16384, 16))),
+}
 
 
-def make(way: str) -> Runner:
-    """A runner of the model that keeps its tokens that way; the same weights for both."""
+def model_of(way: str, device: torch.device) -> Any:
+    """The model, prepared to keep its tokens that way; the same weights for both."""
     torch.manual_seed(0)
+    layers, hidden, dtype = SIZES[device.type][0]
     config = Glm4MoeLiteConfig(
-        num_hidden_layers=LAYERS, hidden_size=512, intermediate_size=256, moe_intermediate_size=128, n_routed_experts=8,
-        num_experts_per_tok=2, vocab_size=512, first_k_dense_replace=0,
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=1024, moe_intermediate_size=256,
+        n_routed_experts=16, num_experts_per_tok=4, vocab_size=4096, first_k_dense_replace=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    unknown = mock.patch("qllm.executor.latent.hook.find_form", return_value=None)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if way == "latents":
-        return Runner(prepare_model(model), 1, BLOCK)
-    with unknown:
-        return Runner(prepare_model(model), 1, BLOCK)
+        return prepare_model(model)
+    with mock.patch("qllm.executor.latent.hook.find_form", return_value=None):
+        return prepare_model(model)
 
 
-def seconds(runner: Runner, entries: list[tuple[Sequence, int]]) -> float:
-    """How long a pass takes; its sequences then stand where they stood."""
-    start = time.perf_counter()
-    run_to_end(runner.begin(entries))
-    took = time.perf_counter() - start
-    for sequence, n in entries:
-        sequence.computed -= n
-    return took
+def milliseconds(runner: GraphRunner, entries: list[tuple[Sequence, int]], repeats: int) -> float:
+    """How long a pass takes, the median; its sequences then stand where they stood."""
+    took = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        run_to_end(runner.begin(entries)).sum().item()  # waits for the device
+        took.append(1000 * (time.perf_counter() - start))
+        for sequence, n in entries:
+            sequence.computed -= n
+    return statistics.median(took[2:])
 
 
-def filled(runner: Runner, context: int) -> list[Sequence]:
-    """Sequences of `context` tokens, all computed but the last chunk of the first."""
+def row_of(way: str, model: Any, context: int, sequences: int, repeats: int) -> dict[str, Any]:
+    """One row of the table."""
     blocks = -(-(context + 1) // BLOCK)
-    made = [
-        Sequence([(7 * i + n) % 500 + 3 for i in range(context + 1)], [*range(n * blocks, (n + 1) * blocks)])
-        for n in range(SEQUENCES)
-    ]
+    runner = GraphRunner(model, sequences * blocks, BLOCK, graphs="use", max_seqs=sequences)
+    runner.make_cache()
+    tokens = [[(7 * i + n) % 4000 + 3 for i in range(context + 1)] for n in range(sequences)]
+    made = [Sequence(own, [*range(n * blocks, (n + 1) * blocks)]) for n, own in enumerate(tokens)]
     for sequence in made:
-        for _ in range(0, context, CHUNK):
-            run_to_end(runner.begin([(sequence, CHUNK)]))
-    return made
+        while sequence.computed < context:
+            run_to_end(runner.begin([(sequence, min(FILL, context - sequence.computed))]))
+    decode = milliseconds(runner, [(sequence, 1) for sequence in made], repeats)
+    made[0].computed = context - CHUNK
+    chunk = milliseconds(runner, [(made[0], CHUNK)], repeats)
+    kept = model_facts(model)["kv_bytes_per_token"]
+    facts = {"keeps": way, "kv_bytes_per_token": kept, "context": context, "sequences": sequences}
+    return {**facts, "decode_ms": decode, "chunk_ms": chunk, "kv_mb": sequences * (context + 1) * kept / 1e6}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=2048, help=f"tokens, a multiple of {CHUNK}")
+    parser.add_argument("--device", choices=[*SIZES], default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     add_out(parser, "latents")
     args = parser.parse_args()
-    if args.context < CHUNK or args.context % CHUNK or args.repeats < 1:
-        parser.error(f"--context is a multiple of {CHUNK}, --repeats at least 1")
-    found: dict[str, dict[str, list[float]]] = {}
-    worlds, sizes = {}, {}
-    blocks = SEQUENCES * -(-(args.context + 1) // BLOCK)
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    device, rows = torch.device(args.device), []
+    print(f"{'keeps':<10} {'KV a token':>12} {'context':>8} {'sequences':>10} {'decode':>11} {f'last {CHUNK}':>11}")
     with torch.inference_mode():
         for way in WAYS:
-            model = make(way).model
-            sizes[way] = model_facts(model)["kv_bytes_per_token"]
-            runner = Runner(model, blocks, BLOCK)
-            worlds[way] = runner, filled(runner, args.context)
-            found[way] = {"decode": [], "chunk": []}
-        for _ in range(args.repeats):
-            for way, (runner, sequences) in worlds.items():
-                found[way]["decode"].append(seconds(runner, [(sequence, 1) for sequence in sequences]))
-                first = sequences[0]
-                first.computed -= CHUNK
-                found[way]["chunk"].append(seconds(runner, [(first, CHUNK)]))
-                first.computed += CHUNK
-    rows = [
-        {
-            "keeps": way,
-            "kv_bytes_per_token": sizes[way],
-            "decode_ms": 1000 * statistics.median(found[way]["decode"]),
-            "chunk_ms": 1000 * statistics.median(found[way]["chunk"]),
-        }
-        for way in WAYS
-    ]
-    print(f"{'keeps':<10} {'KV a token':>12} {'decode':>10} {'chunk':>10}")
-    for row in rows:
-        kv, decode, chunk = row["kv_bytes_per_token"], row["decode_ms"], row["chunk_ms"]
-        print(f"{row['keeps']:<10} {kv:>10} B {decode:>7.1f} ms {chunk:>7.1f} ms")
-    names = ("kv_bytes_per_token", "decode_ms", "chunk_ms")
-    ratios = {name: float(rows[0][name]) / float(rows[1][name]) for name in names}
-    print("latents over all heads: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
+            model = model_of(way, device)
+            for context, sequences in SIZES[device.type][1]:
+                row = row_of(way, model, context, sequences, args.repeats)
+                rows.append(row)
+                kept, times = f"{row['kv_bytes_per_token']} B", (row["decode_ms"], row["chunk_ms"])
+                told = " ".join(f"{ms:8.2f} ms" for ms in times)
+                print(f"{way:<10} {kept:>12} {context:>8} {sequences:>10} {told}", flush=True)
+            del model
     if args.out:
-        save(args.out, source=f"measured on {this_machine()}", tables={"latents": rows}, ratios=ratios)
+        where = device_name(device) if device.type == "cuda" else this_machine()
+        save(args.out, source=f"measured on {where}, torch {torch.__version__}", tables={"latents": rows})
 
 
 if __name__ == "__main__":

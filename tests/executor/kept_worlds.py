@@ -28,7 +28,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
     """What transformers continues it with."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
 

@@ -9,6 +9,7 @@ from figure_classes import three_classes
 from figure_markdown import markdown
 from figure_results import caption, load
 from figure_tables_capacity import capacity
+from figure_tables_gpu import gpu, latents
 from figure_tables_server import server_batch, server_load
 from figure_tables_slack import slack, slack_engine, slack_overload, slack_paper
 
@@ -49,16 +50,21 @@ def headline() -> str:
     passes = load("sim_speed")["passes"]["passes_per_s"]
     names = ("priority", "chunked", "layer", "qllm", "hybrid")
     p99 = ", ".join(f"`{name}` {_ms(long['p99 s'][name])}" for name in names)
-    stops = ", ".join(f"`{name}` {long['blocking p99 ms'][name]:.1f}" for name in ("priority", "layer", "qllm"))
     paid = ", ".join(f"`{name}` {_digits(long['BE turnaround s'][name])}" for name in ("fcfs", "qllm", "hybrid"))
     close = f"{held['followed']['mean']} of {held['of']['mean']}, {held['average']['mean']} at average speed"
     gain = ", ".join(f"`{name}` {ratios[name]:.0f}x" for name in ("qllm", "priority"))
     served = ", ".join(f"`{name}` {_ms(mixed[name])}" for name in ("qllm", "priority"))
     imported, modelled, measured = "simulated, imported", "simulated, modelled", "measured, two CPU cores"
+    h200 = load("gpu")["figures"].set_index("figure")["value"]
+    on_gpu = "measured, one H200"
+    beside = f"{h200['ls_p99_qllm']:.2f}x `qllm`, {h200['ls_p99_hybrid']:.2f}x `hybrid`"
+    speeds = f"{h200['tokens_per_s']:,.0f}, transformers {h200['tokens_per_s_transformers']:,.0f}"
     rows = [
+        ("LS waits for a BE prefill of 8,192 tokens, p99, ms", f"{h200['blocking_8192']:.1f}", on_gpu, "gpu.py"),
+        ("LS TTFT beside BE, p99, over TTFT alone", beside, on_gpu, "gpu.py"),
+        ("tokens/s, 64 prompts at once", speeds, on_gpu, "gpu.py"),
         ("long BE prompts: LS TTFT, p99, ms", p99, imported, "ablation.py"),
-        ("the same: LS waits for its first launch, p99, ms", stops, imported, "ablation.py"),
-        ("the same: what BE pays, turnaround, s", paid, imported, "ablation.py"),
+        ("the same: BE turnaround, s", paid, imported, "ablation.py"),
         ("the paper's set-up: LS TTFT, `fcfs` over it", f"{gain}; paper {paper}x", modelled, "paper.py"),
         ("mixed load: LS TTFT, p99, ms", f"{served}, vLLM {_ms(mixed[BEST_VLLM])}", measured, "mixed_load.py"),
         ("tokens/s", f"{speed['qllm']:.0f}, vLLM {speed['vLLM']:.0f}", measured, "throughput.py"),
@@ -322,6 +328,8 @@ TABLES: dict[str, Callable[[], str]] = {
         slack_engine,
         three_classes,
         capacity,
+        gpu,
+        latents,
         throughput,
         mixed_load,
         server_load,

@@ -36,6 +36,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run = nbclient.NotebookClient(
         notebook,
         timeout=TIMEOUT_S,
+        iopub_timeout=60,  # a busy kernel sends a picture seconds after its cell has ended
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path / "notebooks")}},
     )

@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimo
 
 from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.latent.hook import METHOD, forms
-from qllm.executor.model.checks import auto_class, check_config, expand_weights
+from qllm.executor.model.checks import auto_class, check_config, expand_weights, load_code
 from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
 from qllm.executor.model.info import ACCELERATOR_SHARE, RESIDENT, ring_size
 from qllm.executor.model.loading import prepare_model
@@ -49,8 +49,8 @@ BLOCK = Limits().block_size
 #: What errors say, and what that means.
 PLAIN = {
     "index out of range": "the index of its sparse attention asks for the positions of all tokens",
-    "heavily_compressed_attention": "attends to compressed keys, which it keeps in a cache of its own",
-    "reference_sliding_attention": "attends to a part of the tokens that the engine does not know",
+    "DeepseekV4": "attends to compressed keys, which it keeps in a cache of its own",
+    "ReferenceSlidingWindow": "attends to a part of the tokens that the engine does not know",
     "not causal": "its attention is not causal: it generates text by diffusion",
     "in two passes": "a prompt computed in two passes gives other logits than in one",
 }
@@ -157,6 +157,7 @@ def keeps(config: PreTrainedConfig) -> str:
     """What a model keeps of a sequence."""
     text = config.get_text_config(decoder=True)
     text.allow_global_per_layer_attribute_access = True
+    load_code(config)
     try:
         layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     except KeyError as error:
@@ -169,6 +170,8 @@ def keeps(config: PreTrainedConfig) -> str:
         found.append("sliding windows")
     if "DynamicIndexedLayer" in layers:
         found.append("sparse attention")
+    if not all(name.startswith(("Dynamic", "Dummy", "LinearAttention")) for name in layers):
+        found.append("layers of its own")
     if both:
         found.append("a recurrent state in the same layer")
     if "LinearAttentionLayer" in layers:

@@ -50,11 +50,19 @@ def auto_class(config: PreTrainedConfig) -> Any:
     raise UnsupportedModelError(f"{config.model_type}: transformers has no language model of this type")
 
 
+def load_code(config: PreTrainedConfig) -> None:
+    """Import the model's code, which may define layers of its cache: before, transformers does not know of them."""
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        if type(config) in mapping:
+            mapping[type(config)]
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError for what the configuration alone rules out."""
     name = config.model_type
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name}: encoder-decoder models are not supported")
+    load_code(config)
     try:
         layers = DynamicCache(config=config).layers
     except KeyError as error:

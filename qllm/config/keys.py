@@ -75,7 +75,8 @@ def _explained(cls: type, key: str) -> str:
 
 def _text_type(annotation: str) -> str:
     words = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "None": "null"}
-    return " | ".join(words.get(part.strip(), part.strip()) for part in annotation.split("|"))
+    parts = ("mapping" if part.strip().startswith("dict[") else part.strip() for part in annotation.split("|"))
+    return " | ".join(words.get(part, part) for part in parts)
 
 
 def _comments(model: type[BaseModel]) -> dict[str, str]:

@@ -61,6 +61,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("arrival.format", "arrival.unit"), {"process": "trace", "file": "r.csv"}),
     **dict.fromkeys(("arrival.spread", "arrival.skip_invalid"), {"process": "trace", "file": "r.csv"}),
     "arrival.file": {"process": "trace"},
+    "arrival.phases": {"process": "phases"},
+    "arrival.clients": {"process": "closed"},
+    "arrival.turns": {"process": "conversations"},
+    "arrival.think_s": {"process": "conversations", "turns": 2},
 }
 for _length in ("prompt", "output"):
     BESIDE |= {

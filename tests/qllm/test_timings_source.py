@@ -73,7 +73,7 @@ def test_a_config_json_names_a_model(tmp_path: Path) -> None:
         ("{gpu: h200}", "timings: model: this key is missing"),
         ("{gpuu: h200, model: qwen3-30b-a3b}", "unknown key 'gpuu'; did you mean 'gpu'. allowed: gpu, model, dtype"),
         ("{gpu: 7, model: qwen3-30b-a3b}", "timings: gpu: must be text, got 7"),
-        ("{gpu: h200, model: nowhere.json}", "timings: no such file: .*nowhere.json"),
+        ("{gpu: h200, model: nowhere.json}", "timings: no such file: "),
         ("{gpu: h200, model: deepseek-v3}", "deepseek-v3 does not fit in one h200 of 151 GB .*671 GB in fp8"),
         ("[h200]", "timings: must be text, got a list"),
     ],

@@ -81,6 +81,12 @@ def test_what_follows_a_request_that_is_refused_comes_too():
     assert queued.replica.tolist()[0] == -1
 
 
+def test_who_waits_in_the_shared_queue_and_cannot_be_served_makes_room_for_the_next():
+    trace = RequestTrace(np.zeros(3), [8, 40, 8], [1, 1, 1], [0, 0, 0], ("ls",))
+    result = run(trace, several("fcfs", 1), Limits(kv_blocks=2, max_seqs=1), STEPS, router="shared_queue")
+    assert result.status.tolist() == [Status.FINISHED, Status.REJECTED, Status.FINISHED]
+
+
 def test_urgent_requests_pass_others_in_the_shared_queue_and_it_is_counted_where_a_run_stops():
     trace = RequestTrace(np.array([0.0, 1e-5, 2e-5]), [400, 400, 20], [1, 1, 1], [1, 1, 0], ("ls", "be"))
     result = run(trace, several("fcfs", 1), LIMITS, STEPS, router="shared_queue")

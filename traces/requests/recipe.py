@@ -139,7 +139,7 @@ class OnOff(StrictModel):
 class Phase(StrictModel):
     """A stretch of time at a rate of its own."""
 
-    seconds: Positive
+    seconds: Positive  #: how long it lasts
     rate: Annotated[float, Field(ge=0, allow_inf_nan=False)]  #: in proportion to that of the other phases
 
 

@@ -10,6 +10,7 @@ from figure_markdown import markdown
 from figure_results import caption, load
 from figure_tables_capacity import capacity
 from figure_tables_gpu import gpu, latents
+from figure_tables_models import nf4, recurrent
 from figure_tables_server import server_batch, server_load
 from figure_tables_slack import slack, slack_engine, slack_overload, slack_paper
 
@@ -330,6 +331,8 @@ TABLES: dict[str, Callable[[], str]] = {
         capacity,
         gpu,
         latents,
+        recurrent,
+        nf4,
         throughput,
         mixed_load,
         server_load,

@@ -35,6 +35,7 @@ from qllm.executor.model.runner import Runner, run_to_end
 #: Values for whichever of these names a configuration class knows. Windows are short, so that tests look beyond them.
 TINY: dict[str, Any] = {
     "vocab_size": 96,
+    "unpadded_vocab_size": 96,
     "hidden_size": 64,
     "out_hidden_size": 64,
     "text_hidden_size": 64,

@@ -48,7 +48,7 @@ def headline() -> str:
     mixed = load("mixed_load")["rows"].set_index("row")["ls_ttft_p99"]
     speed = load("throughput")["rows"].set_index("engine")["tokens_per_s"]
     held = load("validation")["held"].set_index("statistic")
-    passes = load("sim_speed")["passes"]["passes_per_s"]
+    passes = load("sim_speed")["passes"].query("load == 'decoding'")["passes_per_s"]
     names = ("priority", "chunked", "layer", "qllm", "hybrid")
     p99 = ", ".join(f"`{name}` {_ms(long['p99 s'][name])}" for name in names)
     paid = ", ".join(f"`{name}` {_digits(long['BE turnaround s'][name])}" for name in ("fcfs", "qllm", "hybrid"))

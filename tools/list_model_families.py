@@ -158,10 +158,7 @@ def keeps(config: PreTrainedConfig) -> str:
     text = config.get_text_config(decoder=True)
     text.allow_global_per_layer_attribute_access = True
     load_code(config)
-    try:
-        layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    except KeyError as error:
-        return f"keys and values of {error.args[0].replace('_', ' ')}"
+    layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
     both = any(name.startswith("LinearAttentionAnd") for name in layers)
     found = []
     if both or layers & {"DynamicLayer", "DynamicSlidingWindowLayer"}:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -38,6 +38,11 @@ class Layer(NamedTuple):
     sinks: torch.Tensor | None
     tables: Tables
     ring: int  #: tokens that it keeps of a sequence; 0: all
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What both kernels of ours take beside tensors."""
+        return {name: getattr(self, name) for name in ("block_size", "scale", "window", "softcap", "sinks")}
 
 
 class Chunks:
@@ -167,11 +172,7 @@ def attend_decoding(q: torch.Tensor, out: torch.Tensor, layer: Layer, inputs: De
     if len(q):
         decode_attention(
             *(q, layer.keys, layer.values, inputs.decode_work(layer.tables), out),
-            block_size=layer.block_size,
-            scale=layer.scale,
-            window=layer.window,
-            softcap=layer.softcap,
-            sinks=layer.sinks,
+            **layer.settings,
             scratch=inputs.scratch.take(q.shape[1], layer.values.shape[-1], q.device),
         )
 
@@ -208,14 +209,7 @@ def in_tiles(
 ) -> None:
     """Attend the rows of `parts`, which follow each other, in one launch."""
     work = inputs.tile_work(layer.tables, parts[0].tiles[0], parts[-1].tiles[1])
-    tile_attention(
-        *(q, layer.keys, layer.values, work, out),
-        block_size=layer.block_size,
-        scale=layer.scale,
-        window=layer.window,
-        softcap=layer.softcap,
-        sinks=layer.sinks,
-    )
+    tile_attention(q, layer.keys, layer.values, work, out, **layer.settings)
 
 
 def in_tiles_of(
@@ -232,11 +226,4 @@ def in_tiles_of(
     work = inputs.tile_work(layer.tables, *part.tiles)
     blocks = torch.arange(-(-len(keys) // layer.block_size), device=q.device)
     side_by_side = replace(work, blocks=blocks, first=torch.full_like(work.first, -begin // layer.block_size))
-    tile_attention(
-        *(q, keys, values, side_by_side, out),
-        block_size=layer.block_size,
-        scale=layer.scale,
-        window=layer.window,
-        softcap=layer.softcap,
-        sinks=layer.sinks,
-    )
+    tile_attention(q, keys, values, side_by_side, out, **layer.settings)

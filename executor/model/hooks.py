@@ -46,8 +46,8 @@ def speed_up(model: torch.nn.Module, called: Container[torch.nn.Module]) -> None
         log.info("%d norms and %d rotary functions are one launch each", norms, rotary)
 
 
-def drop_senses(model: PreTrainedModel, called: Container[torch.nn.Module]) -> list[str]:
-    """Take out of a composite model what sees and hears: modules beside its decoder that no pass calls; their names."""
+def drop_senses(model: PreTrainedModel, called: Container[torch.nn.Module]) -> None:
+    """Take out of a composite model what sees and hears: modules beside its decoder that no pass calls."""
     within = {*model.get_decoder().modules()}
     gone: list[tuple[str, int]] = []
 
@@ -65,7 +65,6 @@ def drop_senses(model: PreTrainedModel, called: Container[torch.nn.Module]) -> l
     if gone:
         told = ", ".join(f"{name} ({size / 1e9:.2f} GB)" for name, size in gone)
         log.warning("%s: text only; left out: %s", model.config.model_type, told)
-    return [name for name, _ in gone]
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from transformers import PreTrainedModel
 
 from qllm.executor import Engine
 from qllm.executor.model.kv_cache import Rings
+from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.passes import RunningPass
 from qllm.executor.model.runner import Runner, run_to_end, window_of
@@ -31,6 +33,13 @@ def generated(model, prompt: list[int], n: int = NEW) -> list[int]:
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(prompt) :].tolist()
+
+
+def world_of(model, *lengths: int) -> tuple[PreTrainedModel, list[list[int]], list[list[int]]]:
+    """The model, prepared; prompts of these lengths; and what transformers generates with it."""
+    asked = prompts(*lengths)
+    wanted = [generated(model, prompt) for prompt in asked]
+    return prepare_model(model), asked, wanted
 
 
 def sequences(asked: list[list[int]]) -> list[Sequence]:

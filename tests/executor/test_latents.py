@@ -17,7 +17,7 @@ from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.runner import Runner, run_to_end
 from qllm.executor.model.split import Split
 from qllm.executor.testing import tiny_model
-from tests.executor.kept_worlds import evicted, generated, in_chunks, prompts, stopped
+from tests.executor.kept_worlds import evicted, in_chunks, stopped, world_of
 from tests.gpu.plain import plain_kernels
 from tests.gpu.worlds import sequences
 from tests.gpu.worlds import unpacked as as_on_a_gpu
@@ -30,10 +30,7 @@ WIDTHS = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_
 @pytest.fixture(scope="module")
 def world(one_thread):
     """A model whose latents, keys and values all have widths of their own, and what transformers generates with it."""
-    model = tiny_model("deepseek_v3", **WIDTHS)
-    asked = prompts(5, 1, 21, 12, 30)
-    wanted = [generated(model, p) for p in asked]
-    return prepare_model(model), asked, wanted
+    return world_of(tiny_model("deepseek_v3", **WIDTHS), 5, 1, 21, 12, 30)
 
 
 @torch.inference_mode()

@@ -11,14 +11,23 @@ from transformers.cache_utils import LinearAttentionLayer
 from qllm.executor import Engine
 from qllm.executor.errors import KVMemoryError
 from qllm.executor.model.info import blocks_in, model_facts
-from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.packed_batch import Sequence
 from qllm.executor.model.runner import run_to_end
 from qllm.executor.recurrent.mixers import hook_mixers, mixers
 from qllm.executor.recurrent.states import recurrent_layers, spread, stacked, state_bytes, tensors
 from qllm.executor.testing import run_batch, tiny_model
 from qllm.scheduler import Limits
-from tests.executor.kept_worlds import NEW, evicted, generated, in_chunks, prompts, runner_of, sequences, stopped
+from tests.executor.kept_worlds import (
+    NEW,
+    evicted,
+    generated,
+    in_chunks,
+    prompts,
+    runner_of,
+    sequences,
+    stopped,
+    world_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HYBRIDS = ("qwen3_next", "nemotron_h", "lfm2_moe")
@@ -27,10 +36,7 @@ HYBRIDS = ("qwen3_next", "nemotron_h", "lfm2_moe")
 @pytest.fixture(scope="module", params=HYBRIDS)
 def world(request, one_thread):
     """A model, and what transformers generates with it."""
-    model = tiny_model(request.param)
-    asked = prompts(5, 1, 21, 12, 30, 17)
-    wanted = [generated(model, p) for p in asked]
-    return prepare_model(model), asked, wanted
+    return world_of(tiny_model(request.param), 5, 1, 21, 12, 30, 17)
 
 
 @torch.inference_mode()

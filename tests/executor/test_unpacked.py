@@ -13,7 +13,7 @@ from qllm.executor.model.packed_batch import Entry, Sequence
 from qllm.executor.testing import tiny_model
 from qllm.executor.unpacked.attention import hook_unpacked, part_of, unpacked
 from qllm.executor.unpacked.caches import unpacked_layers
-from tests.executor.kept_worlds import evicted, generated, in_chunks, prompts, stopped
+from tests.executor.kept_worlds import evicted, generated, in_chunks, prompts, stopped, world_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHARED = ["full", "shared", "full", "shared"]
@@ -34,10 +34,7 @@ FEW = ("deepseek_v32", "zaya", "jamba")  #: of each kind one; all are in test_fa
 @pytest.fixture(scope="module", params=[m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in MODELS])
 def world(request, one_thread):
     """A model, and what transformers generates with it."""
-    model = tiny_model(request.param, **MODELS[request.param])
-    asked = prompts(5, 1, 21, 12, 30)
-    wanted = [generated(model, p) for p in asked]
-    return prepare_model(model), asked, wanted
+    return world_of(tiny_model(request.param, **MODELS[request.param]), 5, 1, 21, 12, 30)
 
 
 @torch.inference_mode()

@@ -26,12 +26,12 @@ from tests.engine_worlds import serve
 from tests.executor.kept_worlds import (
     RING,
     evicted,
-    generated,
     in_chunks,
     prompts,
     runner_of,
     sequence,
     stopped,
+    world_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,10 +42,7 @@ WINDOW = 8  #: of tiny models
 @pytest.fixture(scope="module", params=FAMILIES)
 def world(request, one_thread):
     """A model, and what transformers generates with it."""
-    model = tiny_model(request.param)
-    asked = prompts(5, 1, 21, 12, 30, 17)
-    wanted = [generated(model, p) for p in asked]
-    return prepare_model(model), asked, wanted
+    return world_of(tiny_model(request.param), 5, 1, 21, 12, 30, 17)
 
 
 @pytest.fixture(scope="module")

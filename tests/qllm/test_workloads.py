@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.run import runs
 from qllm.plots.perfetto import record, write_timeline
 from qllm.plots.schedule import save_timeline
+from qllm.sim import ROUTERS
 from qllm.traces.requests.generate import generate
 
 BASE = {
@@ -160,6 +162,10 @@ def test_an_end_to_end_bound_is_one_of_the_slo():
     took = results.requests.query("`class` == 'be'").eval("finish_s - arrival_s")
     assert row["slo_e2e_met"] == row["slo_attainment"] == pytest.approx((took <= 2.0).mean())
     assert pd.isna(results.summary.query("`class` == 'ls'").iloc[0]["slo_e2e_met"])
+
+
+def test_a_configuration_names_the_routers_that_there_are():
+    assert get_args(Config.model_fields["router"].annotation) == ROUTERS
 
 
 def test_more_gpus_serve_more_and_say_which(tmp_path):

@@ -2,7 +2,7 @@
 
     python tools/figures.py [--check]
 
-A table stands between two markers, `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of figure_tables.TABLES. A
+A table stands between two markers, `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of figure_parts.tables.TABLES. A
 picture carries the hash of the results file that it was drawn from. `--check` changes nothing, names what is out of
 date and fails where something is.
 """
@@ -15,9 +15,9 @@ import re
 import sys
 from pathlib import Path
 
-from figure_pictures import PICTURES
-from figure_results import ROOT, results_path
-from figure_tables import TABLES
+from figure_parts.pictures import PICTURES
+from figure_parts.results import ROOT, results_path
+from figure_parts.tables import TABLES
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 

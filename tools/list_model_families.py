@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from figure_markdown import markdown
+from figure_parts.markdown import markdown
 from released_checkpoints import OTHERS, TWENTY, Checkpoint, Quantised
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoModelForMultimodalLM, DynamicCache, PreTrainedConfig

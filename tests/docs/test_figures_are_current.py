@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import figures  # noqa: E402
-from figure_tables import TABLES  # noqa: E402
+from figure_parts.tables import TABLES  # noqa: E402
 
 RESULTS = sorted((ROOT / "docs" / "results").iterdir())
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")

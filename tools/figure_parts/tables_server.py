@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pandas as pd
-from figure_markdown import markdown
-from figure_results import caption, load
+
+from figure_parts.markdown import markdown
+from figure_parts.results import caption, load
 
 SERVERS = {
     "hybrid": "this one, `hybrid`",

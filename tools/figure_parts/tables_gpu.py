@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from figure_markdown import markdown
-from figure_results import caption, load
+from figure_parts.markdown import markdown
+from figure_parts.results import caption, load
 
 
 def gpu() -> str:

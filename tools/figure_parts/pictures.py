@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
-from figure_classes import three_classes_slo
-from figure_policies import policies
-from figure_results import caption, load
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from figure_parts.classes import three_classes_slo
+from figure_parts.policies import policies
+from figure_parts.results import caption, load
 from qllm.plots.lines import lines_of
 from qllm.plots.schedule import plot_timeline, timeline_key
 from qllm.plots.style import COLOURS, add_caption, draw_line, finish_axes, hollow_sign, log_axis, part_lines

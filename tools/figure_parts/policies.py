@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 
 import pandas as pd
-from figure_results import caption, load
 from matplotlib.figure import Figure
 
+from figure_parts.results import caption, load
 from qllm.plots.schedule import plot_timeline, timeline_key
 from qllm.traces.results import PassSlice
 

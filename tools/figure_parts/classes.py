@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from figure_markdown import markdown
-from figure_results import caption, load
 from matplotlib.figure import Figure
 
+from figure_parts.markdown import markdown
+from figure_parts.results import caption, load
 from qllm.plots.lines import lines_of
 from qllm.plots.style import add_caption, draw_line, finish_axes, hollow_sign, log_axis, part_lines
 

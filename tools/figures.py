@@ -2,9 +2,9 @@
 
     python tools/figures.py [--check]
 
-A table stands between two markers, `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of figure_parts.tables.TABLES. A
-picture carries the hash of the results file that it was drawn from. `--check` changes nothing, names what is out of
-date and fails where something is.
+A table stands between two markers, `<!-- table: NAME -->` and `<!-- /table -->`; NAME is one of TABLES in
+figure_parts/tables.py. A picture carries the hash of the results file that it was drawn from. `--check` changes
+nothing, names what is out of date and fails where something is.
 """
 
 from __future__ import annotations

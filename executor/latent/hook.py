@@ -40,6 +40,11 @@ def forms(model: torch.nn.Module) -> Iterator[Form]:
             yield hook.form
 
 
+def keeps_latents(model: torch.nn.Module) -> bool:
+    """Whether a layer keeps latents of keys and values; known once a pass has run."""
+    return any(True for _ in forms(model))
+
+
 class _Expand:
     """In place of a module's `expand_kv`."""
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from qllm.executor.latent.hook import forms
+from qllm.executor.latent.hook import keeps_latents
 from qllm.executor.model.attention_plan import place_for_kernels
 from qllm.executor.model.kv_cache import PagedKVCache, Rings
 from qllm.executor.model.packed_batch import Batch, Sequence
@@ -51,7 +51,7 @@ class Runner:
         self.windows = declared_windows(model.config)
         self.recurrent = keeps_state(model.config)  #: whether sequences have a state beside their KV
         self.unpacked = bool(unpacked_layers(model.config))  #: whether attention is called for each sequence alone
-        self.latent = any(True for _ in forms(model))  #: whether layers keep latents of keys and values
+        self.latent = keeps_latents(model)  #: whether layers keep latents of keys and values
         self.max_positions = max_positions(model.config)
         self._run_ahead = RunAhead(self.device)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -134,7 +134,7 @@ def window_of(model: PreTrainedModel) -> int | None:
     """
     windows = declared_windows(model.config)
     found = [window for window in windows if window is not None]
-    plain = not unpacked_layers(model.config) and not any(True for _ in forms(model))
+    plain = not unpacked_layers(model.config) and not keeps_latents(model)
     return max(found) if plain and found and len(found) < len(windows) else None
 
 

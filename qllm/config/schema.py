@@ -181,6 +181,9 @@ class LimitsConfig(StrictModel):
     urgent_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: of the KV blocks, for priorities up to 0 alone
     max_suspended_tokens: Count | None = None  #: tokens in suspended passes, whose activations are kept
     evict: Literal["recompute", "offload"] = "recompute"  #: what becomes of the KV that has to give way
+    #: keep the KV of prompts for those that begin alike, as long as nobody needs the blocks; in simulations of traces
+    #: with hash_ids and of conversations
+    prefix_cache: bool = False
 
     @model_validator(mode="after")
     def _room_for_decodes(self) -> LimitsConfig:

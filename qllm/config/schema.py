@@ -201,7 +201,15 @@ class CapacityConfig(StrictModel):
     #: how far the rate found may lie below the lowest that fails, over it
     precision: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.01
     price_per_gpu_hour: Positive | None = None  #: in any currency; with it, costs per million tokens are told
+    #: the same where several GPUs are compared, by a part of their names: {a100: 2, h200: 4}
+    prices: dict[str, Positive] = Field(default_factory=dict)
     curve: Annotated[int, Field(ge=0, le=100)] = 6  #: rates at which the attainment is drawn
+
+    @model_validator(mode="after")
+    def _one_price(self) -> CapacityConfig:
+        if self.prices and self.price_per_gpu_hour is not None:
+            raise ValueError("give either price_per_gpu_hour or prices")
+        return self
 
 
 class PolicyConfig(BaseModel):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from qllm.scheduler import Limits, Request, Scheduler, make_policy
 from qllm.scheduler.repeats import repeats
 
@@ -76,6 +79,19 @@ def test_the_least_recently_used_end_of_a_prompt_is_dropped_first():
     assert list(s.memory.prefixes.idle) == [5, 4, 3, 2, 1]
     serve(s, Request(4, 4, 1))
     assert list(s.memory.prefixes.idle) == [5, 4, 3, 2, 1], "one block was free beside them"
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 6))
+def test_documents_of_one_size_are_cached_as_by_the_textbook(asked, places):
+    """Least recently used, one request at a time: there is a document if fewer than `places` others came since."""
+    s = scheduler(kv_blocks=2 * places + 1)
+    for i, document in enumerate(asked):
+        before = asked[:i][::-1]
+        since = before[: before.index(document)] if document in before else None
+        hit = since is not None and len({*since}) < places
+        assert serve(s, Request(i, 9, 1, prefix=[2 * document, 2 * document + 1]))[0] == [
+            (i, 1, 8) if hit else (i, 9, 0)
+        ]
 
 
 def test_an_answer_is_kept_where_its_key_is_known():

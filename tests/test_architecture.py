@@ -104,6 +104,7 @@ SHARED = {
         "qllm.traces.files",
         "qllm.traces.import_defaults",
         "qllm.traces.messages",
+        "qllm.traces.prefixes",
         "qllm.traces.wants",
     },
 }

@@ -301,8 +301,9 @@ def _summary_row(mine: pd.DataFrame, makespan: float) -> dict[str, Any]:
 
 
 def _cached_share(finished: pd.DataFrame) -> float:
-    prompts = finished["prompt_tokens"].sum()
-    return finished["cached_tokens"].sum() / prompts if "cached_tokens" in finished and prompts else float("nan")
+    if "cached_tokens" not in finished or not len(finished):
+        return float("nan")
+    return float(finished["cached_tokens"].sum() / finished["prompt_tokens"].sum())
 
 
 def percentile(values: pd.Series | np.ndarray, percent: float) -> float:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qllm.scheduler import Request
+from qllm.traces.prefixes import Prefixes
 from qllm.traces.requests import generate, lengths, readers
 from qllm.traces.requests.generate import assign_arrivals, assign_classes
 from qllm.traces.requests.readers import detect_format, read_requests
@@ -63,6 +64,7 @@ def full(n: int = 6) -> RequestTrace:
         max_tpot_s=np.where(np.arange(n) % 2, 0.1, math.inf),
         tenants=tuple("abc"[i % 3] for i in range(n)),
         tags=tuple({"lane": str(i)} for i in range(n)),
+        prefixes=Prefixes(np.arange(n), np.ones(n), 2),
     )
 
 
@@ -221,7 +223,7 @@ def test_no_column_is_forgotten() -> None:
         if one.name not in ("classes", "source"):
             assert getattr(trace, one.name) is not None, one.name
             assert len(getattr(trace.head(4), one.name)) == 4, one.name
-    assert {*WANTS.values()} | {"arrival", "prompt_tokens", "output_tokens", "cls", "classes", "source"} == {
+    assert {*WANTS.values()} | {"arrival", "prompt_tokens", "output_tokens", "cls", "classes", "source", "prefixes"} == {
         one.name for one in fields(RequestTrace)
     }
 
@@ -234,6 +236,7 @@ def test_two_traces_differ_by_any_column() -> None:
         ("max_tpot_s", None),
         ("tenants", tuple("aabbcc")),
         ("tags", None),
+        ("prefixes", None),
     ):
         changed = {one.name: getattr(trace, one.name) for one in fields(trace)} | {column: other}
         assert RequestTrace(**changed) != trace, column

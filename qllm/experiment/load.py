@@ -65,7 +65,7 @@ def load_table(recorded: Sequence[tuple[Run, RunResult]], window: float | None =
     parts = []
     for (run, result), end in zip(recorded, ends, strict=True):
         edges = _edges(end, width) if end else np.zeros(1)
-        at = {
+        at: dict[str, Any] = {
             "policy": run.title,
             RATE: rate_of(run, request_trace(run.config, run.seed)),
             **{key: value for key, value in run.cells.items() if key != RATE},
@@ -93,8 +93,8 @@ def _passes(result: RunResult, replica: int) -> dict[str, Steps]:
     """What ran on a GPU; zero while nothing did."""
     mine = [one for one in result.slices or () if one.replica == replica]
     at = np.array([(one.start, one.end) for one in mine]).reshape(-1)
-    values = {
-        "utilisation": [1.0 for _ in mine],
+    values: dict[str, list[float]] = {
+        "utilisation": [1 for _ in mine],
         "sequences": [one.prefills + one.decodes for one in mine],
         "tokens": [one.tokens for one in mine],
     }

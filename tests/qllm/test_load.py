@@ -92,6 +92,9 @@ def test_each_gpu_has_rows_and_who_waits_in_front_is_in_those_of_all(tmp_path: P
     assert table["in_front"].tolist() == pytest.approx([0.7, 0, 0.7, 0])  # 2 s to 3 s, and 2.5 s to 5 s
     assert table["in_front_max"].tolist() == [2, 0, 2, 0]
     assert table["in_front.ls"].tolist() == pytest.approx([0.2, 0, 0.2, 0])
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    quantities = table.columns[table.columns.get_loc("replica") :]
+    assert [name for name in quantities if "." not in name and f"`{name.removesuffix('_max')}`" not in text] == []
 
 
 @given(

@@ -51,7 +51,7 @@ def save_load(table: pd.DataFrame, path: str | Path, caption: str, policies: Seq
     key: dict[str, Line2D] = {}
     for number, (policy, rows) in enumerate(lines, start=1):
         # later lines are thinner, so that one that lies on another leaves both visible
-        width = 1.0 + 1.6 * (len(lines) - number) / max(len(lines) - 1, 1)
+        width = 1.0 + 1.2 * (len(lines) - number) / max(len(lines) - 1, 1)
         style = {"color": style_of(policies.index(str(policy)))["color"], "linewidth": width}
         key[str(policy)] = Line2D([], [], **style)
         for column, ax in panels.items():

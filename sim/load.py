@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from qllm.scheduler import Limits, Pass, Policy, Request, Scheduler, State
-from qllm.scheduler.pass_times import PassSeconds
+from qllm.scheduler import Pass, Request, Scheduler, State
 from qllm.traces.results import LoadPoint, LoadRecord
 
 
@@ -16,15 +16,13 @@ class WatchedScheduler(Scheduler):
     missing; what it decides is the same.
 
     Args:
-        policy: As for `Scheduler`.
-        limits: As for `Scheduler`.
-        seconds: As for `Scheduler`.
         load: Where the points go. Ids of requests are their places in its `cls`.
         replica: Number of its GPU.
+        scheduler: What `Scheduler` takes.
     """
 
-    def __init__(self, policy: Policy, limits: Limits, seconds: PassSeconds, load: LoadRecord, replica: int):
-        super().__init__(policy, limits, seconds)
+    def __init__(self, load: LoadRecord, replica: int, *scheduler: Any):
+        super().__init__(*scheduler)
         self.steady = False
         self._load = load
         nobody = (0,) * len(load.classes)

@@ -98,10 +98,8 @@ def simulate(
     workload.result.slices, workload.result.load = slices, watched
     replicas = []
     for i, each in enumerate(policies):
-        seconds = expected_seconds(steps)
-        scheduler = (  # first: it refuses what is no policy
-            Scheduler(each, limits, seconds) if watched is None else WatchedScheduler(each, limits, seconds, watched, i)
-        )
+        make = Scheduler if watched is None else partial(WatchedScheduler, watched, i)
+        scheduler = make(each, limits, expected_seconds(steps))  # first: it refuses what is no policy
         drawn = routing or Routing(shares, steps.timings.top_k, seed, i)
         gpu = GpuModel(steps, drawn, each.granularity)
         observer = None if slices is None else _observer(gpu, slices, i)

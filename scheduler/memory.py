@@ -7,11 +7,13 @@ last admitted first; ranks are kept for good, so the first admitted always gets 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from numbers import Integral
 
 from qllm.scheduler.decode import DecodePool, rank
 from qllm.scheduler.passes import NEVER
+from qllm.scheduler.prefix_cache import PrefixCache
 from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
 
@@ -76,18 +78,20 @@ class Limits:
 class KVBudget:
     """How many KV blocks there are and how many are free. Which block is whose is the engine's business.
 
-    `total` blocks of `block_size` tokens; `reserve` of them are for urgent requests only (level <= `urgent`).
+    `total` blocks of `block_size` tokens; `reserve` of them are for urgent requests only (level <= `urgent`). Units of
+    `prefixes`, `prefix_blocks` blocks each, that are idle count as free.
     """
 
-    __slots__ = ("block_size", "free", "least_free", "reserve", "total", "urgent")
+    __slots__ = ("block_size", "free", "least_free", "prefixes", "reserve", "total", "urgent")
 
-    def __init__(self, total: int, block_size: int, reserve: int, urgent: int):
+    def __init__(self, total: int, block_size: int, reserve: int, urgent: int, prefix_blocks: int = 1):
         self.total = total
         self.block_size = block_size
         self.reserve = reserve
         self.urgent = urgent
         self.free = total
         self.least_free = total  #: the fewest that were ever free
+        self.prefixes = PrefixCache(prefix_blocks, block_size)
 
     def blocks(self, tokens: int) -> int:
         """Blocks that hold `tokens` tokens."""
@@ -121,6 +125,8 @@ class KVBudget:
             raise SchedulerError(f"{n} KV blocks asked for, {self.free} free")
         self.free -= n
         self.least_free = min(self.least_free, self.free)
+        if self.prefixes.idle:
+            self.prefixes.shrink(self.free)
 
     def give(self, n: int) -> None:
         """Give `n` blocks back; raises SchedulerError where more come back than were taken (invariant I4)."""
@@ -130,11 +136,12 @@ class KVBudget:
 
 
 class Memory:
-    """Admission, eviction and return of requests under a KV budget."""
+    """Admission, eviction and return of requests under a KV budget, and what of their prompts is kept for others."""
 
-    def __init__(self, limits: Limits, urgent: int, waiting: WaitingQueues, ready: DecodePool):
+    def __init__(self, limits: Limits, urgent: int, waiting: WaitingQueues, ready: DecodePool, prefix_blocks: int = 1):
         self.limits = limits
-        self.kv = KVBudget(limits.blocks, limits.block_size, limits.urgent_blocks, urgent)
+        self.kv = KVBudget(limits.blocks, limits.block_size, limits.urgent_blocks, urgent, prefix_blocks)
+        self.prefixes = self.kv.prefixes
         self.waiting = waiting
         self.ready = ready
         self.resident = 0  #: requests that hold blocks
@@ -179,13 +186,25 @@ class Memory:
             return False
         for v in victims:
             self._evict(v)
-        r.blocks = self.kv.blocks(r.remaining)
-        self.kv.take(r.blocks)
+        r.blocks = self.kv.blocks(r.prompt_tokens + r.generated)
+        need = r.blocks - self.prefixes.held(r)
+        self.prefixes.hold(r)
+        self.kv.take(need)
         self._hold(r)
         if r.admitted < 0:
-            r.admitted = self._admissions
+            r.admitted, r.cached = self._admissions, r.computed
             self._admissions += 1
         return True
+
+    def look_up(self, r: Request) -> None:
+        """Find what of `r`, which holds no blocks, is in the prefix cache and need not be computed."""
+        if r.prefix:
+            r.computed = self.prefixes.find(r)
+
+    def share(self, r: Request) -> None:
+        """What `r` has computed may serve others that begin alike."""
+        if r.prefix:
+            self.kv.give(self.prefixes.share(r))
 
     def evict_last(self) -> None:
         """The least urgent, last admitted of those that decode or hold a part of their prefill gives its KV up."""
@@ -203,17 +222,18 @@ class Memory:
         """
         if self.offloaded and any(o.level <= r.level for o in self.offloaded):
             return None
-        need = self.kv.blocks(r.remaining)
+        self.look_up(r)
+        need = self.kv.blocks(r.prompt_tokens + r.generated) - self.prefixes.held(r)
         room = self.kv.room(r.level)
         ready, most = len(self.ready) + self.decoding, self.limits.max_seqs
         # A block for each decoding request stays free, lest one be evicted soon.
         if need + min(ready, most) <= room and not self._is_full():
             return []
-        out = []
+        out, gone = [], Counter[int]()
         for v in sorted(self._evictable(r.level), key=rank, reverse=True):
             v.sync()
             out.append(v)
-            room += v.blocks
+            room += self.prefixes.freed(v, gone, r)
             ready -= v.state is State.READY
             if need + min(ready, most) <= room:
                 return out
@@ -269,8 +289,9 @@ class Memory:
             del self._admitted[level]
 
     def release(self, r: Request) -> None:
-        """`r` gives its blocks back."""
-        self.kv.give(r.blocks)
+        """`r` gives its blocks back; those in the prefix cache stay there as long as nobody needs them."""
+        own = r.blocks - r.shared * self.prefixes.unit_blocks
+        self.kv.give(own + self.prefixes.let_go(r))
         r.blocks = 0
         self._let_go(r.level)
 

@@ -7,6 +7,7 @@ the last of them (`repeat`). What is left then is what asking each time would ha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qllm.scheduler.passes import NEVER, Pass
@@ -19,14 +20,26 @@ def repeats(s: Scheduler, p: Pass) -> int:
     """How often `p`, which begins, may be followed by a pass of the same requests before anything is to be decided.
 
     That is: as long as nobody comes. Free KV blocks can only become fewer meanwhile, and those who wait or sit in host
-    memory did not get theirs while there were more.
+    memory did not get theirs while there were more. With a prefix cache, somebody who was evicted for `p` may need
+    fewer than it had, and what somebody who waits has found there stays for as long as the passes are alike.
     """
     batch = p.decode
     if not s.steady or batch is None or p.prefill or p.preemptions or p.restored or p.offloaded:
         return 0
     if s.suspended_passes and s.policy.max_suspended_s < NEVER:
         return 0
-    return batch.repeats(s.kv.free)
+    prefixes, found = s.memory.prefixes, 0
+    if (prefixes.holders or prefixes.idle) and s.waiting.level() < NEVER:
+        if any(map(partial(_may_come_back, s), s.waiting.levels())):
+            return 0
+        found = prefixes.idle_blocks
+    return batch.repeats(s.kv.free - found)
+
+
+def _may_come_back(s: Scheduler, level: float) -> bool:
+    """Whether the first that waits at `level` could be admitted now, when the pass has what it needs."""
+    r = s.waiting.peek(level)
+    return r is not None and (r.evictions > 0 or s.has_slot(level)) and s.memory.room_for(r) is not None
 
 
 def repeat(s: Scheduler, p: Pass, times: int, now: float) -> None:

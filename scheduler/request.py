@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from math import inf, nan
 from types import MappingProxyType
@@ -68,6 +68,8 @@ class Request:
         max_tpot_s: Seconds from token to token, on average, that are wanted; inf: no bound.
         tenant: Whose it is, for policies that are fair to each.
         tags: What else a policy may go by.
+        prefix: Keys of its context's beginning, one for each unit of a prefix cache (scheduler/prefix_cache.py): two
+            requests whose first n tokens are the same have the same keys for the units among these. None: no key.
 
     Raises:
         SchedulerError: There are no tokens in the prompt, or none to generate; or a bound is not above 0.
@@ -78,6 +80,7 @@ class Request:
         "arrival",
         "batch",
         "blocks",
+        "cached",
         "cls",
         "computed",
         "entry_id",
@@ -95,9 +98,11 @@ class Request:
         "max_ttft_s",
         "order",
         "preemptions",
+        "prefix",
         "priority",
         "prompt_tokens",
         "running_s",
+        "shared",
         "state",
         "suspended_s",
         "tags",
@@ -117,6 +122,7 @@ class Request:
         max_tpot_s: float = inf,
         tenant: str = "",
         tags: Mapping[str, str] = NO_TAGS,
+        prefix: Sequence[int] = (),
     ):
         if prompt_tokens < 1 or max_tokens < 1:
             raise SchedulerError(
@@ -136,14 +142,17 @@ class Request:
         self.max_tpot_s = max_tpot_s
         self.tenant = tenant
         self.tags = tags
+        self.prefix = prefix
         # what the policy made of it
         self.level = priority  #: class that decisions compare; lower is more urgent
         self.order: tuple[Any, ...] = ()  #: place in its queue
         # progress
         self.state = State.WAITING
         self.generated = 0  #: tokens generated
-        self.computed = 0  #: tokens whose KV is held
+        self.computed = 0  #: tokens whose KV is held, or, while it holds no blocks, was found in the prefix cache
         self.blocks = 0  #: KV blocks held (members of a decode batch: derived from `computed`)
+        self.shared = 0  #: units of the prefix cache among its blocks
+        self.cached = 0  #: tokens that the prefix cache had when it was first admitted
         self.admitted = -1  #: rank of its first admission, kept for good; -1: never admitted
         self.batch: DecodeBatch | None = None
         self.joined = 0  #: the batch's `passes` when it joined

@@ -48,6 +48,7 @@ class Scheduler:
         policy: Whom it asks.
         limits: What the device can hold.
         seconds: Predicts passes, for policies that ask `seconds`; without it they learn from passes alone.
+        prefix_blocks: KV blocks that each element of `Request.prefix` stands for.
 
     Attributes:
         waiting: The prefill queues.
@@ -59,12 +60,12 @@ class Scheduler:
         ageing: When those that wait become as urgent as any.
     """
 
-    def __init__(self, policy: Policy, limits: Limits, seconds: PassSeconds | None = None):
+    def __init__(self, policy: Policy, limits: Limits, seconds: PassSeconds | None = None, prefix_blocks: int = 1):
         self.policy = checked_policy(policy)
         self.limits = limits
         self.waiting = WaitingQueues()
         self.ready = DecodePool(limits.max_seqs, limits.block_size)
-        self.memory = Memory(limits, policy.urgent, self.waiting, self.ready)
+        self.memory = Memory(limits, policy.urgent, self.waiting, self.ready, prefix_blocks)
         self.kv = self.memory.kv
         self.requests: dict[int, Request] = {}
         self.suspended_passes: list[Pass] = []
@@ -93,13 +94,12 @@ class Scheduler:
         """
         if r.id in self.requests:
             raise SchedulerError(f"request {r.id}: a request of that id is in the system")
+        self.memory.look_up(r)
         level, order = classify(self.policy, r)
         self.kv.check_fits(r, level)
         r.level, r.order = level, order
-        if self._chooses:
-            reason = ask(self.policy, "admits", self, r, now)
-            if reason is not None:
-                raise RequestShed(f"request {r.id}: {reason}")
+        if self._chooses and (reason := ask(self.policy, "admits", self, r, now)) is not None:
+            raise RequestShed(f"request {r.id}: {reason}")
         try:
             self.waiting.push(r)
         except TypeError as error:
@@ -125,9 +125,7 @@ class Scheduler:
             A suspended pass in which nobody is left, for the caller to discard.
         """
         r = self.requests.get(request_id)
-        if r is None or r.state is State.ABORTED:
-            return None
-        return leave(self, r, now)
+        return None if r is None or r.state is State.ABORTED else leave(self, r, now)
 
     def pass_of(self, r: Request) -> Pass | None:
         """Return the pass that `r` is in, running or suspended."""
@@ -159,8 +157,7 @@ class Scheduler:
             candidate = min(self.suspended_passes, key=_resume_order)
             if ask(self.policy, "resume", self, candidate, now):
                 return self._resume(candidate, now)
-        batch = PassBuilder(self.memory)
-        ask(self.policy, "select", self, batch, now)
+        ask(self.policy, "select", self, batch := PassBuilder(self.memory), now)
         if batch.decoding or batch.chunks:
             return self._launch(batch, now)
         if candidate is not None:
@@ -227,6 +224,7 @@ class Scheduler:
         for c in p.prefill:
             r = c.request
             r.computed += c.tokens
+            self.memory.share(r)
             if r.state is State.ABORTED:
                 done.append(r)
             elif r.computed < r.prompt_tokens + r.generated:
@@ -311,6 +309,7 @@ class Scheduler:
             r.state = state
         r.finish = now
         if r.blocks:
+            self.memory.share(r)  # its answer, too
             self.memory.release(r)
         del self.requests[r.id]
 

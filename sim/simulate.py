@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from math import inf
+from typing import Any
 
 import numpy as np
 import simpy
@@ -46,6 +47,7 @@ def simulate(
     load: bool = False,
     until: float | None = None,
     stop: Stop | None = None,
+    prefix_cache: bool = False,
     step_by_step: bool = False,
 ) -> RunResult:
     """Simulate a request trace on one GPU, or on several behind a router.
@@ -68,6 +70,7 @@ def simulate(
         until: When to stop, in seconds; by default when everybody is served.
         stop: Asked whenever a request arrives that follows no other, before it enters; the run ends where it says so.
             Not with `until`.
+        prefix_cache: Whether each GPU keeps the KV of prompts for those that begin alike (`trace.prefixes`).
         step_by_step: Whether to use the slow reference device.
 
     Returns:
@@ -77,7 +80,7 @@ def simulate(
         KeyError: A class has no priority.
         SchedulerError: The policy broke, or requests are left that nobody serves.
         ValueError: Both `until` and `stop` are given, recorded routing for several GPUs, no policy, one policy for two
-            GPUs, a router that there is not, or sessions of another trace.
+            GPUs, a router that there is not, sessions of another trace, or a prefix cache for a trace without prefixes.
     """
     policies = [policy] if isinstance(policy, Policy) else [*policy]
     if until is not None and stop is not None:
@@ -88,18 +91,21 @@ def simulate(
         raise ValueError(f"sessions are of {len(sessions)} requests, the trace has {len(trace)}")
     if routing is not None and len(policies) > 1:
         raise ValueError("recorded routing is that of one GPU")
+    if prefix_cache and trace.prefixes is None:
+        raise ValueError("prefix_cache: the trace says not which prompts begin alike")
     levels = [priorities[name] for name in trace.classes]
     _check_context(trace, steps.timings)
     shares = uniform(steps) if popularity is None else popularity
     env = simpy.Environment()
     workload = _Workload(trace, levels, sessions, env, inf if until is None else until)
+    unit = workload.keep_prefixes(limits.block_size) if prefix_cache else 1
     slices: list[PassSlice] | None = [] if timeline or load else None
     watched = LoadRecord(trace.classes, trace.cls.tolist(), np.full(len(trace), np.nan)) if load else None
     workload.result.slices, workload.result.load = slices, watched
     replicas = []
     for i, each in enumerate(policies):
         make = Scheduler if watched is None else partial(WatchedScheduler, watched, i)
-        scheduler = make(each, limits, expected_seconds(steps))  # first: it refuses what is no policy
+        scheduler = make(each, limits, expected_seconds(steps), unit)  # first: it refuses what is no policy
         drawn = routing or Routing(shares, steps.timings.top_k, seed, i)
         gpu = GpuModel(steps, drawn, each.granularity)
         observer = None if slices is None else _observer(gpu, slices, i)
@@ -150,6 +156,7 @@ class _Workload:
         self.env = env
         self.result = RunResult.of(ticks(trace.arrival))
         self.followers: dict[int, list[int]] = {}
+        self.keys: Callable[[int], list[int]] | None = None  # of the beginning of each, for a prefix cache
         self.until = until
         self.next_arrival = 0.0  # of those that follow none, or the end of the run
         self.coming: list[tuple[float, int]] = []  # of those that follow: when they arrive, a heap
@@ -200,11 +207,25 @@ class _Workload:
             t.cls.tolist(),
             strict=True,
         )
-        has_wants = t.has_wants
+        plain = self.keys is None and not t.has_wants
         for i, (arrival, prompt, output, cls) in enumerate(rows):
             if sessions is None or sessions.follows[i] < 0:
-                wants = t.wants(i) if has_wants else {}
-                yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **wants)
+                more = {} if plain else self.more(i)
+                yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **more)
+
+    def keep_prefixes(self, kv_block: int) -> int:
+        """Requests say what they begin with from now on; returns the KV blocks of a unit of it."""
+        assert self.trace.prefixes is not None  # else there is no prefix cache
+        unit, self.keys = self.trace.prefixes.keys(kv_block)
+        self.result.cached = np.zeros(len(self.trace), dtype=np.int64)
+        return unit
+
+    def more(self, i: int) -> dict[str, Any]:
+        """What else a policy or the prefix cache may know of request `i`."""
+        found = self.trace.wants(i)
+        if self.keys is not None:
+            found["prefix"] = self.keys(i)
+        return found
 
     def follow(self, r: Request) -> None:
         """What follows `r`, which is over, comes once its client has thought."""
@@ -220,7 +241,7 @@ class _Workload:
             _, i = heappop(self.coming)
             self.result.arrival[i] = now
             cls, prompt, output = int(t.cls[i]), int(t.prompt_tokens[i]), int(t.output_tokens[i])
-            self.enter(Request(i, prompt, output, self.levels[cls], now, t.classes[cls], **t.wants(i)))
+            self.enter(Request(i, prompt, output, self.levels[cls], now, t.classes[cls], **self.more(i)))
 
     def from_queue(self) -> None:
         """Those that wait in front of all GPUs go where there is room."""

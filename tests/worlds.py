@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
+
 import numpy as np
 from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, Policy, make_policy
 from qllm.sim import RunResult, simulate
+from qllm.traces.prefixes import Prefixes
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.step_times.cost_model import PassCostModel
 from qllm.traces.step_times.testing import affine_timings
@@ -63,14 +66,33 @@ policies = st.one_of(
 
 
 @st.composite
+def prefixes_of(draw: st.DrawFn, tokens: np.ndarray) -> Prefixes:
+    """What contexts of so many tokens begin with; often the same, and the numbers alone do not tell a beginning."""
+    block = draw(st.sampled_from([1, 2, 4, 6, 8]))
+    rows = [draw(st.lists(st.sampled_from([7, 7, 7, 3]), max_size=n // block)) for n in tokens.tolist()]
+    return Prefixes(np.array([*chain(*rows)], dtype=np.int64), np.array([len(row) for row in rows]), block)
+
+
+@st.composite
 def traces(draw: st.DrawFn, most: int = 25) -> RequestTrace:
-    """Up to `most` requests of three classes, some arriving together."""
+    """Up to `most` requests of three classes, some arriving together; in every other trace prompts begin alike."""
     n = draw(st.integers(1, most))
     gaps = draw(st.lists(st.sampled_from([0.0, 0.0, 1e-4, 0.001, 0.0031, 0.02]), min_size=n, max_size=n))
     prompts = draw(st.lists(st.sampled_from([1, 3, 8, 20, 33]), min_size=n, max_size=n))
     outputs = draw(st.lists(st.sampled_from([1, 2, 7, 20]), min_size=n, max_size=n))
     cls = draw(st.lists(st.integers(0, 2), min_size=n, max_size=n))
-    return RequestTrace(np.cumsum(gaps), np.array(prompts), np.array(outputs), np.array(cls), tuple(PRIORITIES))
+    columns = np.cumsum(gaps), np.array(prompts), np.array(outputs), np.array(cls)
+    alike = draw(prefixes_of(columns[1] + columns[2])) if draw(st.booleans()) else None
+    return RequestTrace(*columns, tuple(PRIORITIES), prefixes=alike)
+
+
+def keys_of(path: list[int]) -> tuple[int, ...]:
+    """Keys of the units along a path through the tree of all prompts, each a number for the whole path to its end."""
+    return tuple(accumulate(path, lambda key, branch: 3 * key + branch, initial=1))[1:]
+
+
+#: what prompts begin with, for prefix caches: paths that often begin alike
+prefixes = st.lists(st.sampled_from([1, 1, 1, 2]), max_size=12).map(keys_of)
 
 
 @st.composite
@@ -113,4 +135,5 @@ def step_models(draw: st.DrawFn) -> PassCostModel:
 
 
 def run(trace: RequestTrace, policy: Policy, limits: Limits, steps: PassCostModel, **more) -> RunResult:
+    more.setdefault("prefix_cache", trace.prefixes is not None)
     return simulate(trace, priorities=PRIORITIES, policy=policy, limits=limits, steps=steps, **more)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qllm._lazy import lazy
 
 if TYPE_CHECKING:
+    from qllm.traces.prefixes import Prefixes as Prefixes
     from qllm.traces.requests.generate import assign_arrivals as assign_arrivals
     from qllm.traces.requests.generate import assign_classes as assign_classes
     from qllm.traces.requests.generate import generate as generate
@@ -64,6 +65,7 @@ _WHERE = {
     "PassSlice": "qllm.traces.results",
     "Point": "qllm.traces.step_times.file_format",
     "PopularityError": "qllm.traces.step_times.popularity",
+    "Prefixes": "qllm.traces.prefixes",
     "Recipe": "qllm.traces.requests.recipe",
     "RequestTrace": "qllm.traces.requests.trace",
     "RunResult": "qllm.traces.results",

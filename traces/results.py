@@ -104,6 +104,7 @@ class RequestRecord(Protocol):
     suspended_s: float
     preemptions: int
     evictions: int
+    cached: int
 
     @property
     def queueing_s(self) -> float:
@@ -129,6 +130,7 @@ class RunResult:
         status: A `Status`, int8.
         reasons: Why a request was rejected or broke, by index.
         replica: Of several GPUs the one that it was sent to, from 0; -1: to none. None where there is one GPU.
+        cached: Tokens of each that a prefix cache had when it was first admitted, int64. None without such a cache.
         makespan: From the start of the trace to the last token.
         passes: How many were launched.
         kv_peak: Largest share of the KV blocks of a GPU that was ever in use.
@@ -149,6 +151,7 @@ class RunResult:
     status: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
     replica: np.ndarray | None = None
+    cached: np.ndarray | None = None
     makespan: float = 0.0
     passes: int = 0
     kv_peak: float = 0.0
@@ -185,6 +188,8 @@ class RunResult:
         self.finish[i] = finish
         self.queueing[i], self.running[i], self.suspended[i] = r.queueing_s, r.running_s, r.suspended_s
         self.preemptions[i], self.evictions[i] = r.preemptions, r.evictions
+        if self.cached is not None:
+            self.cached[i] = r.cached
         self.status[i] = Status.FINISHED
         self.makespan = max(self.makespan, finish)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from qllm.capacity.search import Found, at_rate, find
-from qllm.capacity.tables import Capacity, capacity_table, class_table, curve_table
+from qllm.capacity.tables import Capacity, capacity_table, class_table, curve_table, price_of
 from qllm.config.config import RATE, Config, load_config
 from qllm.config.schema import Conversations, Replay, Unscheduled
 from qllm.config.yaml_lines import ConfigError, load_yaml
@@ -64,6 +64,8 @@ def find_capacity(
     """
     loaded = _checked(config, policies) if isinstance(config, Config) else load_for_capacity(config, set, policies)
     todo = runs(loaded)
+    for run in todo:
+        price_of(run.config)  # before hours of searching
     if not any_size:
         check_size(todo * _SEARCHED, todo, jobs)
     groups = _by_policy(todo)

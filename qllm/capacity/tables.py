@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from qllm.capacity.search import Found
 from qllm.config.config import RATE, Config
+from qllm.config.from_config import load_timings
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import BOUNDS
 from qllm.experiment.paired import mean_interval, paired_rows
@@ -104,7 +105,7 @@ def capacity_table(
         half = _half_width([each.rate for each in alone])
         tokens = _tokens(results, mine[0].title, cells, one.rate)
         here = mine[0].config
-        price = here.capacity.price_per_gpu_hour
+        price = price_of(here)
         row: dict[str, Any] = {
             "policy": mine[0].title,
             **cells,
@@ -124,6 +125,20 @@ def capacity_table(
                 row[f"cost_per_million_{kind}"] = price * here.replicas / 3600 / per_s * 1e6 if per_s else math.nan
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def price_of(config: Config) -> float | None:
+    """What an hour of the configured GPU costs, None where no price is given. ConfigError where only others' are."""
+    given = config.capacity
+    if not given.prices:
+        return given.price_per_gpu_hour
+    device = load_timings(config.timings).device
+    named = [name for name in given.prices if name.lower() in device.lower()]
+    if not named:
+        raise ConfigError(
+            f"capacity.prices: none is that of {device!r}; allowed: a part of its name beside {', '.join(given.prices)}"
+        )
+    return given.prices[max(named, key=len)]
 
 
 def _half_width(rates: list[float]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,11 +31,9 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
 ) -> None:
     """Requests, rate, burstiness and token lengths of a request trace, by class."""
-    from qllm.traces.requests._prefixes import prefixes_in_words
+    from qllm.traces.prefixes import prefixes_in_words
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*hash_ids")  # told below
-        told = _read(file, format, unit, tokenizer, skip_invalid).describe()
+    told = _read(file, format, unit, tokenizer, skip_invalid).describe()
     if as_json:
         typer.echo(json.dumps(told, indent=2))
         return

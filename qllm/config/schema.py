@@ -181,6 +181,9 @@ class LimitsConfig(StrictModel):
     urgent_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: of the KV blocks, for priorities up to 0 alone
     max_suspended_tokens: Count | None = None  #: tokens in suspended passes, whose activations are kept
     evict: Literal["recompute", "offload"] = "recompute"  #: what becomes of the KV that has to give way
+    #: keep the KV of prompts for those that begin alike, as long as nobody needs the blocks; in simulations of traces
+    #: with hash_ids and of conversations
+    prefix_cache: bool = False
 
     @model_validator(mode="after")
     def _room_for_decodes(self) -> LimitsConfig:
@@ -198,7 +201,15 @@ class CapacityConfig(StrictModel):
     #: how far the rate found may lie below the lowest that fails, over it
     precision: Annotated[float, Field(ge=1e-4, le=0.5)] = 0.01
     price_per_gpu_hour: Positive | None = None  #: in any currency; with it, costs per million tokens are told
+    #: the same where several GPUs are compared, by a part of their names: {a100: 2, h200: 4}
+    prices: dict[str, Positive] = Field(default_factory=dict)
     curve: Annotated[int, Field(ge=0, le=100)] = 6  #: rates at which the attainment is drawn
+
+    @model_validator(mode="after")
+    def _one_price(self) -> CapacityConfig:
+        if self.prices and self.price_per_gpu_hour is not None:
+            raise ValueError("give either price_per_gpu_hour or prices")
+        return self
 
 
 class PolicyConfig(BaseModel):

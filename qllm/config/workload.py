@@ -14,6 +14,7 @@ from qllm.config.config import Config
 from qllm.config.schema import Batch, Closed, Conversations, Replay
 from qllm.config.yaml_lines import ConfigError
 from qllm.traces.files import file_stamp
+from qllm.traces.prefixes import growing, prefixes_in_words
 from qllm.traces.requests.generate import assign_classes, generate
 from qllm.traces.requests.readers import read_requests
 from qllm.traces.requests.recipe import Recipe
@@ -38,6 +39,11 @@ def request_trace(config: Config, seed: int) -> RequestTrace:
     A request of a recorded trace keeps the bounds that it has there; one without gets the deadline of its class.
     """
     trace = _requests(config, seed)
+    if config.limits.prefix_cache and trace.prefixes is None:
+        raise ConfigError(
+            "limits.prefix_cache: no request says what its prompt begins with; allowed: true for a trace with hash_ids "
+            "(Mooncake, Qwen-Bailian, jsonl of our own), and for arrival: {process: conversations, ...}"
+        )
     wanted = {name: job.deadline for name, job in config.classes.items() if job.deadline is not None}
     for key in ("ttft", "tpot"):
         of_class = [getattr(wanted.get(name), key, None) or math.inf for name in trace.classes]
@@ -50,6 +56,8 @@ def request_trace(config: Config, seed: int) -> RequestTrace:
 
 def check_for_engine(config: Config) -> None:
     """Raise ConfigError for what is simulated only."""
+    if config.limits.prefix_cache:
+        raise ConfigError("limits.prefix_cache: is simulated only; allowed: false on the engine")
     if config.replicas > 1:
         raise ConfigError(
             f"replicas: {config.replicas} are simulated only; allowed: 1 on the engine, which has one GPU"
@@ -153,6 +161,7 @@ def _conversations(config: Config, arrival: Conversations, rate: float, seed: in
         outputs.ravel(),
         np.repeat(firsts.cls, many),
         firsts.classes,
+        prefixes=growing((said + outputs).ravel(), np.repeat(np.arange(len(firsts)), many), config.limits.block_size),
     )
     return trace if config.requests is None else trace.head(config.requests)
 
@@ -181,6 +190,9 @@ def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     trace, warned = _read_trace(*given, file_stamp(replay.file))
     for message in warned:
         warnings.warn(message, TraceWarning, stacklevel=2)
+    if "prefixes" in trace.source and not config.limits.prefix_cache:
+        told = prefixes_in_words(trace.source["prefixes"])
+        warnings.warn(f"{replay.file}: {told}. Each is computed whole without limits.prefix_cache", TraceWarning, 2)
     if replay.spread:
         trace = trace.spread()
     if config.duration is not None:

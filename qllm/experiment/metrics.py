@@ -20,6 +20,7 @@ rejected request has none, so read it together with `slo_attainment`, where ever
     saturated       whether the queue was still growing when arrivals ended (see `saturated`)
     preemptions     how often a pass with a request of the class in it was suspended, summed over its requests
     evictions       how often a request's KV had to give way, summed over the requests of the class
+    cached_share    prompt tokens that the prefix cache had / prompt tokens, of finished requests (empty without one)
     kv_peak         largest share of the KV blocks in use, of all classes, at any moment of any seed
     ttft_mean_lo/hi 95 % band for the mean by `bootstrap` over the seeds (empty with one seed)
 
@@ -68,6 +69,7 @@ SUMMARY_COLUMNS = (
     "output_tokens_per_s",
     "preemptions",
     "evictions",
+    "cached_share",
     "kv_peak",
     "ttft_mean_lo_s",
     "ttft_mean_hi_s",
@@ -292,9 +294,15 @@ def _summary_row(mine: pd.DataFrame, makespan: float) -> dict[str, Any]:
         "output_tokens_per_s": mine.loc[completed, "output_tokens"].sum() * per_second,
         "preemptions": int(mine["preemptions"].sum()),
         "evictions": int(mine["evictions"].sum()),
+        "cached_share": _cached_share(mine[completed]),
         "ttft_mean_lo_s": lo,
         "ttft_mean_hi_s": hi,
     }
+
+
+def _cached_share(finished: pd.DataFrame) -> float:
+    prompts = finished["prompt_tokens"].sum()
+    return finished["cached_tokens"].sum() / prompts if "cached_tokens" in finished and prompts else float("nan")
 
 
 def percentile(values: pd.Series | np.ndarray, percent: float) -> float:

@@ -87,6 +87,7 @@ def simulate_run(
                 timeline=timeline,
                 load=load,
                 stop=stop,
+                prefix_cache=config.limits.prefix_cache,
             )
     except (Exception, SystemExit) as error:
         if policy.file is None:
@@ -127,6 +128,7 @@ def request_table(run: Run, trace: RequestTrace, result: RunResult, isolated_ttf
             "evictions": np.asarray(result.evictions, dtype=np.int64),
             "kv_peak": np.full(n, result.kv_peak),
             "isolated_ttft_s": isolated_ttft,
+            **({} if result.cached is None else {"cached_tokens": result.cached}),
             **({} if result.replica is None else {"replica": result.replica}),
             "status": np.asarray(result.status, dtype=np.int8),
             "reason": [result.reasons.get(i, "") for i in range(n)],

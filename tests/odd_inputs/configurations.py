@@ -239,6 +239,8 @@ SWEEPS: list[tuple[str, list[Any]]] = [
     ("limits.max_seqs", [1, 2]),
     ("limits.evict", ["offload", "recompute"]),
     ("limits.evict", ["offload", None]),
+    ("limits.prefix_cache", [False, True]),
+    ("limits.prefix_cache", [1]),
     ("limits", [{"max_seqs": 2}, {"max_seqs": 3}]),
     ("limits", [None, {"max_seqs": 2}]),
     ("policies.0", ["fcfs", "priority"]),

@@ -26,6 +26,7 @@ from qllm.experiment.results import Results
 from qllm.experiment.results import write_config as write_resolved
 from qllm.experiment.run import Run, run_table, runs, simulate_run, sweep_rows
 from qllm.plots.capacity import draw_capacity
+from qllm.traces import Timings
 from tests.cli_support import CONFIG, qllm, write_config
 
 #: One request at a time, one token each: a server with a fixed service time.
@@ -107,6 +108,17 @@ def test_price_over_tokens_is_the_cost(server: Config) -> None:
     assert row["output_tokens_per_s"] == pytest.approx(row["rate_rps"])
     assert row["tokens_per_s"] == pytest.approx(101 * row["rate_rps"])
     assert row["cost_per_million_output_tokens"] == pytest.approx(1000 / row["rate_rps"])
+
+
+def test_each_gpu_has_its_own_price(server: Config) -> None:
+    device = Timings.load(server.timings).device
+    prices = {"h200": 9.0, device[:3].lower(): 1.8, device.upper(): 3.6}
+    capacity = type(server.capacity).model_validate({"prices": prices, "curve": 0})
+    row = find_capacity(bounded(server, 1e3, seeds=[0], requests=50, capacity=capacity)).capacity.iloc[0]
+    assert row["cost_per_million_output_tokens"] == pytest.approx(1000 / row["rate_rps"])
+    capacity = type(server.capacity).model_validate({"prices": {"h200": 9.0, "b200": 9.0}})
+    with pytest.raises(ConfigError, match=f"capacity.prices: none is that of '{device}'; allowed: .* h200, b200"):
+        find_capacity(bounded(server, 1e3, capacity=capacity))
 
 
 def test_a_duration_sends_more_at_a_higher_rate(server: Config) -> None:
@@ -208,6 +220,7 @@ MISTAKES = [
     (["capacity.price_per_gpu_hour=-2"], "", r"--set .*: capacity.price_per_gpu_hour: must be greater than 0, got -2"),
     ([], "price_per_gpu_hour: 0", r"config.yaml:2\d: capacity.price_per_gpu_hour: must be greater than 0, got 0"),
     (["capacity.attainment=1.5"], "", r"capacity.attainment: .*1"),
+    (["capacity.price_per_gpu_hour=2", "capacity.prices={a100: 1}"], "", "give either price_per_gpu_hour or prices"),
     (["capacity.price=2"], "", "capacity.price: .*price_per_gpu_hour"),
 ]
 

@@ -63,7 +63,8 @@ def test_skip_invalid_is_a_key_and_each_sweep_says_what_it_left_out(tmp_path: Pa
 
 def test_unused_prefixes_are_told_by_a_sweep(tmp_path: Path) -> None:
     row = '{"timestamp": %d, "input_length": 100, "output_length": 2, "hash_ids": [1]}\n'
-    with pytest.warns(TraceWarning, match=r"hash_ids .*not used.* 50.0 % of the prompt tokens"):
+    row = row.replace("100,", "512,", 1)
+    with pytest.warns(TraceWarning, match=r"hash_ids .* 50.0 % of the prompt tokens. .* without limits.prefix_cache"):
         simulate(replay(tmp_path, row % 0 + row % 1000, suffix="jsonl"))
 
 
@@ -111,8 +112,8 @@ def test_the_command_line_says_format_unit_and_what_coincides(tmp_path: Path) ->
     assert told.stderr == ""
     assert "format       mooncake\ntime_unit    ms\n" in told.stdout
     assert "2 of 3 requests share 1 of 2 instants, 3 s apart" in told.stdout
-    assert "hash_ids (prompts that begin alike) are not used" in told.stdout
-    assert "50.4 % of the prompt tokens (blocks of 512)" in told.stdout
+    assert "hash_ids (prompts that begin alike) in blocks of 512 tokens" in told.stdout
+    assert "34.1 % of the prompt tokens" in told.stdout
     as_json = json.loads(qllm("trace", "describe", trace, "--json", "--unit", "s").stdout)
     assert (as_json["format"], as_json["time_unit"], as_json["duration_s"]) == ("mooncake", "s", 3000.0)
     made = qllm("trace", "make", out, "--from", trace, "--spread")

@@ -26,13 +26,14 @@ from qllm.scheduler import (
     build_policy,
     make_policy,
 )
-from tests.worlds import Stack, limits, policies
+from tests.worlds import Stack, limits, policies, prefixes
 
 
 def held_blocks(s: Scheduler) -> int:
-    """KV blocks held, counted request by request (nothing of the scheduler's sums is used)."""
-    size = s.limits.block_size
-    held = 0
+    """KV blocks held, counted request by request, shared ones once (nothing of the scheduler's sums is used)."""
+    size, unit = s.limits.block_size, s.memory.prefixes.unit_blocks
+    shared = [key for r in s.requests.values() for key in r.prefix[: r.shared]]
+    held = (len(set(shared)) - len(shared)) * unit
     for r in s.requests.values():
         if r.batch is None:
             held += r.blocks
@@ -62,6 +63,7 @@ def check(s: Scheduler) -> None:
         assert p.level == min(r.level for r in p.requests())
         assert p.prefill_level == min((c.request.level for c in p.prefill), default=float("inf"))
     assert s.kv.free + held_blocks(s) == s.kv.total
+    check_prefixes(s)
     holders = [r for r in s.requests.values() if r.blocks or r.batch]
     assert s.memory.resident == len(holders) <= (s.limits.max_resident or len(holders))
     for level in range(4):
@@ -69,11 +71,23 @@ def check(s: Scheduler) -> None:
         assert s.waiting.count(level) == sum(r.level == level for r in waiting)
 
 
+def check_prefixes(s: Scheduler) -> None:
+    """Who holds which unit; idle ones fit what is free; of each prompt the beginning is there (keys: `keys_of`)."""
+    cache = s.memory.prefixes
+    assert cache.holders == Counter(key for r in s.requests.values() for key in r.prefix[: r.shared])
+    assert not cache.holders.keys() & cache.idle.keys()
+    assert len(cache.idle) * cache.unit_blocks <= s.kv.free
+    assert all(key // 3 == 1 or key // 3 in cache for key in (*cache.holders, *cache.idle))
+    for r in s.requests.values():
+        r.sync()
+        assert r.shared * cache.unit_tokens <= r.computed
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data(), policies, limits())
 def test_nobody_and_no_block_is_lost_whatever_happens(data, policy, limits):
     """I1 to I4 under arrivals, aborts, suspensions wherever allowed, stop tokens and failing passes."""
-    s = Scheduler(policy, limits)
+    s = Scheduler(policy, limits, prefix_blocks=data.draw(st.sampled_from([1, 2])))
     now, ids, ended = 0.0, 0, {}
     running: Pass | None = None
 
@@ -87,7 +101,8 @@ def test_nobody_and_no_block_is_lost_whatever_happens(data, policy, limits):
         choices = ["add", "add", "abort", "reprioritize", "next", "next", "next", "end", "fail", "yield"]
         choice = data.draw(st.sampled_from(choices))
         if choice == "add":
-            r = Request(ids, data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)), ids % 3, now)
+            prompt, output = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12))
+            r = Request(ids, prompt, output, ids % 3, now, prefix=data.draw(prefixes))
             ids += 1
             with suppress(RequestTooLarge):
                 s.add(r, now)

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +47,6 @@ def write(folder, name, text):
     return path
 
 
-def unused_prefixes(there=True, share=""):
-    return pytest.warns(TraceWarning, match=f"hash_ids .*not used.*{share}") if there else nullcontext()
-
-
 def columns(trace):
     return trace.arrival.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist()
 
@@ -70,12 +65,10 @@ def columns(trace):
 def test_format_is_found_and_read_sorted_by_arrival(tmp_path, format, text, expected):
     path = write(tmp_path, "trace", text)
     assert detect_format(path) == format
-    with unused_prefixes(format == "mooncake"):
-        trace = read_requests(path)
+    trace = read_requests(path)
     assert columns(trace) == expected
     assert trace.classes == ("all",)
-    with unused_prefixes(format == "mooncake"):
-        assert read_requests(path, format) == trace
+    assert read_requests(path, format) == trace
 
 
 def test_sharegpt_takes_the_first_two_turns_and_has_no_arrivals(tmp_path):

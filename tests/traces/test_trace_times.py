@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qllm.traces.requests.generate import generate
 from qllm.traces.requests.readers import detect_format, read_requests
-from qllm.traces.requests.trace import RequestTrace, TraceError, TraceWarning
+from qllm.traces.requests.trace import RequestTrace, TraceError
 
 AZURE = Path(__file__).parents[2] / "../shared/data/traces/AzureLLMInferenceTrace_conv.csv"
 BAILIAN = {"chat_id": 159, "parent_chat_id": -1, "type": "text", "turn": 2}
@@ -347,33 +347,27 @@ def prefixed(folder, *hash_ids, tokens, **more):
     ("more", "block", "hash_ids", "tokens", "cached"),
     [
         ({}, 512, [[0, 1], [0, 1, 2], [0, 3], [9, 1]], [1024, 1200, 600, 700], 1024 + 512),
-        ({}, 512, [[5], [5], [5]], [100, 100, 100], 200),
+        ({}, 512, [[5], [5], [5]], [512, 100, 512], 512),
         ({}, 64, [["a", "b"], ["a", "c"]], [128, 100], 64),
         (BAILIAN, 16, [[1, 2, 3], [1, 2, 4]], [48, 40], 32),
-        ({}, 512, [[], [7, 8], [7, 8]], [3, 1000, 1000], 1000),
+        ({}, 512, [[], [7, 8], [7, 8]], [3, 1000, 1000], 512),
     ],
 )
-def test_prefixes_are_said_to_be_unused_with_their_share(tmp_path, more, block, hash_ids, tokens, cached):
-    path = prefixed(tmp_path, *hash_ids, tokens=tokens, **more)
-    share = cached / sum(tokens)
-    with pytest.warns(
-        TraceWarning, match=rf"trace.jsonl: hash_ids .*not used.* {100 * share:.1f} % .*blocks of {block}"
-    ):
-        described = read_requests(path).describe()
-    assert described["prefixes"] == {"used": False, "block_tokens": block, "cached_share": pytest.approx(share)}
+def test_prefixes_are_read_with_the_share_that_a_cache_would_hold(tmp_path, more, block, hash_ids, tokens, cached):
+    trace = read_requests(prefixed(tmp_path, *hash_ids, tokens=tokens, **more))
+    assert trace.describe()["prefixes"] == {"block_tokens": block, "cached_share": pytest.approx(cached / sum(tokens))}
+    assert trace.prefixes.counts.tolist() == [n // block if ids else 0 for ids, n in zip(hash_ids, tokens, strict=True)]
 
 
 def test_prefixes_count_in_order_of_arrival(tmp_path):
     path = prefixed(tmp_path, [1, 2], [1, 2, 3], tokens=[1024, 1536])
     path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    with pytest.warns(TraceWarning):
-        assert read_requests(path).source["prefixes"]["cached_share"] == 1024 / 2560
+    assert read_requests(path).source["prefixes"]["cached_share"] == 1024 / 2560
 
 
 def test_prefixes_of_no_one_block_size_have_no_share(tmp_path):
-    with pytest.warns(TraceWarning, match="fits no block size"):
-        trace = read_requests(prefixed(tmp_path, [1, 2], [1], tokens=[1000, 1000]))
-    assert trace.source["prefixes"] == {"used": False, "block_tokens": None, "cached_share": None}
+    trace = read_requests(prefixed(tmp_path, [1, 2], [1], tokens=[1000, 1000]))
+    assert (trace.prefixes, trace.source["prefixes"]) == (None, {"block_tokens": None, "cached_share": None})
 
 
 @pytest.mark.parametrize("ids", [5, "abc", [1.5], [True], [[1]], None])

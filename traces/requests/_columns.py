@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qllm.traces.requests._prefixes import Prefixes
+from qllm.traces.requests._prefixes import HashIds
 from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
 from qllm.traces.wants import WANTS
@@ -19,6 +19,8 @@ OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS_COLUMN = "class"
 OPTIONAL = (CLASS_COLUMN, *WANTS)  # what our own formats may have besides
 CLASSES_HEADER = "classes"  # own formats name their classes in order, so that one without a request survives
+HASH_IDS = "hash_ids"  # of our own formats only JSONL has them
+HASH_BLOCK = "hash_block_tokens"  # stands beside `classes` where requests have hash_ids
 
 # Format -> its columns: arrival, prompt tokens, output tokens.
 CSV_COLUMNS = {
@@ -46,8 +48,9 @@ class Columns:
     output: np.ndarray
     names: list[str] | None = None  # the class of each row; None: no such column
     classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
-    prefixes: Prefixes | None = None  # the blocks of each row's prompt; None: the format has none
     wants: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
+    hash_ids: HashIds | None = None  # of each row; None: the format has none
+    hash_block: int | None = None  # tokens for each of them; None: the file does not say
 
 
 class SkippedRows:

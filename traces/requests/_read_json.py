@@ -14,6 +14,8 @@ from qllm.traces.messages import clipped
 from qllm.traces.requests._columns import (
     CLASS_COLUMN,
     CLASSES_HEADER,
+    HASH_BLOCK,
+    HASH_IDS,
     JSONL_COLUMNS,
     OPTIONAL,
     OWN_COLUMNS,
@@ -22,7 +24,7 @@ from qllm.traces.requests._columns import (
     class_problem,
     text_lines,
 )
-from qllm.traces.requests._prefixes import USUAL_BLOCK, Prefixes
+from qllm.traces.requests._prefixes import USUAL_BLOCK, HashIds
 from qllm.traces.requests._time_units import Number, bound, number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
 from qllm.traces.wants import BOUND, BOUNDS, NOTHING, TAGS, TENANT, WANTS, is_tags, is_tenant
@@ -50,7 +52,7 @@ def read_json(
     requests: list[Request] = []
     names: list[str] = []
     wants: list[dict[str, Any]] = []
-    prefixes = Prefixes() if format in USUAL_BLOCK else None
+    hash_ids, hash_block = HashIds() if format in USUAL_BLOCK else None, None
     for where, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
         try:
             if not isinstance(entry, dict):
@@ -59,10 +61,10 @@ def read_json(
                 requests.append(_conversation(entry, tokenizer))
                 continue
             if format == "jsonl":
-                if entry.keys() == {CLASSES_HEADER} and not requests:
-                    classes = _declared(path, where, entry)
+                if CLASSES_HEADER in entry and not requests:
+                    classes, hash_block = _declared(path, where, entry)
                     continue
-                _check_keys(entry)
+                _check_keys(entry, hash_block)
             doubt = doubts(entry) if doubts else None
             if doubt:
                 raise TraceError(f"{path}, {where}: {doubt}")
@@ -77,8 +79,8 @@ def read_json(
                         raise _BadRow(problem)
                     names.append(entry[CLASS_COLUMN])
                 wants.append(mine)
-            if prefixes is not None:
-                prefixes.add(_hash_ids(entry))
+            if hash_ids is not None:
+                hash_ids.add(_hash_ids(entry, hash_block))
             requests.append(request)
         except _BadRow as error:
             skipped.row(where, str(error))
@@ -86,7 +88,7 @@ def read_json(
     prompts, outputs = (np.array(column, dtype=np.int64) for column in (prompt, output))
     there = {name for row in wants for name in row}
     found = {name: [row.get(name, NOTHING[name]) for row in wants] for name in there}
-    return Columns(arrival, prompts, outputs, names or None, classes, prefixes, found)
+    return Columns(arrival, prompts, outputs, names or None, classes, found, hash_ids, hash_block)
 
 
 def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
@@ -149,8 +151,10 @@ def _measured(turn: dict[str, Any], tokenizer: Tokenizer) -> int:
     return tokens
 
 
-def _check_keys(entry: dict[str, Any]) -> None:
-    allowed = (*OWN_COLUMNS, *OPTIONAL)
+def _check_keys(entry: dict[str, Any], hash_block: int | None) -> None:
+    allowed = (*OWN_COLUMNS, *OPTIONAL, *([] if hash_block is None else [HASH_IDS]))
+    if HASH_IDS in entry and hash_block is None:
+        raise _BadRow(f'{HASH_IDS} need a first line such as {{"{CLASSES_HEADER}": ["all"], "{HASH_BLOCK}": 16}}')
     for key in entry:
         if key not in allowed:
             raise _BadRow(f"unknown key {key!r}; allowed: {', '.join(allowed)}")
@@ -184,16 +188,26 @@ def _time(entry: dict[str, Any], key: str) -> Number:
     return time
 
 
-def _hash_ids(entry: dict[str, Any]) -> list[int | str]:
-    ids = entry.get("hash_ids", [])
+def _hash_ids(entry: dict[str, Any], block: int | None) -> list[int | str]:
+    ids = entry.get(HASH_IDS, [])
     if not isinstance(ids, list) or not {*map(type, ids)} <= {int, str}:
-        raise _BadRow(f"hash_ids is {_short(ids)}, must be a list of integers or texts")
+        raise _BadRow(f"{HASH_IDS} is {_short(ids)}, must be a list of integers or texts")
+    if block is not None:
+        tokens = int(entry["prompt_tokens"]) + int(entry["output_tokens"])
+        if len(ids) * block > tokens:
+            raise _BadRow(f"{HASH_IDS} has {len(ids)} ids for {tokens} tokens, must have {tokens // block} at most")
     return ids
 
 
-def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[str, ...]:
+def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[tuple[str, ...], int | None]:
+    unknown = next((key for key in entry if key not in (CLASSES_HEADER, HASH_BLOCK)), None)
+    if unknown is not None:
+        raise TraceError(f"{path}, {where}: unknown key {unknown!r}; allowed: {CLASSES_HEADER}, {HASH_BLOCK}")
+    block = whole(entry[HASH_BLOCK]) if HASH_BLOCK in entry else None
+    if HASH_BLOCK in entry and block is None:
+        raise TraceError(f"{path}, {where}: {HASH_BLOCK} is {_short(entry[HASH_BLOCK])}, must be an integer >= 1")
     try:
-        return check_classes(entry[CLASSES_HEADER])
+        return check_classes(entry[CLASSES_HEADER]), block
     except TraceError as error:
         raise TraceError(f"{path}, {where}: {CLASSES_HEADER} must be a list of names: {error}") from None
 

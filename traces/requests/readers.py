@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,23 @@ from typing import Any
 import numpy as np
 
 from qllm.traces.files import not_regular
+from qllm.traces.prefixes import describe_prefixes
 from qllm.traces.requests._columns import (
     CLASSES_HEADER,
     CSV_COLUMNS,
     FORMATS,
+    HASH_BLOCK,
     JSONL_COLUMNS,
     TIME_UNITS,
     Columns,
     SkippedRows,
     text_lines,
 )
-from qllm.traces.requests._prefixes import USUAL_BLOCK, prefixes_in_words
+from qllm.traces.requests._prefixes import USUAL_BLOCK
 from qllm.traces.requests._read_csv import read_csv
 from qllm.traces.requests._read_json import Tokenizer, read_json
 from qllm.traces.requests._time_units import BAILIAN_KEYS, UNITS, check_magnitude, seconds, unit_doubt
-from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError, TraceWarning
+from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError
 from qllm.traces.wants import WANTS
 
 
@@ -63,9 +64,9 @@ def read_requests(
                    of texts). An empty cell, null or a missing key of these four says nothing of the request
 
     Counts may be written 1087.0. `format` or `unit` is needed where rows do not say whether they are Mooncake's or
-    Qwen-Bailian's; `unit` where the first arrival would be a date in another unit. The hash_ids of these two (prompts
-    that begin alike) are not used: a TraceWarning says what share of the prompt tokens a prefix cache would have held.
-    What was read, and how, stands in the trace's `source`.
+    Qwen-Bailian's; `unit` where the first arrival would be a date in another unit. The hash_ids of these two and of
+    our own jsonl (prompts that begin alike) become the trace's `prefixes`. What was read, and how, stands in its
+    `source`; there also what share of the prompt tokens a prefix cache without limit would hold.
 
     A trace without classes has the one class "all" (see `assign_classes`).
 
@@ -110,7 +111,7 @@ def read_requests(
             check_magnitude(path, columns.arrival, usual)
         scale = unit or (usual if usual in UNITS else "s")
         columns.arrival = seconds(columns.arrival, scale, from_first=format not in ("csv", "jsonl"))
-    return _trace(path, columns, columns.arrival, source)
+    return _trace(columns, columns.arrival, source)
 
 
 def detect_format(path: str | Path) -> str:
@@ -129,7 +130,7 @@ def detect_format(path: str | Path) -> str:
         except (ValueError, RecursionError) as error:
             raise TraceError(f"{path}, line {number}: is no JSON object: {error}") from None
         known = JSONL_COLUMNS
-        if found == {CLASSES_HEADER}:
+        if CLASSES_HEADER in found <= {CLASSES_HEADER, HASH_BLOCK}:
             return "jsonl"
     else:
         found = {name.strip() for name in next(csv.reader([first]))}
@@ -141,14 +142,14 @@ def detect_format(path: str | Path) -> str:
     raise TraceError(f"{path}, line {number}: {first[:80]!r} has the columns of no known format: {formats}")
 
 
-def _trace(path: Path, columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> RequestTrace:
+def _trace(columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> RequestTrace:
     order = np.argsort(arrival, kind="stable")
     prompt = columns.prompt[order]
-    if columns.prefixes is not None:
-        prefixes = columns.prefixes.sorted(order).describe(prompt, USUAL_BLOCK[source["format"]])
-        if prefixes is not None:
-            source["prefixes"] = prefixes
-            warnings.warn(f"{path}: {prefixes_in_words(prefixes)}", TraceWarning, stacklevel=3)
+    prefixes = None
+    if columns.hash_ids:
+        usual = USUAL_BLOCK[source["format"]]
+        prefixes = columns.hash_ids.prefixes(order, prompt, columns.hash_block, usual)
+        source["prefixes"] = describe_prefixes(prefixes, prompt)
     if columns.names is None:
         classes, cls = columns.classes or SINGLE_CLASS, np.zeros(len(order), dtype=np.int64)
     else:
@@ -156,4 +157,6 @@ def _trace(path: Path, columns: Columns, arrival: np.ndarray, source: dict[str, 
         index = {name: i for i, name in enumerate(classes)}
         cls = np.array([index[name] for name in columns.names], dtype=np.int64)
     wants: dict[str, Any] = {WANTS[name]: [column[i] for i in order.tolist()] for name, column in columns.wants.items()}
-    return RequestTrace(arrival[order], prompt, columns.output[order], cls[order], classes, source, **wants)
+    return RequestTrace(
+        arrival[order], prompt, columns.output[order], cls[order], classes, source, prefixes=prefixes, **wants
+    )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qllm.traces.prefixes import Prefixes
 from qllm.traces.wants import (
     BOUNDS,
     NOTHING,
@@ -31,7 +32,7 @@ class TraceError(ValueError):
 
 
 class TraceWarning(UserWarning):
-    """What of a trace was not used: rows that the caller asked to leave out, how many and why; shared prefixes."""
+    """What of a trace was not used: rows that the caller asked to leave out, how many and why; hash_ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,7 @@ class RequestTrace:
         tenants: Whose each request is: printable text of up to 256 characters, "" where nobody says; None: nobody says
             of any.
         tags: What else a policy may go by, name -> text, of each request; None: no request has any.
+        prefixes: Which prompts begin alike; None: nobody says.
         source: What the trace was read from, ready for JSON: format, unit of the arrivals, what is not used. Empty for
             one that was not read. Two traces may be equal without it.
 
@@ -67,6 +69,7 @@ class RequestTrace:
     max_tpot_s: np.ndarray | None = None
     tenants: tuple[str, ...] | None = None
     tags: tuple[Mapping[str, str], ...] | None = None
+    prefixes: Prefixes | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_classes(self.classes))
@@ -90,6 +93,10 @@ class RequestTrace:
                 raise TraceError(f"{name}: request {i} has {column[i]}, must be {allowed}")
             object.__setattr__(self, name, column)
         self._check_wants(n)
+        if self.prefixes is not None:
+            ends = self.prefixes.counts * self.prefixes.block_tokens
+            if len(ends) != n or (ends > self.prompt_tokens + self.output_tokens).any():
+                raise TraceError(f"prefixes: must be those of {n} requests, none longer than its prompt and output")
 
     def _check_wants(self, n: int) -> None:
         """The columns of `WANTS`; one that says nothing of any request is None, as if it had not been given."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
-from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, OWN_COLUMNS
-from qllm.traces.requests.trace import RequestTrace, TraceError
+from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, HASH_BLOCK, HASH_IDS, OWN_COLUMNS
+from qllm.traces.requests.trace import RequestTrace, TraceError, TraceWarning
 from qllm.traces.wants import cell_of
 
 
@@ -18,7 +20,7 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
     """Write a request trace. It names the classes in order: CSV in a line below the comment, JSONL in a first object.
 
     Columns of bounds, tenants and tags are there if the trace has some; an empty cell, or no key, where a
-    request has none.
+    request has none. Which prompts begin alike stands in JSONL only (hash_ids); a TraceWarning says that CSV lacks it.
 
     Args:
         trace: The requests.
@@ -36,6 +38,12 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
     if comment and path.suffix == ".jsonl":
         raise TraceError(f"{path}: JSONL holds no comment; write .csv")
     wanted = trace.wanted()
+    declared: dict[str, Any] = {CLASSES_HEADER: trace.classes}
+    if trace.prefixes is not None and path.suffix == ".jsonl":
+        declared[HASH_BLOCK] = trace.prefixes.block_tokens
+        wanted[HASH_IDS] = [trace.prefixes.of(i) or None for i in range(len(trace))]
+    elif trace.prefixes is not None:
+        warnings.warn(f"{path}: {HASH_IDS} (prompts that begin alike) are left out; .jsonl has them", TraceWarning, 2)
     header = (*OWN_COLUMNS, CLASS_COLUMN, *wanted)
     names = [trace.classes[i] for i in trace.cls.tolist()]
     if path.suffix == ".csv" and "tags" in wanted:
@@ -51,7 +59,7 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
                 writer.writerow(header)
                 writer.writerows(rows)
             else:
-                file.write(json.dumps({CLASSES_HEADER: trace.classes}) + "\n")
+                file.write(json.dumps(declared) + "\n")
                 told = ({k: v for k, v in zip(header, row, strict=True) if v is not None} for row in rows)
                 file.writelines(json.dumps(row) + "\n" for row in told)
     except OSError as error:

@@ -7,10 +7,12 @@ from qllm.sim.isolated import isolated_ttft, uniform
 from qllm.sim.replicas import ROUTERS
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.sim.simulate import simulate
-from qllm.traces.results import PassSlice, RunResult, Status
+from qllm.traces.results import LoadPoint, LoadRecord, PassSlice, RunResult, Status
 
 __all__ = [
     "ROUTERS",
+    "LoadPoint",
+    "LoadRecord",
     "PassSlice",
     "RecordedRouting",
     "ResampledRouting",

@@ -16,11 +16,12 @@ import simpy
 from qllm.scheduler import Limits, Pass, Policy, Request, Scheduler, SchedulerError
 from qllm.sim.device import Device, Observer, fast_device, step_device
 from qllm.sim.isolated import uniform
+from qllm.sim.load import WatchedScheduler
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.sim.replicas import Fleet, Replica
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.requests.trace import RequestTrace
-from qllm.traces.results import PassSlice, RunResult, Status
+from qllm.traces.results import LoadRecord, PassSlice, RunResult, Status
 from qllm.traces.sessions import Sessions
 from qllm.traces.step_times.cost_model import PassCostModel, ticks
 from qllm.traces.step_times.expected import expected_seconds
@@ -43,6 +44,7 @@ def simulate(
     seed: int = 0,
     routing: RecordedRouting | ResampledRouting | None = None,
     timeline: bool = False,
+    load: bool = False,
     until: float | None = None,
     stop: Stop | None = None,
     prefix_cache: bool = False,
@@ -64,6 +66,7 @@ def simulate(
         seed: Of the routing's draws.
         routing: Recorded routing to use instead of draws, on one GPU.
         timeline: Whether to record a PassSlice for each stretch that a pass runs.
+        load: Whether to record what each GPU holds after each decision and arrival, and the timeline too.
         until: When to stop, in seconds; by default when everybody is served.
         stop: Asked whenever a request arrives that follows no other, before it enters; the run ends where it says so.
             Not with `until`.
@@ -96,10 +99,13 @@ def simulate(
     env = simpy.Environment()
     workload = _Workload(trace, levels, sessions, env, inf if until is None else until)
     unit = workload.keep_prefixes(limits.block_size) if prefix_cache else 1
-    slices: list[PassSlice] | None = [] if timeline else None
+    slices: list[PassSlice] | None = [] if timeline or load else None
+    watched = LoadRecord(trace.classes, trace.cls.tolist(), np.full(len(trace), np.nan)) if load else None
+    workload.result.slices, workload.result.load = slices, watched
     replicas = []
     for i, each in enumerate(policies):
-        scheduler = Scheduler(each, limits, expected_seconds(steps), unit)  # first: it refuses what is no policy
+        make = Scheduler if watched is None else partial(WatchedScheduler, watched, i)
+        scheduler = make(each, limits, expected_seconds(steps), unit)  # first: it refuses what is no policy
         drawn = routing or Routing(shares, steps.timings.top_k, seed, i)
         gpu = GpuModel(steps, drawn, each.granularity)
         observer = None if slices is None else _observer(gpu, slices, i)
@@ -110,7 +116,7 @@ def simulate(
         replica.device.start(step_device if step_by_step else fast_device)
     arrivals = env.process(workload.arrivals(stop))
     if stop is not None and env.run(arrivals):
-        return workload.end(slices)
+        return workload.end()
     env.run(until)
     left = workload.in_system()
     if until is None and left:
@@ -121,7 +127,7 @@ def simulate(
     lost = int((workload.result.status == Status.UNFINISHED).sum())
     if until is None and lost:
         raise SchedulerError(f"{lost} requests have not ended and are not in the system: the policy took them out")
-    return workload.end(slices)
+    return workload.end()
 
 
 def _check_context(trace: RequestTrace, timings: Timings) -> None:
@@ -268,7 +274,7 @@ class _Workload:
         if self.fleet.waiting:
             self.later(self.from_queue)
 
-    def end(self, slices: list[PassSlice] | None) -> RunResult:
+    def end(self) -> RunResult:
         """The simulation is over."""
         result = self.result
         for r in self.in_system().values():
@@ -276,7 +282,6 @@ class _Workload:
         schedulers = [replica.scheduler for replica in self.fleet.replicas]
         result.passes = sum(scheduler.passes for scheduler in schedulers)
         result.kv_peak = max(scheduler.kv.peak for scheduler in schedulers)
-        result.slices = slices
         return result
 
 

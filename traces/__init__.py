@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from qllm.traces.requests.trace import TraceError as TraceError
     from qllm.traces.requests.trace import TraceWarning as TraceWarning
     from qllm.traces.requests.writers import write_requests as write_requests
+    from qllm.traces.results import LoadPoint as LoadPoint
+    from qllm.traces.results import LoadRecord as LoadRecord
     from qllm.traces.results import PassSlice as PassSlice
     from qllm.traces.results import RunResult as RunResult
     from qllm.traces.results import Status as Status
@@ -55,6 +57,8 @@ _WHERE = {
     "DATA_SHEETS": "qllm.traces.step_times.data_sheet",
     "ExtrapolationWarning": "qllm.traces.step_times.interpolate",
     "Gpu": "qllm.traces.step_times.data_sheet",
+    "LoadPoint": "qllm.traces.results",
+    "LoadRecord": "qllm.traces.results",
     "ModelShape": "qllm.traces.step_times.model_shapes",
     "PassCost": "qllm.traces.step_times.pass_cost",
     "PassCostModel": "qllm.traces.step_times.cost_model",

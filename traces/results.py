@@ -1,4 +1,4 @@
-"""What a run gave, simulated or real: one row a request, and the timeline of its passes."""
+"""What a run gave, simulated or real: one row a request, the timeline of its passes, and the load."""
 
 from __future__ import annotations
 
@@ -53,6 +53,47 @@ class PassSlice(NamedTuple):
     replica: int = 0
 
 
+class LoadPoint(NamedTuple):
+    """What a GPU holds from a decision of its scheduler, or the arrival of a request, to the next point.
+
+    Numbers of requests are by class, in the order of `LoadRecord`. As of a decision, whoever was sent to the GPU and
+    has not ended is waiting, ready, suspended, or in the pass that runs.
+
+    Attributes:
+        at: Seconds.
+        kv_used: Share of the KV blocks in use, what the pass that begins takes included.
+        waiting: Requests that wait for (more of) their prefill, or in host memory.
+        ready: Those that could decode and are not in the pass.
+        suspended: Those in suspended passes.
+        replica: Of several GPUs the one, from 0.
+    """
+
+    at: float
+    kv_used: float
+    waiting: tuple[int, ...]
+    ready: tuple[int, ...]
+    suspended: tuple[int, ...]
+    replica: int = 0
+
+
+@dataclass
+class LoadRecord:
+    """What the GPUs of a run held over time.
+
+    Attributes:
+        classes: Names of the classes.
+        cls: The class of each request, by its place in `classes`.
+        sent: When each request came to a GPU, float64[requests], in seconds; nan: never. Until then it waited in front
+            of all GPUs, if it had arrived.
+        points: In the order of the simulation.
+    """
+
+    classes: tuple[str, ...]
+    cls: list[int]
+    sent: np.ndarray
+    points: list[LoadPoint] = field(default_factory=list)
+
+
 class RequestRecord(Protocol):
     """What `RunResult` keeps of a request, in seconds on the clock of the run; a scheduler's `Request` has it."""
 
@@ -94,6 +135,7 @@ class RunResult:
         passes: How many were launched.
         kv_peak: Largest share of the KV blocks of a GPU that was ever in use.
         slices: When each pass ran, if that was recorded.
+        load: What the GPUs held, if that was recorded.
         routing: Of real passes in the order of their launches: tokens per expert, int64[MoE layers, experts].
     """
 
@@ -114,6 +156,7 @@ class RunResult:
     passes: int = 0
     kv_peak: float = 0.0
     slices: list[PassSlice] | None = None
+    load: LoadRecord | None = None
     routing: list[np.ndarray] | None = None
 
     @classmethod

@@ -43,20 +43,39 @@ def simulate(
             "--timeline", help="Write timeline.json (for ui.perfetto.dev) and timeline.png too: the last point"
         ),
     ] = False,
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load",
+            help="Write load.parquet and load.png too: utilisation, batch size, KV in use and queues over time, at the "
+            "last point",
+        ),
+    ] = False,
+    window: Annotated[
+        float | None,
+        typer.Option(help="Of --load: seconds that a row is a mean over; default: 1/200 of the longest run"),
+    ] = None,
     format: Annotated[Format, typer.Option(help="How to print the summary")] = Format.table,
 ) -> None:
     """Simulate what each policy does to TTFT, SLO attainment and throughput, at each point of a sweep."""
     from qllm.config.config import load_config
+    from qllm.config.yaml_lines import ConfigError
     from qllm.experiment.cache import forget
     from qllm.experiment.folders import POINTS, claim
+    from qllm.experiment.load import check_window, load_table, write_load
     from qllm.experiment.run import runs
     from qllm.experiment.size import check_size
     from qllm.experiment.sweep import differences, provenance
     from qllm.experiment.sweep import simulate as run_sweep
     from qllm.plots.curves import save_figures
+    from qllm.plots.lines import most_urgent, titles
+    from qllm.plots.load import save_load
     from qllm.plots.perfetto import record, timeline_runs, write_timeline
     from qllm.plots.schedule import save_timeline
 
+    if window is not None and not load:
+        raise ConfigError("--window: says how --load counts; allowed: with --load only")
+    check_window(window)
     loaded = load_config(config, set_ or [])
     for changed in differences(loaded.provenance, provenance(loaded)):
         warnings.warn(f"{config}: {changed}; the results may differ", stacklevel=1)
@@ -75,10 +94,15 @@ def simulate(
     results.save(folder)
     caption = f"Timings: {results.config.provenance['timings']}"
     save_figures(results, folder, caption)
+    recorded = record(timeline_runs(loaded), load) if timeline or load else []
     if timeline:
-        recorded = record(timeline_runs(loaded))
         write_timeline(recorded, folder / "timeline.json")
         save_timeline(recorded, folder / "timeline.png", f"Simulated. {caption}")
+    if load:
+        table = load_table(recorded, window)
+        write_load(table, folder)
+        urgent = most_urgent(results) if len(loaded.classes) > 1 else ""
+        save_load(table, folder / "load.png", f"Simulated. {caption}", titles(results), urgent)
     if format is Format.json:
         typer.echo(json.dumps(records(results), indent=2))
     else:

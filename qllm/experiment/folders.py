@@ -12,7 +12,14 @@ from qllm.experiment.results import CONFIG, FAILURES, make_folder
 Kind = Literal["simulation", "engine", "validation", "capacity"]
 
 POINTS = "points"  #: folder of finished simulations, inside
-_OF_ONE_CONFIGURATION = ("timeline.json", "timeline.png", "report.html", FAILURES)  # not written by every run
+_OF_ONE_CONFIGURATION = (
+    "timeline.json",
+    "timeline.png",
+    "load.parquet",
+    "load.png",
+    "report.html",
+    FAILURES,
+)  # not written by every run
 
 
 def claim(out: str | Path, config: Config, kind: Kind, force: bool = False) -> Path:

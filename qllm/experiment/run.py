@@ -57,8 +57,10 @@ def runs(config: Config) -> list[Run]:
     return found
 
 
-def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False, stop: Stop | None = None) -> RunResult:
-    """Simulate `run` on `trace`; `timeline`: record its passes; `stop`: may end it early (see `qllm.sim.simulate`).
+def simulate_run(
+    run: Run, trace: RequestTrace, timeline: bool = False, stop: Stop | None = None, load: bool = False
+) -> RunResult:
+    """Simulate `run` on `trace`, with `timeline`, `load` and `stop` as `qllm.sim.simulate` has them.
 
     ConfigError for an exception of a user's policy.
     """
@@ -83,6 +85,7 @@ def simulate_run(run: Run, trace: RequestTrace, timeline: bool = False, stop: St
                 popularity=popularity(config),
                 seed=run.seed,
                 timeline=timeline,
+                load=load,
                 stop=stop,
                 prefix_cache=config.limits.prefix_cache,
             )

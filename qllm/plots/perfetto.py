@@ -25,12 +25,12 @@ def timeline_runs(config: Config) -> list[Run]:
     return [run for run in runs(config) if run.point == last and run.seed == config.seed_list[0]]
 
 
-def record(shown: list[Run]) -> list[tuple[Run, RunResult]]:
-    """Simulate again and record the passes, without the runs that fail (the sweep has said so)."""
+def record(shown: list[Run], load: bool = False) -> list[tuple[Run, RunResult]]:
+    """Simulate again and record the passes, and the load, without the runs that fail (the sweep has said so)."""
     recorded = []
     for run in shown:
         with suppress(*EXPECTED):
-            recorded.append((run, simulate_run(run, request_trace(run.config, run.seed), timeline=True)))
+            recorded.append((run, simulate_run(run, request_trace(run.config, run.seed), timeline=True, load=load)))
     return recorded
 
 

@@ -165,6 +165,7 @@ def _part(label: str, folder: Path, results: Results, policies: Sequence[str]) -
         ],
         "figures": figures,
         "timeline": _data(folder / "timeline.png"),
+        "load": _data(folder / "load.png"),
         "summary": _table(results.summary.drop(columns=["ttft_mean_lo_s", "ttft_mean_hi_s"])),
         "totals": _totals(results),
         "differences": _differences(results.differences, "policy"),

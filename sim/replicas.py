@@ -1,7 +1,7 @@
 """Several GPUs that serve the same model, each with its own scheduler, and the router that sends requests to them.
 
 A router knows what a server in front of the GPUs knows: how many requests it sent to each that have not ended, and how
-urgent they are. It knows no lengths of answers.
+urgent they are. It knows no lengths of answers. One of them asks the GPUs what they hold of a prompt, and what waits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from qllm.scheduler import Request, RequestShed, RequestTooLarge, Scheduler
 from qllm.sim.device import Device
 
-ROUTERS = ("round_robin", "least_loaded", "ls_aware", "shared_queue")
+ROUTERS = ("round_robin", "least_loaded", "ls_aware", "prefix_aware", "shared_queue")
 
 
 class Replica:
@@ -35,21 +35,30 @@ class Replica:
         """Open requests of that priority or more urgent."""
         return sum(n for level, n in self.open.items() if level <= priority)
 
+    def to_compute(self, r: Request) -> int:
+        """Tokens of prompts that come first here: those that wait and are as urgent, and what lacks of its own."""
+        ahead = sum(one.remaining for one in self.scheduler.waiting if one.priority <= r.priority)
+        return ahead + r.prompt_tokens - self.scheduler.memory.prefixes.find(r)
+
     @property
     def has_room(self) -> bool:
         """Whether fewer requests are open than fit a pass."""
         return self.count() < self.scheduler.limits.max_seqs
 
 
-def meets(router: str, replica: Replica, priority: int) -> tuple[int, ...]:
-    """What a request of that priority would meet at a replica, by what `router` looks at; the smaller, the better.
+def meets(router: str, replica: Replica, r: Request) -> tuple[int, ...]:
+    """What `r` would meet at a replica, by what `router` looks at; the smaller, the better.
 
     round_robin: how many were sent there. least_loaded and shared_queue: how many are open. ls_aware: how many are open
-    that are as urgent or more, then how many in all; what is less urgent gives way, so it hardly counts.
+    that are as urgent or more, then how many in all; what is less urgent gives way, so it hardly counts. prefix_aware:
+    tokens of prompts that are to be computed before its first token, those that the replica's prefix cache has left
+    out; then how many are open, then how many were sent there, so that what is new spreads.
     """
     if router == "round_robin":
         return (replica.sent,)
-    return (replica.count(priority), replica.count()) if router == "ls_aware" else (replica.count(),)
+    if router == "prefix_aware":
+        return replica.to_compute(r), replica.count(), replica.sent
+    return (replica.count(r.priority), replica.count()) if router == "ls_aware" else (replica.count(),)
 
 
 class Fleet:
@@ -110,7 +119,7 @@ class Fleet:
         found = [*range(len(self.replicas))]
         if self._router == "shared_queue":
             found = [i for i in found if self.replicas[i].has_room]
-        return min(found, key=lambda i: meets(self._router, self.replicas[i], r.priority), default=None)
+        return min(found, key=lambda i: meets(self._router, self.replicas[i], r), default=None)
 
     def _send(self, i: int, r: Request, now: float) -> int | None:
         replica = self.replicas[i]

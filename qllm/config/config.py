@@ -67,8 +67,8 @@ class Config(StrictModel):
     limits: LimitsConfig = LimitsConfig()
     replicas: Annotated[int, Field(ge=1, le=MOST_REPLICAS)] = 1  #: GPUs behind a router, each with its own scheduler
     #: of several GPUs the one that a request goes to: each in turn; where the fewest requests are; where the fewest are
-    #: that are as urgent; or requests wait in front of all, most urgent first
-    router: Literal["round_robin", "least_loaded", "ls_aware", "shared_queue"] = "least_loaded"
+    #: that are as urgent; where the fewest prompt tokens are computed first; or all wait in front, most urgent first
+    router: Literal["round_robin", "least_loaded", "ls_aware", "prefix_aware", "shared_queue"] = "least_loaded"
     policies: list[PolicyConfig]  #: those that are compared
     #: how many (0, 1, 2, ...) or which
     seeds: Annotated[int, Field(ge=1, le=MOST_RUNS)] | list[Annotated[int, Field(ge=0, lt=1 << 63)]] = Field(

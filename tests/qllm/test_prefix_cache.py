@@ -80,6 +80,24 @@ def test_each_gpu_has_a_cache_of_its_own(tmp_path):
     assert found.cached.tolist() == 6 * [0] + 6 * [4096]
 
 
+@pytest.mark.filterwarnings("ignore:.*hash_ids")
+def test_a_router_sends_a_prompt_where_its_beginning_is(tmp_path):
+    """Two GPUs with room for two documents each: behind this router they hold all three, and else they drop them."""
+    several = [*CACHED, "replicas=2", "limits.kv_blocks=610"]
+    config = load_config(mooncake(tmp_path), [*several, "router=prefix_aware"])
+    found = result(config)
+    assert found.cached.tolist() == 3 * [0] + 9 * [4096]
+    assert found.replica.tolist() == 4 * [0, 1, 0]
+    assert result(load_config(tmp_path / "prefixes.yaml", [*several, "router=round_robin"])).cached.sum() < 9 * 4096
+
+
+@pytest.mark.filterwarnings("ignore:.*hash_ids")
+def test_a_router_goes_elsewhere_where_too_much_waits(tmp_path):
+    """All at once: computing the document twice takes less than waiting for those in front."""
+    found = result(load_config(mooncake(tmp_path, gap_ms=0), [*CACHED, "replicas=2", "router=prefix_aware"]))
+    assert 4 <= found.replica.sum() <= 8
+
+
 def test_without_a_word_of_prefixes_there_is_no_cache(tmp_path):
     config = load_config(configured(tmp_path, "poisson", "rate: 1\nrequests: 4\n"), CACHED)
     with pytest.raises(ConfigError, match=r"limits.prefix_cache: no request says .*; allowed: true for a trace with"):

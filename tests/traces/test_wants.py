@@ -223,9 +223,15 @@ def test_no_column_is_forgotten() -> None:
         if one.name not in ("classes", "source"):
             assert getattr(trace, one.name) is not None, one.name
             assert len(getattr(trace.head(4), one.name)) == 4, one.name
-    assert {*WANTS.values()} | {"arrival", "prompt_tokens", "output_tokens", "cls", "classes", "source", "prefixes"} == {
-        one.name for one in fields(RequestTrace)
-    }
+    assert {*WANTS.values()} | {
+        "arrival",
+        "prompt_tokens",
+        "output_tokens",
+        "cls",
+        "classes",
+        "source",
+        "prefixes",
+    } == {one.name for one in fields(RequestTrace)}
 
 
 def test_two_traces_differ_by_any_column() -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from figure_parts.classes import three_classes
 from figure_parts.markdown import markdown
 from figure_parts.results import caption, load
-from figure_parts.tables_capacity import capacity
+from figure_parts.tables_capacity import capacity, prefix_cache
 from figure_parts.tables_fidelity import (
     STATISTICS,
     held,
@@ -259,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
         slack_engine,
         three_classes,
         capacity,
+        prefix_cache,
         gpu,
         latents,
         recurrent,

@@ -1,4 +1,4 @@
-"""The table of capacities."""
+"""Tables of what planners ask: capacities, and what a prefix cache is worth."""
 
 from __future__ import annotations
 
@@ -27,3 +27,20 @@ def capacity() -> str:
     columns = ("policy", "requests/s", "95 % interval", "fails above it", "by a fine sweep (search over it)")
     columns += ("saturation", "output tokens/s", price, "per million tokens")
     return markdown(columns, rows, caption("capacity"))
+
+
+def prefix_cache() -> str:
+    """Conversations with less and less memory, with a prefix cache and without."""
+    rows = [
+        (
+            f"{row['kv_blocks']:,}",
+            f"`{row['policy']}`",
+            f"{row['cached_share']:.0%}" if row["prefix_cache"] else "no cache",
+            f"{row['chat_ttft_mean_ms']:.0f} / {row['chat_ttft_p99_ms']:.0f}",
+            f"{row['chat_tpot_p99_ms']:.1f}",
+            f"{row['agent_turnaround_s']:.2f}",
+        )
+        for row in load("prefix_cache")["rows"].to_dict("records")
+    ]
+    columns = ("KV blocks", "policy", "prompt tokens found", "chat TTFT mean / p99 ms", "chat TPOT p99 ms")
+    return markdown((*columns, "agent turnaround s"), rows, caption("prefix_cache"))

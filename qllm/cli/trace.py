@@ -73,7 +73,8 @@ def make(
     ] = False,
     requests: Annotated[int | None, typer.Option(help="How many; of a recorded trace, the first ones")] = None,
     arrival: Annotated[
-        str | None, typer.Option(help="poisson, or YAML: '{process: gamma, cv: 3}'; replaces recorded arrivals")
+        str | None,
+        typer.Option(help="poisson, or YAML: '{process: clients, clients: 50, cv: 3}'; replaces recorded arrivals"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help=_LENGTH)] = None,
     output: Annotated[str | None, typer.Option(help=_LENGTH)] = None,

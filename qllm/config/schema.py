@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qllm.config.policies import file_policy, named_policy
 from qllm.scheduler import Policy
 from qllm.traces.messages import shown
-from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Phases, Poisson, process_by_name
+from qllm.traces.requests.recipe import ClassRecipe, Generated, process_by_name
 from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel
 
 
@@ -162,9 +162,7 @@ class Conversations(StrictModel):
 
 Unscheduled = Batch | Closed  #: arrivals that no rate tells
 Arrival = Annotated[
-    Annotated[
-        Poisson | Gamma | OnOff | Phases | Replay | Batch | Closed | Conversations, Field(discriminator="process")
-    ],
+    Annotated[Generated | Replay | Batch | Closed | Conversations, Field(discriminator="process")],
     BeforeValidator(process_by_name),
 ]
 

@@ -105,6 +105,8 @@ SHARED = {
         "qllm.traces.files",
         "qllm.traces.import_defaults",
         "qllm.traces.messages",
+        "qllm.traces.session_rows",
+        "qllm.traces.sessions",
         "qllm.traces.wants",
     },
 }

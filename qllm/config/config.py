@@ -29,7 +29,8 @@ from qllm.config.schema import (
 from qllm.config.timings_source import named_timings
 from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
 from qllm.traces.messages import KeyPath, dotted, suggestion
-from qllm.traces.requests.recipe import Clients, Generated, Poisson, Recipe, Servegen, check_total
+from qllm.traces.requests.clients.settings import Clients, Servegen
+from qllm.traces.requests.recipe import Generated, Poisson, Recipe, check_total
 from qllm.traces.requests.strict_model import (
     Count,
     Positive,

@@ -136,6 +136,9 @@ class Replay(StrictModel):
     unit: Literal["s", "ms", "us", "ns"] | None = None  #: of the file's arrivals; default: what the format says
     spread: bool = False  #: spread requests that share an instant over the gap to the next (arrivals were rounded)
     skip_invalid: bool = False  #: leave rows out that are no requests; a warning counts them
+    #: of bailian's: a chat comes when its parent was answered and as much time has passed as between their arrivals;
+    #: files of our own say whom a request follows by the columns follows and think_s
+    sessions: bool = False
 
 
 class Batch(StrictModel):

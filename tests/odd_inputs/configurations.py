@@ -59,7 +59,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "arrival.burst": {"process": "onoff", "on_s": 1.0, "off_s": 1.0},
     "arrival.process": {},
     **dict.fromkeys(("arrival.format", "arrival.unit"), {"process": "trace", "file": "r.csv"}),
-    **dict.fromkeys(("arrival.spread", "arrival.skip_invalid"), {"process": "trace", "file": "r.csv"}),
+    **dict.fromkeys(
+        ("arrival.spread", "arrival.skip_invalid", "arrival.sessions"), {"process": "trace", "file": "r.csv"}
+    ),
     "arrival.file": {"process": "trace"},
     "arrival.phases": {"process": "phases"},
     "arrival.clients": {"process": "closed"},
@@ -109,7 +111,7 @@ def placed(key: Key, value: Any) -> tuple[dict[str, Any], list[str | int]]:
     name, _, policy = key.name.partition(" (")
     parts: list[str | int] = [{"NAME": "ls", "N": 0}.get(part, part) for part in name.split(".")]
     config = deepcopy(BASE)
-    if name in ("arrival.file", "arrival.format", "arrival.unit", "arrival.spread", "arrival.skip_invalid"):
+    if name in BESIDE and BESIDE[name].get("process") == "trace":
         config["classes"] = {"all": {}}
         del config["rate"], config["requests"]
     if name == "duration":

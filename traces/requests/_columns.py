@@ -13,11 +13,12 @@ import numpy as np
 from qllm.traces.requests._prefixes import Prefixes
 from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
+from qllm.traces.session_rows import SESSION_COLUMNS, SessionRows
 from qllm.traces.wants import WANTS
 
 OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS_COLUMN = "class"
-OPTIONAL = (CLASS_COLUMN, *WANTS)  # what our own formats may have besides
+OPTIONAL = (CLASS_COLUMN, *WANTS, *SESSION_COLUMNS)  # what our own formats may have besides
 CLASSES_HEADER = "classes"  # own formats name their classes in order, so that one without a request survives
 
 # Format -> its columns: arrival, prompt tokens, output tokens.
@@ -48,6 +49,7 @@ class Columns:
     classes: tuple[str, ...] | None = None  # those that the file declares; None: it declares none
     prefixes: Prefixes | None = None  # the blocks of each row's prompt; None: the format has none
     wants: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
+    sessions: SessionRows | None = None  # who follows whom; None: the file does not say
 
 
 class SkippedRows:

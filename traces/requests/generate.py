@@ -146,15 +146,15 @@ def _draw_class_lengths(
     """Prompt and output tokens of a class, int64[requests] each."""
     source = recipe.lengths_of(name)
     key = "lengths"
-    if drawn and source is None:
+    if source is None:
+        assert drawn is not None  # only a folder's clients have lengths
         return drawn.lengths(_stream(seed, "prompt", name), 0), drawn.lengths(_stream(seed, "output", name), 1)
     try:
         if not isinstance(source, tuple):
-            columns = draw_pairs(_stream(seed, key, name), requests, source)
-        else:
-            columns = []
-            for key, length in zip(("prompt", "output"), source, strict=True):
-                columns.append(draw_lengths(_stream(seed, key, name), requests, length, column=key))
+            return draw_pairs(_stream(seed, key, name), requests, source)
+        columns = []
+        for key, length in zip(("prompt", "output"), source, strict=True):
+            columns.append(draw_lengths(_stream(seed, key, name), requests, length, column=key))
         return columns[0], columns[1]
     except TraceError as error:
         raise TraceError(f"classes.{name}.{key}.{error}") from None

@@ -11,14 +11,15 @@ from pathlib import Path
 
 from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, OWN_COLUMNS
 from qllm.traces.requests.trace import RequestTrace, TraceError
+from qllm.traces.session_rows import FOLLOWS, THINK
 from qllm.traces.wants import cell_of
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
     """Write a request trace. It names the classes in order: CSV in a line below the comment, JSONL in a first object.
 
-    Columns of bounds, tenants and tags are there if the trace has some; an empty cell, or no key, where a
-    request has none.
+    Columns of bounds, tenants, tags and of who follows whom are there if the trace has some; an empty cell, or no key,
+    where a request has none.
 
     Args:
         trace: The requests.
@@ -36,6 +37,10 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
     if comment and path.suffix == ".jsonl":
         raise TraceError(f"{path}: JSONL holds no comment; write .csv")
     wanted = trace.wanted()
+    if trace.sessions is not None:
+        follows, think_s = trace.sessions.follows.tolist(), trace.sessions.think_s.tolist()
+        wanted[FOLLOWS] = [None if i < 0 else i for i in follows]
+        wanted[THINK] = [None if i < 0 else seconds for i, seconds in zip(follows, think_s, strict=True)]
     header = (*OWN_COLUMNS, CLASS_COLUMN, *wanted)
     names = [trace.classes[i] for i in trace.cls.tolist()]
     if path.suffix == ".csv" and "tags" in wanted:

@@ -94,7 +94,7 @@ def _windows(path: Path) -> tuple[np.ndarray, np.ndarray]:
         where = f"{path}, line {number}"
         cells = line.strip().split(",")
         try:
-            begin, rate, cv, *_ = (*map(float, cells[:3]), *cells[3:])
+            begin, rate, cv = map(float, cells[:3])
             shape, scale = map(float, cells[4:])
         except ValueError:
             raise TraceError(

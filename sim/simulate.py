@@ -62,7 +62,7 @@ def simulate(
         steps: How long the steps of a pass take.
         popularity: Share of tokens routed to each expert, float[layers, experts]; uniform by default.
         router: How requests are shared among several GPUs, one of `qllm.sim.replicas.ROUTERS`.
-        sessions: Which requests follow which, of as many as the trace has; by default none follows another.
+        sessions: Which requests follow which, of as many as the trace has; by default as the trace says.
         seed: Of the routing's draws.
         routing: Recorded routing to use instead of draws, on one GPU.
         timeline: Whether to record a PassSlice for each stretch that a pass runs.
@@ -87,6 +87,7 @@ def simulate(
         raise ValueError("give until or stop, not both")
     if not policies or len({id(each) for each in policies}) < len(policies):
         raise ValueError("give a policy for each GPU, each an object of its own: it keeps what it knows of its GPU")
+    sessions = trace.sessions if sessions is None else sessions
     if sessions is not None and len(sessions) != len(trace):
         raise ValueError(f"sessions are of {len(sessions)} requests, the trace has {len(trace)}")
     if routing is not None and len(policies) > 1:

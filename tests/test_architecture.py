@@ -40,7 +40,8 @@ ARROWS = {
     "scheduler": {"scheduler/policies"},
     "scheduler/policies": {"scheduler"},
     "traces": {"traces/requests", "traces/step_times", "traces/step_times/aiconfigurator"},
-    "traces/requests": {"traces"},
+    "traces/requests": {"traces", "traces/requests/clients"},
+    "traces/requests/clients": {"traces", "traces/requests"},
     "traces/step_times": {"traces"},
     "traces/step_times/aiconfigurator": {"traces", "traces/step_times"},
     "sim": {"scheduler", "traces"},
@@ -105,6 +106,8 @@ SHARED = {
         "qllm.traces.import_defaults",
         "qllm.traces.messages",
         "qllm.traces.prefixes",
+        "qllm.traces.session_rows",
+        "qllm.traces.sessions",
         "qllm.traces.wants",
     },
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def file_stamp(path: str | Path) -> tuple[int, int] | None:
@@ -18,6 +19,13 @@ def file_stamp(path: str | Path) -> tuple[int, int] | None:
 def not_regular(path: str | Path) -> str:
     """What is there in place of a regular file: nothing, a folder, or a device or pipe, which is not read."""
     return "is a folder" if os.path.isdir(path) else "not a regular file" if os.path.exists(path) else "no such file"
+
+
+def is_input_path(value: Any) -> bool:
+    """Whether a configuration's value is the absolute path of a file, or of a folder with clients of ServeGen."""
+    if not (isinstance(value, str) and os.path.isabs(value)):
+        return False
+    return os.path.isfile(value) or any(Path(value).glob("chunk-*-trace.csv"))
 
 
 def portable_path(path: str, start: str | Path) -> str:

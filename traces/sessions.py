@@ -13,7 +13,8 @@ class Sessions:
 
     Attributes:
         follows: The request that each one follows, int64[n]: an index before its own, or -1 for none.
-        think_s: Seconds from that one's end to the arrival of this one, float64[n], finite and >= 0.
+        think_s: Seconds from that one's end to the arrival of this one, float64[n], finite and >= 0; 0 where it follows
+            none.
 
     Raises:
         ValueError: A column breaks these rules.
@@ -30,10 +31,28 @@ class Sessions:
         if think.shape != follows.shape or not ((think >= 0) & (think < np.inf)).all():
             raise ValueError(f"think_s: must hold {len(follows)} finite numbers >= 0 (seconds)")
         object.__setattr__(self, "follows", follows)
-        object.__setattr__(self, "think_s", think)
+        object.__setattr__(self, "think_s", np.where(follows < 0, 0.0, think))
 
     def __len__(self) -> int:
         return len(self.follows)
+
+    def __getitem__(self, first: slice) -> Sessions:
+        """Those of the first requests."""
+        return Sessions(self.follows[first], self.think_s[first])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sessions):
+            return NotImplemented
+        return np.array_equal(self.follows, other.follows) and np.array_equal(self.think_s, other.think_s)
+
+    def describe(self) -> dict[str, float]:
+        """How many requests follow none, how many another, and the median of their think times; ready for JSON."""
+        think_s = self.think_s[self.follows >= 0]
+        return {
+            "first": len(self) - len(think_s),
+            "following": len(think_s),
+            "think_s_p50": float(np.median(think_s)) if len(think_s) else 0.0,
+        }
 
 
 def closed_loop(clients: int, think_s: np.ndarray) -> Sessions:

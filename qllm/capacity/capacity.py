@@ -14,7 +14,8 @@ import pandas as pd
 from qllm.capacity.search import Found, at_rate, find
 from qllm.capacity.tables import Capacity, capacity_table, class_table, curve_table, price_of
 from qllm.config.config import RATE, Config, load_config
-from qllm.config.schema import Conversations, Replay, Unscheduled
+from qllm.config.schema import Replay, Unscheduled
+from qllm.config.workload import has_followers
 from qllm.config.yaml_lines import ConfigError, load_yaml
 from qllm.experiment.backends import parallel
 from qllm.experiment.cache import CachedRun
@@ -128,9 +129,9 @@ def _checked(config: Config, policies: Sequence[str], where: str = "") -> Config
             f"{where}arrival: {process} has no rate, and capacity is a search over it; allowed: a process with one, "
             "such as poisson"
         )
-    if isinstance(config.arrival, Conversations) and config.warmup is not None:
+    if config.warmup is not None and has_followers(config):
         raise ConfigError(
-            f"{where}warmup: {process} come when the last was answered; allowed: leave it out for capacity"
+            f"{where}warmup: requests of {process} come when the last was answered; allowed: leave it out for capacity"
         )
     titles = [policy.title for policy in config.policies]
     for name in policies:

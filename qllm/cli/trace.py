@@ -61,6 +61,12 @@ def make(
     unit: Annotated[str | None, typer.Option(help=_UNIT)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json, for the texts of a sharegpt trace")] = None,
     skip_invalid: Annotated[bool, typer.Option("--skip-invalid", help="Leave broken rows out, with a warning")] = False,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="Of bailian: keep which request follows which (columns follows, think_s)")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Write the requests that this configuration sends, for --seed and --rate")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="Mean requests per second; a recorded trace is stretched, or a batch gets Poisson arrivals"),
@@ -70,7 +76,8 @@ def make(
     ] = False,
     requests: Annotated[int | None, typer.Option(help="How many; of a recorded trace, the first ones")] = None,
     arrival: Annotated[
-        str | None, typer.Option(help="poisson, or YAML: '{process: gamma, cv: 3}'; replaces recorded arrivals")
+        str | None,
+        typer.Option(help="poisson, or YAML: '{process: clients, clients: 50, cv: 3}'; replaces recorded arrivals"),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help=_LENGTH)] = None,
     output: Annotated[str | None, typer.Option(help=_LENGTH)] = None,
@@ -79,14 +86,19 @@ def make(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn")] = 0,
 ) -> None:
-    """Generate a request trace, or convert a recorded one (other format, rate, length, classes)."""
-    from qllm.traces.requests.writers import write_requests
-
+    """Generate a request trace, write that of a configuration, or convert a recorded one (format, rate, classes)."""
+    if config is not None:
+        given = {"--from": source, "--format": format, "--unit": unit, "--tokenizer": tokenizer, "--requests": requests}
+        given |= {"--arrival": arrival, "--prompt": prompt, "--output": output, "--classes": classes}
+        given |= {"--skip-invalid": skip_invalid or None, "--spread": spread or None, "--sessions": sessions or None}
+        _refuse(given, "is a matter of the configuration (--config)")
+        _write(_of_config(config, rate, seed), out)
+        return
     process = _yaml("--arrival", arrival)
     process = {"process": process} if isinstance(process, str) else process
     labels = _yaml("--classes", classes)
     if source is None:
-        given: dict[str, Any] = {"--format": format, "--unit": unit, "--tokenizer": tokenizer}
+        given = {"--format": format, "--unit": unit, "--tokenizer": tokenizer, "--sessions": sessions or None}
         given |= {"--skip-invalid": skip_invalid or None, "--spread": spread or None}
         _refuse(given, "belongs to --from FILE")
         trace = _generate(
@@ -94,11 +106,30 @@ def make(
         )
     else:
         _refuse({"--prompt": prompt, "--output": output}, "a recorded trace brings its own lengths")
-        trace = _read(source, format, unit, tokenizer, skip_invalid)
+        trace = _read(source, format, unit, tokenizer, skip_invalid, sessions)
         trace = _convert(trace.spread() if spread else trace, rate, requests, process, labels, seed)
+    _write(trace, out)
+
+
+def _write(trace: RequestTrace, out: Path) -> None:
+    from qllm.traces.requests.writers import write_requests
+
     write_requests(trace, out)
     rate_told = "all at one instant" if trace.rate is None else f"{_number(trace.rate)} requests/s"
     typer.echo(f"{out}: {len(trace)} requests, {rate_told}, classes {', '.join(trace.classes)}")
+
+
+def _of_config(path: Path, rate: float | None, seed: int) -> RequestTrace:
+    """What a configuration sends in a run of that seed, at that rate where one is given."""
+    from qllm.config.config import RATE, load_config
+    from qllm.config.workload import request_trace
+
+    config = load_config(path)
+    swept = [key for key in config.sweep if key != RATE or rate is None]
+    if swept:
+        told = "--rate" if swept == [RATE] else "a configuration without a sweep of it"
+        raise ConfigError(f"--config {path}: sweeps {swept[0]}; allowed: {told}")
+    return request_trace(config.at({} if rate is None else {RATE: rate}), seed)
 
 
 def _generate(
@@ -134,10 +165,19 @@ def _convert(
     return trace
 
 
-def _read(file: Path, format: str | None, unit: str | None, tokenizer: Path | None, skip_invalid: bool) -> RequestTrace:
+def _read(
+    file: Path,
+    format: str | None,
+    unit: str | None,
+    tokenizer: Path | None,
+    skip_invalid: bool,
+    sessions: bool = False,
+) -> RequestTrace:
     from qllm.traces.requests.readers import read_requests
 
-    return read_requests(file, format, unit=unit, skip_invalid=skip_invalid, tokenizer=_tokenizer(tokenizer))
+    return read_requests(
+        file, format, unit=unit, skip_invalid=skip_invalid, tokenizer=_tokenizer(tokenizer), sessions=sessions
+    )
 
 
 def _coinciding(requests: int, shared: int, shared_instants: int, instants: int, gap_s: float | None) -> str:
@@ -159,6 +199,11 @@ def _wants(told: dict[str, Any]) -> dict[str, str]:
             found[name] = f"of {told[name]['requests']} requests: {numbers}"
     if "tenants" in told:
         found["tenants"] = f"{told['tenants']['tenants']}, of {told['tenants']['requests']} requests"
+    if "sessions" in told:
+        said = told["sessions"]
+        found["sessions"] = (
+            f"{said['following']} requests follow others, after {_number(said['think_s_p50'])} s (median)"
+        )
     if "tags" in told:
         found["tags"] = "requests with " + ", ".join(f"{name}: {requests}" for name, requests in told["tags"].items())
     return found

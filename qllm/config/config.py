@@ -29,7 +29,8 @@ from qllm.config.schema import (
 from qllm.config.timings_source import named_timings
 from qllm.config.yaml_lines import ConfigError, YamlFile, load_yaml, parse_dotted, set_path
 from qllm.traces.messages import KeyPath, dotted, suggestion
-from qllm.traces.requests.recipe import Gamma, OnOff, Phases, Poisson, Recipe, check_total
+from qllm.traces.requests.clients.settings import Clients, Servegen
+from qllm.traces.requests.recipe import Generated, Poisson, Recipe, check_total
 from qllm.traces.requests.strict_model import (
     Count,
     Positive,
@@ -189,7 +190,7 @@ class Config(StrictModel):
         elif self.offered_rate is None and RATE not in self.sweep:
             raise ValueError("give rate (requests per second) or sweep.rate")
         if self.has_class_rates:
-            if isinstance(self.arrival, Conversations):
+            if isinstance(self.arrival, Conversations | Clients | Servegen):
                 raise ValueError(f"arrival {process} has one rate; give classes a share in place of a rate")
             for name in self.classes:
                 self.recipe(name)
@@ -210,7 +211,7 @@ class Config(StrictModel):
 
     def recipe(self, name: str | None = None) -> Recipe:
         """What generates the requests, or those of one class. TraceError where the configuration does not say all."""
-        process = self.arrival if isinstance(self.arrival, Poisson | Gamma | OnOff | Phases) else Poisson()
+        process = self.arrival if isinstance(self.arrival, Generated) else Poisson()
         classes = self.classes if name is None else {name: self.classes[name].model_copy(update={"share": None})}
         return checked(Recipe, {"arrival": process, "classes": classes})
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from qllm.config.policies import file_policy, named_policy
 from qllm.scheduler import Policy
 from qllm.traces.messages import shown
-from qllm.traces.requests.recipe import ClassRecipe, Gamma, OnOff, Phases, Poisson, process_by_name
+from qllm.traces.requests.recipe import ClassRecipe, Generated, process_by_name
 from qllm.traces.requests.strict_model import Count, InputFile, Positive, StrictModel
 
 
@@ -136,6 +136,9 @@ class Replay(StrictModel):
     unit: Literal["s", "ms", "us", "ns"] | None = None  #: of the file's arrivals; default: what the format says
     spread: bool = False  #: spread requests that share an instant over the gap to the next (arrivals were rounded)
     skip_invalid: bool = False  #: leave rows out that are no requests; a warning counts them
+    #: of bailian's: a chat comes when its parent was answered and as much time has passed as between their arrivals;
+    #: files of our own say whom a request follows by the columns follows and think_s
+    sessions: bool = False
 
 
 class Batch(StrictModel):
@@ -162,9 +165,7 @@ class Conversations(StrictModel):
 
 Unscheduled = Batch | Closed  #: arrivals that no rate tells
 Arrival = Annotated[
-    Annotated[
-        Poisson | Gamma | OnOff | Phases | Replay | Batch | Closed | Conversations, Field(discriminator="process")
-    ],
+    Annotated[Generated | Replay | Batch | Closed | Conversations, Field(discriminator="process")],
     BeforeValidator(process_by_name),
 ]
 

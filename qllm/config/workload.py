@@ -24,13 +24,18 @@ from qllm.traces.sessions import Sessions, closed_loop, turns
 
 @lru_cache(maxsize=4)
 def _read_trace(
-    file: str, format: str | None, unit: str | None, skip_invalid: bool, _: object
+    file: str, format: str | None, unit: str | None, skip_invalid: bool, sessions: bool, _: object
 ) -> tuple[RequestTrace, list[str]]:
     """The trace, and what reading it warned of: each run says so, whichever of them read the file."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trace = read_requests(file, format, unit=unit, skip_invalid=skip_invalid)
+        trace = read_requests(file, format, unit=unit, skip_invalid=skip_invalid, sessions=sessions)
     return trace, [str(one.message) for one in caught]
+
+
+def _recorded(replay: Replay) -> tuple[RequestTrace, list[str]]:
+    given = replay.file, replay.format, replay.unit, replay.skip_invalid, replay.sessions
+    return _read_trace(*given, file_stamp(replay.file))
 
 
 def request_trace(config: Config, seed: int) -> RequestTrace:
@@ -44,6 +49,9 @@ def request_trace(config: Config, seed: int) -> RequestTrace:
             "limits.prefix_cache: no request says what its prompt begins with; allowed: true for a trace with hash_ids "
             "(Mooncake, Qwen-Bailian, jsonl of our own), and for arrival: {process: conversations, ...}"
         )
+    following = sessions(config, seed, len(trace))
+    if following is not None:
+        trace = replace(trace, sessions=following)
     wanted = {name: job.deadline for name, job in config.classes.items() if job.deadline is not None}
     for key in ("ttft", "tpot"):
         of_class = [getattr(wanted.get(name), key, None) or math.inf for name in trace.classes]
@@ -64,10 +72,20 @@ def check_for_engine(config: Config) -> None:
         )
     if isinstance(config.arrival, Closed | Conversations):
         raise ConfigError(f"arrival: {config.arrival.process} is simulated only; allowed: another process")
+    if has_followers(config):
+        raise ConfigError("arrival: requests that follow others are simulated only; allowed: a trace without follows")
+
+
+def has_followers(config: Config) -> bool:
+    """Whether some requests come when others have ended. TraceError where a trace cannot be read."""
+    arrival = config.arrival
+    if isinstance(arrival, Replay):
+        return _recorded(arrival)[0].sessions is not None
+    return isinstance(arrival, Closed | Conversations)
 
 
 def sessions(config: Config, seed: int, requests: int) -> Sessions | None:
-    """Which of the requests of `request_trace` follow others; None where all come by themselves."""
+    """Which of the requests of a closed loop or of conversations follow others; None of other processes."""
     arrival = config.arrival
     if not isinstance(arrival, Closed | Conversations):
         return None
@@ -186,8 +204,7 @@ def _within(trace: RequestTrace, duration: float) -> RequestTrace:
 
 def _replayed(config: Config, replay: Replay, seed: int) -> RequestTrace:
     """The recorded trace cut, stretched and given classes as the configuration says."""
-    given = replay.file, replay.format, replay.unit, replay.skip_invalid
-    trace, warned = _read_trace(*given, file_stamp(replay.file))
+    trace, warned = _recorded(replay)
     for message in warned:
         warnings.warn(message, TraceWarning, stacklevel=2)
     if "prefixes" in trace.source and not config.limits.prefix_cache:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from qllm import config, experiment, scheduler, sim, traces
 from qllm.experiment.run import Run, run_table
+from qllm.traces.files import file_stamp, is_input_path
 from qllm.traces.step_times.timings import ExtrapolationWarning
 
 _WARNINGS = b"warnings"  #: key of the parquet file's metadata
@@ -100,8 +101,7 @@ def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
             return {key: resolved(item) for key, item in value.items()}
         if isinstance(value, list):
             return [resolved(item) for item in value]
-        is_file = isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value)
-        return contents(value) if is_file else value
+        return contents(value) if is_input_path(value) else value
 
     elsewhere = {"name", "policies", "seeds", "sweep", "provenance", "warmup", "capacity"}
     resolved_config = run.config.model_dump(
@@ -112,6 +112,9 @@ def _depends_on(run: Run, contents: Callable[[str], str]) -> Any:
 
 
 def _content(path: str) -> str:
+    if os.path.isdir(path):  # gigabytes: when its files changed, and their sizes
+        stamps = sorted((file.name, file_stamp(file)) for file in Path(path).iterdir())
+        return hashlib.sha256(repr(stamps).encode()).hexdigest()
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from qllm.config.schema import Slo
 from qllm.config.yaml_lines import ConfigError
 from qllm.experiment.metrics import after_warmup, judged, summarise
 from qllm.experiment.paired import differences
-from qllm.traces.files import portable_path
+from qllm.traces.files import is_input_path, portable_path
 from qllm.traces.messages import first_line
 
 REQUESTS, SUMMARY, CONFIG, FAILURES = "requests.parquet", "summary.csv", "config.yaml", "failures.csv"
@@ -188,10 +187,9 @@ def write_config(config: Config, folder: Path) -> None:
 
 
 def portable(value: Any, start: Path) -> Any:
-    """Plain data with the absolute paths of files in it as `portable_path` writes them."""
+    """Plain data with the absolute paths of its files and folders as `portable_path` writes them."""
     if isinstance(value, dict):
         return {key: portable(item, start) for key, item in value.items()}
     if isinstance(value, list):
         return [portable(item, start) for item in value]
-    is_file = isinstance(value, str) and os.path.isabs(value) and os.path.isfile(value)
-    return portable_path(value, start) if is_file else value
+    return portable_path(value, start) if is_input_path(value) else value

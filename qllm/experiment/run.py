@@ -11,7 +11,7 @@ import pandas as pd
 from qllm.config.config import RATE, Config
 from qllm.config.from_config import cost_model, isolated, load_timings, popularity, scheduler_limits
 from qllm.config.policies import describe_failure, watched
-from qllm.config.workload import request_trace, sessions
+from qllm.config.workload import request_trace
 from qllm.config.yaml_lines import ConfigError
 from qllm.sim import Status
 from qllm.sim import simulate as run_simulation
@@ -79,7 +79,6 @@ def simulate_run(
                 priorities=config.priorities,
                 policy=[policy.build() for _ in range(config.replicas)],
                 router=config.router,
-                sessions=sessions(config, run.seed, len(trace)),
                 limits=limits,
                 steps=cost_model(config),
                 popularity=popularity(config),

@@ -59,10 +59,16 @@ BESIDE: dict[str, dict[str, Any]] = {
     "arrival.burst": {"process": "onoff", "on_s": 1.0, "off_s": 1.0},
     "arrival.process": {},
     **dict.fromkeys(("arrival.format", "arrival.unit"), {"process": "trace", "file": "r.csv"}),
-    **dict.fromkeys(("arrival.spread", "arrival.skip_invalid"), {"process": "trace", "file": "r.csv"}),
+    **dict.fromkeys(
+        ("arrival.spread", "arrival.skip_invalid", "arrival.sessions"), {"process": "trace", "file": "r.csv"}
+    ),
     "arrival.file": {"process": "trace"},
     "arrival.phases": {"process": "phases"},
     "arrival.clients": {"process": "closed"},
+    "arrival.skew": {"process": "clients", "clients": 3, "cv": 1.0},
+    "arrival.length_sigma": {"process": "clients", "clients": 3, "cv": 1.0},
+    "arrival.folder": {"process": "servegen"},
+    **dict.fromkeys(("arrival.busiest", "arrival.begin_s", "arrival.end_s"), {"process": "servegen", "folder": "pool"}),
     "arrival.turns": {"process": "conversations"},
     "arrival.think_s": {"process": "conversations", "turns": 2},
 }
@@ -91,6 +97,8 @@ def files() -> None:
     """The files that the configurations name, in the working folder."""
     Path("t.csv").write_text(TIMINGS_TEXT)
     Path("r.csv").write_text(TRACE_TEXT)
+    Path("pool").mkdir(exist_ok=True)
+    Path("pool/chunk-0-trace.csv").write_text("0,1,1,Gamma,1,1\n600,2,1,Gamma,1,1\n")
 
 
 def written(config: Any, name: str = "c.yaml") -> str:
@@ -103,7 +111,7 @@ def placed(key: Key, value: Any) -> tuple[dict[str, Any], list[str | int]]:
     name, _, policy = key.name.partition(" (")
     parts: list[str | int] = [{"NAME": "ls", "N": 0}.get(part, part) for part in name.split(".")]
     config = deepcopy(BASE)
-    if name in ("arrival.file", "arrival.format", "arrival.unit", "arrival.spread", "arrival.skip_invalid"):
+    if name in BESIDE and BESIDE[name].get("process") == "trace":
         config["classes"] = {"all": {}}
         del config["rate"], config["requests"]
     if name == "duration":
@@ -207,7 +215,7 @@ def _as_asked(rows: pd.DataFrame, config: dict[str, Any], key: str, value: Any) 
     lengths = {"prompt": ls["prompt_tokens"], "output": ls["output_tokens"]}
     for name, tokens in lengths.items():
         given = config["classes"].get("ls", {}).get(name)
-        if isinstance(given, dict) and given.get("fixed") is not None:
+        if isinstance(given, dict) and given.get("fixed") is not None and key != "arrival.length_sigma":
             both(f"{name} tokens", {given["fixed"]}, set(tokens) or {given["fixed"]})
         if isinstance(given, dict) and given.get("uniform"):
             expect(bool(tokens.between(*given["uniform"]).all()), f"{name} tokens outside {given['uniform']}")

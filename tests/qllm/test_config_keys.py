@@ -34,7 +34,7 @@ def test_every_key_is_explained_and_can_be_written(tmp_path: Path) -> None:
 def test_defaults_bounds_and_units_are_there() -> None:
     by_name = {key.name: key for key in config_keys()}
     assert by_name["limits.max_seqs"][1:] == ("whole number >= 1", "32", "sequences in a pass")
-    processes = "poisson | gamma | onoff | phases | trace | batch | closed | conversations"
+    processes = "poisson | gamma | onoff | phases | clients | servegen | trace | batch | closed | conversations"
     assert by_name["arrival.process"].allowed == processes
     assert by_name["policies.N.weights (slack)"].allowed == "mapping | null"
     assert by_name["timings"].default == "required"

@@ -20,6 +20,7 @@ from qllm.traces.requests.generate import assign_arrivals, assign_classes
 from qllm.traces.requests.readers import detect_format, read_requests
 from qllm.traces.requests.trace import RequestTrace, TraceError, TraceWarning
 from qllm.traces.requests.writers import write_requests
+from qllm.traces.sessions import Sessions
 from qllm.traces.wants import MOST_TAGS, MOST_TEXT, WANTS
 
 OWN = "arrival_s,prompt_tokens,output_tokens"
@@ -50,7 +51,10 @@ def traces(draw: st.DrawFn, least: int = 1) -> RequestTrace:
     arrival[-1] += 1  # not all at one instant
     classes = np.array(draw(st.lists(st.integers(0, 1), min_size=n, max_size=n)))
     # Every request has another prompt: that says which one it is.
-    return RequestTrace(arrival, np.arange(n) + 1, np.full(n, 2), classes, ("ls", "be"), **wants)
+    follows = [draw(st.integers(-1, i - 1)) for i in range(n)]
+    think_s = draw(st.lists(st.floats(0, 1e6), min_size=n, max_size=n))
+    said = draw(st.sampled_from([None, Sessions(np.array(follows), np.array(think_s))]))
+    return RequestTrace(arrival, np.arange(n) + 1, np.full(n, 2), classes, ("ls", "be"), sessions=said, **wants)
 
 
 def full(n: int = 6) -> RequestTrace:
@@ -65,6 +69,7 @@ def full(n: int = 6) -> RequestTrace:
         tenants=tuple("abc"[i % 3] for i in range(n)),
         tags=tuple({"lane": str(i)} for i in range(n)),
         prefixes=Prefixes(np.arange(n), np.ones(n), 2),
+        sessions=Sessions(np.maximum(np.arange(n) - 2, -1), np.arange(n) / 7),
     )
 
 
@@ -80,7 +85,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, suffi
         if name.name != "source":
             mine, read = getattr(trace, name.name), getattr(again, name.name)
             assert (mine is None) == (read is None)
-            assert mine is None or list(mine) == list(read), name.name
+            assert mine is None or (mine == read if name.name == "sessions" else list(mine) == list(read)), name.name
 
 
 def test_both_formats_as_people_write_them(tmp_path) -> None:
@@ -223,15 +228,8 @@ def test_no_column_is_forgotten() -> None:
         if one.name not in ("classes", "source"):
             assert getattr(trace, one.name) is not None, one.name
             assert len(getattr(trace.head(4), one.name)) == 4, one.name
-    assert {*WANTS.values()} | {
-        "arrival",
-        "prompt_tokens",
-        "output_tokens",
-        "cls",
-        "classes",
-        "source",
-        "prefixes",
-    } == {one.name for one in fields(RequestTrace)}
+    others = {"arrival", "prompt_tokens", "output_tokens", "cls", "classes", "source", "sessions", "prefixes"}
+    assert {*WANTS.values()} | others == {one.name for one in fields(RequestTrace)}
 
 
 def test_two_traces_differ_by_any_column() -> None:
@@ -243,6 +241,8 @@ def test_two_traces_differ_by_any_column() -> None:
         ("tenants", tuple("aabbcc")),
         ("tags", None),
         ("prefixes", None),
+        ("sessions", None),
+        ("sessions", Sessions(np.maximum(np.arange(6) - 2, -1), np.zeros(6))),
     ):
         changed = {one.name: getattr(trace, one.name) for one in fields(trace)} | {column: other}
         assert RequestTrace(**changed) != trace, column

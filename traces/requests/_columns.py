@@ -13,11 +13,12 @@ import numpy as np
 from qllm.traces.requests._prefixes import HashIds
 from qllm.traces.requests._time_units import Number
 from qllm.traces.requests.trace import TraceError, TraceWarning, check_classes
+from qllm.traces.session_rows import SESSION_COLUMNS, SessionRows
 from qllm.traces.wants import WANTS
 
 OWN_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 CLASS_COLUMN = "class"
-OPTIONAL = (CLASS_COLUMN, *WANTS)  # what our own formats may have besides
+OPTIONAL = (CLASS_COLUMN, *WANTS, *SESSION_COLUMNS)  # what our own formats may have besides
 CLASSES_HEADER = "classes"  # own formats name their classes in order, so that one without a request survives
 HASH_IDS = "hash_ids"  # of our own formats only JSONL has them
 HASH_BLOCK = "hash_block_tokens"  # stands beside `classes` where requests have hash_ids
@@ -51,6 +52,7 @@ class Columns:
     wants: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # those of `WANTS` that there are
     hash_ids: HashIds | None = None  # of each row; None: the format has none
     hash_block: int | None = None  # tokens for each of them; None: the file does not say
+    sessions: SessionRows | None = None  # who follows whom; None: the file does not say
 
 
 class SkippedRows:

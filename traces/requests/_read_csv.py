@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,17 @@ from qllm.traces.requests._columns import (
     class_problem,
     text_lines,
 )
-from qllm.traces.requests._time_units import Number, bound, whole
+from qllm.traces.requests._time_units import Number, bound, row_number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
+from qllm.traces.session_rows import (
+    FOLLOWS,
+    FOLLOWS_ALLOWED,
+    SESSION_COLUMNS,
+    THINK,
+    THINK_ALLOWED,
+    SessionRows,
+    row_problem,
+)
 from qllm.traces.wants import BOUND, TAGS, TENANT, WANTS, first_odd, is_tenant, tags_of
 
 NOTHING = Columns(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
@@ -39,7 +48,7 @@ Convert = Callable[[Sequence[str]], np.ndarray | Sequence[Any]]
 
 def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
     """The columns of one CSV trace; TraceError names the file and the line."""
-    header, numbers, rows, classes = _table(path, skipped)
+    header, places, rows, classes = _table(path, skipped)
     wanted = CSV_COLUMNS[format]
     for name in wanted:
         if header.count(name) != 1:
@@ -54,10 +63,11 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
             if header.count(name) > 1:
                 raise TraceError(f"{path}: column {name!r} stands twice; allowed: once each {', '.join(allowed)}")
     wants = [name for name in WANTS if own and name in header]
-    names = (*wanted, *wants)
+    said = [name for name in SESSION_COLUMNS if own and name in header]
+    names = (*wanted, *wants, *said)
     cells = [header.index(name) for name in names]
     times: Convert = _dates if format == "azure" else _numbers
-    converts = (times, _counts, _counts, *(_WANTS[name] for name in wants))
+    converts = (times, _counts, _counts, *(_WANTS[name] for name in (*wants, *said)))
 
     def convert(part: list[list[str]]) -> list[Any]:
         columns = list(zip(*part, strict=True))
@@ -71,26 +81,48 @@ def read_csv(path: Path, format: str, skipped: SkippedRows) -> Columns:
         if any(problems.values()):
             raise ValueError
         columns = convert(rows)
+        sessions = _sessions(places, dict(zip(names, columns, strict=True))) if said else None
     except (ValueError, OverflowError):
         good = []
-        for number, row in zip(numbers, rows, strict=True):
+        for place, row in zip(places, rows, strict=True):
             reason = _problem(row, names, cells, converts) or (None if at is None else problems[row[at]])
+            if said and not reason:
+                try:
+                    _sessions([place], dict(zip(names, convert([row]), strict=True)))
+                except ValueError as error:
+                    reason = str(error)
             if reason:
-                skipped.row(f"line {number}", reason)
+                skipped.row(f"line {place[1]}", reason)
             else:
-                good.append(row)
-        rows = good
-        if not rows:
+                good.append((place, row))
+        if not good:
             return NOTHING
+        places, rows = map(list, zip(*good, strict=True))
         columns = convert(rows)
+        sessions = _sessions(places, dict(zip(names, columns, strict=True))) if said else None
     arrival, prompt, output, *more = columns
     classed = None if at is None else [row[at] for row in rows]
-    found = dict(zip(wants, more, strict=True))
-    return Columns(arrival, prompt, output, classed, classes, wants=found)
+    found = dict(zip(wants, more, strict=False))
+    return Columns(arrival, prompt, output, classed, classes, wants=found, sessions=sessions)
 
 
-def _table(path: Path, skipped: SkippedRows) -> tuple[list[str], list[int], list[list[str]], tuple[str, ...] | None]:
-    """Header; line number and cells of each row; classes that a comment ('#' lines before the header) declares."""
+def _sessions(places: Sequence[tuple[int, int]], columns: Mapping[str, Any]) -> SessionRows:
+    """Who follows whom. ValueError for the first row that cannot follow the one it names."""
+    nothing = [None] * len(places)
+    found = SessionRows()
+    told = zip(places, columns.get(FOLLOWS, nothing), columns.get(THINK, nothing), strict=True)
+    for (row, line), follows, think_s in told:
+        problem = row_problem(row, follows, think_s)
+        if problem:
+            raise ValueError(problem)
+        found.add(row, follows, think_s or 0.0, line)
+    return found
+
+
+def _table(
+    path: Path, skipped: SkippedRows
+) -> tuple[list[str], list[tuple[int, int]], list[list[str]], tuple[str, ...] | None]:
+    """Header; number (from 0 on), line and cells of each row; classes that a comment (before the header) declares."""
     lines = text_lines(path)
     classes = None
     header: list[str] = []
@@ -106,21 +138,23 @@ def _table(path: Path, skipped: SkippedRows) -> tuple[list[str], list[int], list
             except ValueError as error:
                 raise TraceError(f"{path}, line {comments}: {CLASSES_HEADER} must be a JSON list: {error}") from None
     reader = csv.reader(lines)
-    numbers: list[int] = []
+    places: list[tuple[int, int]] = []
     rows: list[list[str]] = []
+    broken = 0
     try:
         for row in reader:
             if len(row) == len(header) != 0:
-                numbers.append(comments + reader.line_num)
+                places.append((len(rows) + broken, comments + reader.line_num))
                 rows.append(row)
             elif row and not header:
                 header = [name.strip() for name in row]
             elif row:
+                broken += 1
                 where = f"line {comments + reader.line_num}"
                 skipped.row(where, f"has {len(row)} cells, must have {len(header)} as the header has")
     except csv.Error as error:
         raise TraceError(f"{path}, line {comments + reader.line_num}: {error}") from None
-    return header, numbers, rows, classes
+    return header, places, rows, classes
 
 
 def _problem(row: list[str], wanted: Sequence[str], cells: Sequence[int], converts: Sequence[Convert]) -> str | None:
@@ -187,12 +221,28 @@ def _tags(cells: Sequence[str]) -> list[dict[str, str]]:
     return [known[cell] for cell in cells]
 
 
+def _rows_before(cells: Sequence[str]) -> list[int | None]:
+    """Numbers of rows; None where a cell is empty: none."""
+    found = [row_number(_decimal(cell)) if cell else None for cell in cells]
+    if any(number is None and cell for number, cell in zip(found, cells, strict=True)):
+        raise ValueError
+    return found
+
+
+def _think_times(cells: Sequence[str]) -> list[float | None]:
+    """Seconds; None where a cell is empty."""
+    return [float(_numbers([cell])[0]) if cell else None for cell in cells]
+
+
 _WANTS: dict[str, Convert] = {"max_ttft_s": _bounds, "max_tpot_s": _bounds, "tenant": _tenants, "tags": _tags}
+_WANTS |= {FOLLOWS: _rows_before, THINK: _think_times}
 
 _ALLOWED: dict[Convert, str] = {
     _bounds: f"{BOUND}, or empty",
     _tenants: f"{TENANT}, or empty",
     _tags: f"pairs as lane=batch;region=eu, or empty: {TAGS}",
+    _rows_before: f"{FOLLOWS_ALLOWED}, or empty",
+    _think_times: f"{THINK_ALLOWED}, or empty",
     _counts: "an integer >= 1",
     _numbers: "a number >= 0 (seconds)",
     _dates: "a date in UTC as 2023-11-16 18:15:46.6805900",

@@ -25,8 +25,16 @@ from qllm.traces.requests._columns import (
     text_lines,
 )
 from qllm.traces.requests._prefixes import USUAL_BLOCK, HashIds
-from qllm.traces.requests._time_units import Number, bound, number, whole
+from qllm.traces.requests._time_units import Number, bound, number, row_number, whole
 from qllm.traces.requests.trace import TraceError, check_classes
+from qllm.traces.session_rows import (
+    FOLLOWS,
+    FOLLOWS_ALLOWED,
+    THINK,
+    THINK_ALLOWED,
+    SessionRows,
+    row_problem,
+)
 from qllm.traces.wants import BOUND, BOUNDS, NOTHING, TAGS, TENANT, WANTS, is_tags, is_tenant
 
 Tokenizer = Callable[[str], Sized]
@@ -41,11 +49,12 @@ class _BadRow(Exception):
 
 
 def read_json(
-    path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenizer | None, doubts: Doubts | None
+    path: Path, format: str, skipped: SkippedRows, tokenizer: Tokenizer | None, doubts: Doubts | None, chats: bool
 ) -> Columns:
     """The columns of one JSON or JSONL trace; TraceError names the file and the line (or the list's entry).
 
-    `doubts`: why the unit of a row's timestamp is in doubt, or None; None: the caller gave the unit.
+    `doubts`: why the unit of a row's timestamp is in doubt, or None; None: the caller gave the unit. `chats`: whether a
+    chat of Qwen-Bailian's follows its parent.
     """
     columns = JSONL_COLUMNS.get(format, OWN_COLUMNS)
     classes: tuple[str, ...] | None = None
@@ -53,7 +62,8 @@ def read_json(
     names: list[str] = []
     wants: list[dict[str, Any]] = []
     hash_ids, hash_block = HashIds() if format in USUAL_BLOCK else None, None
-    for where, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
+    sessions = SessionRows() if format == "jsonl" or chats else None
+    for where, row, entry in _array(path) if format == "sharegpt" else _lines(path, skipped):
         try:
             if not isinstance(entry, dict):
                 raise _BadRow(f"is {_short(entry)}, must be an object {{...}}")
@@ -79,8 +89,13 @@ def read_json(
                         raise _BadRow(problem)
                     names.append(entry[CLASS_COLUMN])
                 wants.append(mine)
+            said: tuple[Any, Any, float | None] | None = None
+            if sessions is not None:
+                said = _chat(entry) if chats else _follows(entry, row - (classes is not None))
             if hash_ids is not None:
                 hash_ids.add(_hash_ids(entry, hash_block))
+            if sessions is not None and said:
+                sessions.add(*said, int(where.split()[1]))
             requests.append(request)
         except _BadRow as error:
             skipped.row(where, str(error))
@@ -88,14 +103,17 @@ def read_json(
     prompts, outputs = (np.array(column, dtype=np.int64) for column in (prompt, output))
     there = {name for row in wants for name in row}
     found = {name: [row.get(name, NOTHING[name]) for row in wants] for name in there}
-    return Columns(arrival, prompts, outputs, names or None, classes, found, hash_ids, hash_block)
+    return Columns(arrival, prompts, outputs, names or None, classes, found, hash_ids, hash_block, sessions)
 
 
-def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, skipped: SkippedRows) -> Iterator[tuple[str, int, Any]]:
+    """Where each row stands, its number from 0 on, and what it holds."""
+    row = -1
     for count, line in enumerate(text_lines(path), start=1):
         if line.strip():
+            row += 1
             try:
-                yield f"line {count}", _loads(line)
+                yield f"line {count}", row, _loads(line)
             except (ValueError, RecursionError) as error:
                 skipped.row(f"line {count}", f"is no JSON object: {error}")
 
@@ -112,7 +130,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
+def _array(path: Path) -> Iterator[tuple[str, int, Any]]:
     try:
         entries = _loads("".join(text_lines(path)))
     except TraceError:
@@ -121,8 +139,8 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         raise TraceError(f"{path}: is no JSON: {error}") from None
     if not isinstance(entries, list):
         raise TraceError(f"{path}: must be a JSON list of conversations")
-    for count, entry in enumerate(entries, start=1):
-        yield f"entry {count}", entry
+    for row, entry in enumerate(entries):
+        yield f"entry {row + 1}", row, entry
 
 
 def _conversation(entry: dict[str, Any], tokenizer: Tokenizer | None) -> Request:
@@ -174,6 +192,29 @@ def _wants(entry: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _follows(entry: dict[str, Any], row: int) -> tuple[int, int | None, float]:
+    """The number of the row `entry`, that of the row which it follows, and its think time in seconds."""
+    given, think = entry.get(FOLLOWS), number(entry.get(THINK))
+    found = number(given)
+    follows = None if found is None else row_number(found)
+    for name, value in ((FOLLOWS, follows), (THINK, think)):
+        if value is None and entry.get(name) is not None:
+            raise _BadRow(f"{name} is {_short(entry[name])}, must be {_ALLOWED[name]}")
+    problem = row_problem(row, follows, None if think is None else float(think))
+    if problem:
+        raise _BadRow(problem)
+    return row, follows, float(think or 0)
+
+
+def _chat(entry: dict[str, Any]) -> tuple[int | str, int | str | None, None]:
+    """The chat of a row of Qwen-Bailian's and its parent, None for the first turn. Its think time is not told."""
+    for key in ("chat_id", "parent_chat_id"):
+        if not isinstance(entry.get(key), int | str) or isinstance(entry[key], bool):
+            raise _BadRow(f"{key} is {_short(entry.get(key))}, must be an integer or text; a first turn's parent is -1")
+    parent = entry["parent_chat_id"]
+    return entry["chat_id"], None if parent in (-1, "-1", "") else parent, None
+
+
 def _tokens(entry: dict[str, Any], key: str) -> int:
     count = whole(entry.get(key))
     if count is None:
@@ -214,6 +255,8 @@ def _declared(path: Path, where: str, entry: dict[str, Any]) -> tuple[tuple[str,
 
 _ALLOWED = dict.fromkeys(BOUNDS, f"{BOUND}, or null") | {
     "tenant": f"{TENANT}, or null",
+    FOLLOWS: f"{FOLLOWS_ALLOWED}, or null",
+    THINK: f"{THINK_ALLOWED}, or null",
     "tags": f'an object as {{"lane": "batch"}}, or null: {TAGS}',
 }
 

@@ -49,6 +49,11 @@ def whole(value: object) -> int | None:
     return count if count == found else None
 
 
+def row_number(value: Number) -> int | None:
+    """`value` as the number of a row where it is a whole one from 0, else None."""
+    return 0 if value == 0 else whole(value)
+
+
 def seconds(values: Sequence[Number], unit: str, *, from_first: bool) -> np.ndarray:
     """Arrivals in `unit` as seconds, float64[n]; `from_first` takes the earliest off while the numbers are exact."""
     first = min(values)

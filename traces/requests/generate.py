@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from qllm.traces.requests.trace import RequestTrace, TraceError
 MOST_REQUESTS = 10**9  # of a generated trace: 40 GB
 
 if TYPE_CHECKING:  # pydantic is loaded with the first recipe
+    from qllm.traces.requests.clients.pool import Drawn
     from qllm.traces.requests.recipe import GeneratedArrival, Recipe
 
 
@@ -31,7 +33,9 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
     A recipe as a mapping, which may hold models of `recipe` too:
 
         {"arrival": {"process": "poisson"} | {"process": "gamma", "cv": C}
-                    | {"process": "onoff", "on_s": S, "off_s": S, "burst": B},
+                    | {"process": "onoff", "on_s": S, "off_s": S, "burst": B}
+                    | {"process": "clients", "clients": N, "cv": C, "skew": S, "length_sigma": S}
+                    | {"process": "servegen", "folder": PATH, "busiest": N, "begin_s": S, "end_s": S},
          "classes": {NAME: {"share": 0.2, "prompt": LENGTH, "output": LENGTH}, ...},
          "prompt": LENGTH, "output": LENGTH}                              # for classes that give none
         LENGTH = {"fixed": N} | {"uniform": [LOW, HIGH]}
@@ -39,7 +43,8 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
                  | {"quantiles": NAME_OR_PATH} | {"trace": PATH}
 
     `"lengths": {"trace": PATH}` in place of prompt and output draws whole rows, so the two stay a pair. By default
-    arrivals are Poisson and there is one class, "all". One class may leave out its share: it gets the rest.
+    arrivals are Poisson and there is one class, "all". One class may leave out its share: it gets the rest. The clients
+    of a pool are the tenants of their requests; a folder of ServeGen's has their lengths too, for classes without any.
 
     Args:
         recipe: How requests arrive, in which classes, and how long they are.
@@ -59,13 +64,16 @@ def generate(recipe: Recipe | Mapping[str, Any], *, rate: float, requests: int, 
     cls = _draw_classes({name: recipe.classes[name].share for name in names}, requests, seed)
     prompt = np.empty(requests, dtype=np.int64)
     output = np.empty(requests, dtype=np.int64)
+    own_lengths = any(recipe.lengths_of(name) is None for name in names)
+    arrival, drawn = _draw_arrivals(recipe.arrival, requests, rate=rate, seed=seed, lengths=own_lengths)
     for i, name in enumerate(names):
         # Drawn for every request and kept where the class fits: a share moves no length.
-        prompts, outputs = _draw_class_lengths(recipe, name, requests, seed)
+        prompts, outputs = _draw_class_lengths(recipe, name, requests, seed, drawn)
+        if drawn:
+            prompts, outputs = drawn.stretched(prompts, 0), drawn.stretched(outputs, 1)
         mine = cls == i
         prompt[mine], output[mine] = prompts[mine], outputs[mine]
-    arrival = draw_arrivals(_stream(seed, "arrivals"), requests, recipe.arrival, rate=rate)
-    return RequestTrace(arrival, prompt, output, cls, names)
+    return RequestTrace(arrival, prompt, output, cls, names, tenants=drawn.tenants if drawn else None)
 
 
 def assign_classes(trace: RequestTrace, shares: Mapping[str, float | None], *, seed: int) -> RequestTrace:
@@ -91,6 +99,8 @@ def assign_arrivals(
 ) -> RequestTrace:
     """The same requests in the same order with new arrivals: for traces without any (ShareGPT), or to replace them.
 
+    Arrivals of a pool of clients bring new tenants, and leave the lengths as they are.
+
     Args:
         trace: The requests.
         arrival: The process, as in `generate`; Poisson by default.
@@ -104,7 +114,22 @@ def assign_arrivals(
     from qllm.traces.requests.recipe import check_arrival
 
     process = check_arrival({"process": "poisson"} if arrival is None else arrival)
-    return replace(trace, arrival=draw_arrivals(_stream(seed, "arrivals"), len(trace), process, rate=rate))
+    if getattr(process, "length_sigma", 0):
+        raise TraceError("arrival.length_sigma: requests that are there have lengths of their own; leave it out")
+    arrivals, drawn = _draw_arrivals(process, len(trace), rate=rate, seed=seed, lengths=False)
+    return replace(trace, arrival=arrivals, tenants=drawn.tenants if drawn else trace.tenants)
+
+
+def _draw_arrivals(
+    process: GeneratedArrival, requests: int, *, rate: float, seed: int, lengths: bool
+) -> tuple[np.ndarray, Drawn | None]:
+    """Arrivals in seconds, float64[requests], and of a pool of clients whose they are; `lengths`: with lengths."""
+    if process.process not in ("clients", "servegen"):
+        return draw_arrivals(_stream(seed, "arrivals"), requests, process, rate=rate), None
+    from qllm.traces.requests.clients.draw import draw_requests
+
+    drawn = draw_requests(process, partial(_stream, seed), requests, rate=rate, lengths=lengths)
+    return drawn.arrival, drawn
 
 
 def _draw_classes(shares: Mapping[str, float | None], requests: int, seed: int) -> np.ndarray:
@@ -115,10 +140,15 @@ def _draw_classes(shares: Mapping[str, float | None], requests: int, seed: int) 
     return np.searchsorted(np.cumsum(filled)[:-1], drawn, side="right").astype(np.int64)
 
 
-def _draw_class_lengths(recipe: Recipe, name: str, requests: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _draw_class_lengths(
+    recipe: Recipe, name: str, requests: int, seed: int, drawn: Drawn | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and output tokens of a class, int64[requests] each."""
     source = recipe.lengths_of(name)
     key = "lengths"
+    if source is None:
+        assert drawn is not None  # only a folder's clients have lengths
+        return drawn.lengths(_stream(seed, "prompt", name), 0), drawn.lengths(_stream(seed, "output", name), 1)
     try:
         if not isinstance(source, tuple):
             return draw_pairs(_stream(seed, key, name), requests, source)

@@ -35,6 +35,7 @@ from qllm.traces.requests._read_csv import read_csv
 from qllm.traces.requests._read_json import Tokenizer, read_json
 from qllm.traces.requests._time_units import BAILIAN_KEYS, UNITS, check_magnitude, seconds, unit_doubt
 from qllm.traces.requests.trace import SINGLE_CLASS, RequestTrace, TraceError
+from qllm.traces.session_rows import FOLLOWING_FORMATS
 from qllm.traces.wants import WANTS
 
 
@@ -45,6 +46,7 @@ def read_requests(
     unit: str | None = None,
     skip_invalid: bool = False,
     tokenizer: Tokenizer | None = None,
+    sessions: bool = False,
 ) -> RequestTrace:
     """Read one request trace.
 
@@ -61,7 +63,9 @@ def read_requests(
                    `rate` is None (see `assign_arrivals`)
         csv, jsonl this project's own: arrival_s, prompt_tokens, output_tokens and, if it has classes, class; as it has
                    them, max_ttft_s and max_tpot_s (seconds), tenant and tags (lane=batch;region=eu, in jsonl an object
-                   of texts). An empty cell, null or a missing key of these four says nothing of the request
+                   of texts). An empty cell, null or a missing key of these four says nothing of the request. follows
+                   and think_s say which row comes before it (rows count from 0, broken ones too) and how many seconds
+                   lie between that one's end and its arrival
 
     Counts may be written 1087.0. `format` or `unit` is needed where rows do not say whether they are Mooncake's or
     Qwen-Bailian's; `unit` where the first arrival would be a date in another unit. The hash_ids of these two and of
@@ -76,6 +80,9 @@ def read_requests(
         unit: Of the arrivals, "s", "ms", "us" or "ns"; default: what the format says.
         skip_invalid: Leave out rows that are no requests, with a TraceWarning: the count and the first reason.
         tokenizer: From text to its tokens, for format sharegpt.
+        sessions: Of Qwen-Bailian's traces, whether a chat follows its parent: it then arrives late, once that one has
+            ended and its client has thought as long as lay between the two arrivals. That is longer than in truth, by
+            the time of the answer, which the trace does not hold.
 
     Raises:
         TraceError: The file cannot be read, or a row is no request; the message names file and line.
@@ -94,12 +101,15 @@ def read_requests(
         raise TraceError(f"{path}: format {format} has {usual}; leave unit out")
     if tokenizer is not None and format != "sharegpt":
         raise TraceError(f"{path}: a tokenizer is of use only for format sharegpt, this is {format}")
+    if sessions and format not in FOLLOWING_FORMATS:
+        told = f"{', '.join(FOLLOWING_FORMATS)}; or leave sessions out"
+        raise TraceError(f"{path}: rows of format {format} do not say whom they follow; allowed: {told}")
     skipped = SkippedRows(path, skip_invalid)
     if format in CSV_COLUMNS:
         columns = read_csv(path, format, skipped)
     else:
         doubts = None if unit else partial(unit_doubt, format, detected)
-        columns = read_json(path, format, skipped, tokenizer, doubts)
+        columns = read_json(path, format, skipped, tokenizer, doubts, sessions and format == "bailian")
     skipped.report()
     if not len(columns.arrival):
         raise TraceError(f"{path}: holds no request")
@@ -111,7 +121,7 @@ def read_requests(
             check_magnitude(path, columns.arrival, usual)
         scale = unit or (usual if usual in UNITS else "s")
         columns.arrival = seconds(columns.arrival, scale, from_first=format not in ("csv", "jsonl"))
-    return _trace(columns, columns.arrival, source)
+    return _trace(path, columns, columns.arrival, source)
 
 
 def detect_format(path: str | Path) -> str:
@@ -142,7 +152,7 @@ def detect_format(path: str | Path) -> str:
     raise TraceError(f"{path}, line {number}: {first[:80]!r} has the columns of no known format: {formats}")
 
 
-def _trace(columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> RequestTrace:
+def _trace(path: Path, columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> RequestTrace:
     order = np.argsort(arrival, kind="stable")
     prompt = columns.prompt[order]
     prefixes = None
@@ -156,7 +166,19 @@ def _trace(columns: Columns, arrival: np.ndarray, source: dict[str, Any]) -> Req
         classes = columns.classes or tuple(dict.fromkeys(columns.names))
         index = {name: i for i, name in enumerate(classes)}
         cls = np.array([index[name] for name in columns.names], dtype=np.int64)
+    try:
+        sessions = columns.sessions.sessions(arrival, order) if columns.sessions else None
+    except ValueError as error:
+        raise TraceError(f"{path}, {error}") from None
     wants: dict[str, Any] = {WANTS[name]: [column[i] for i in order.tolist()] for name, column in columns.wants.items()}
     return RequestTrace(
-        arrival[order], prompt, columns.output[order], cls[order], classes, source, prefixes=prefixes, **wants
+        arrival[order],
+        prompt,
+        columns.output[order],
+        cls[order],
+        classes,
+        source,
+        sessions=sessions,
+        prefixes=prefixes,
+        **wants,
     )

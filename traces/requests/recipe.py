@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from qllm.traces.messages import shown, suggestion
+from qllm.traces.requests.clients.settings import Clients, Servegen
 from qllm.traces.requests.quantile_table import bundled_lengths
 from qllm.traces.requests.strict_model import (
     Count,
@@ -109,7 +110,7 @@ class Gamma(StrictModel):
     """Gamma-distributed gaps; cv is their coefficient of variation (1 is Poisson, more is burstier)."""
 
     process: Literal["gamma"]
-    cv: Positive  #: of gamma: coefficient of variation of the gaps; 1 is poisson, more is burstier
+    cv: Positive  #: of gamma and of clients: coefficient of variation of the gaps; 1 is poisson, more is burstier
 
     @field_validator("cv")
     @classmethod
@@ -165,9 +166,8 @@ def process_by_name(data: Any) -> Any:
     return data
 
 
-GeneratedArrival = Annotated[
-    Annotated[Poisson | Gamma | OnOff | Phases, Field(discriminator="process")], BeforeValidator(process_by_name)
-]
+Generated = Poisson | Gamma | OnOff | Phases | Clients | Servegen  #: processes that draw arrivals at a rate
+GeneratedArrival = Annotated[Annotated[Generated, Field(discriminator="process")], BeforeValidator(process_by_name)]
 
 
 class ClassRecipe(StrictModel):
@@ -208,14 +208,19 @@ class Recipe(StrictModel):
             self.lengths_of(name)
         return self
 
-    def lengths_of(self, name: str) -> Pairs | tuple[Length, Length]:
-        """Where a class's lengths come from: pairs, or prompt and output. TraceError where the recipe does not say."""
+    def lengths_of(self, name: str) -> Pairs | tuple[Length, Length] | None:
+        """Where a class's lengths come from: pairs, or prompt and output, or None: from the clients of a folder.
+
+        TraceError where the recipe does not say.
+        """
         own = self.classes[name]
         if own.lengths is not None:
             return own.lengths
         if self.lengths is not None and own.prompt is None and own.output is None:
             return self.lengths
         prompt, output = own.prompt or self.prompt, own.output or self.output
+        if prompt is None and output is None and isinstance(self.arrival, Servegen):
+            return None
         if prompt is None or output is None:
             raise TraceError(f"class {name} needs prompt and output, e.g. prompt: {{fixed: 500}}, or lengths")
         return prompt, output

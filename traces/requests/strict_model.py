@@ -51,10 +51,8 @@ class StrictModel(BaseModel):
 
 def existing_file(value: str, info: ValidationInfo) -> str:
     """An absolute path; relative ones start at the configuration's folder, or else where the program runs."""
-    base = (info.context or {}).get("base")
-    path = Path(os.path.abspath((base or Path.cwd()) / Path(value).expanduser()))
+    path, where = _absolute(value, info)
     if not os.path.isfile(path):  # pathlib raises where a name is too long
-        where = " (paths start at the configuration's folder)" if base else ""
         hint = ""
         if "azure" in path.name.lower():
             hint = "; download it from https://github.com/Azure/AzurePublicDataset (data/)"
@@ -64,12 +62,31 @@ def existing_file(value: str, info: ValidationInfo) -> str:
     return str(path)
 
 
+def existing_folder(value: str, info: ValidationInfo) -> str:
+    """The same of a folder."""
+    path, where = _absolute(value, info)
+    if not os.path.isdir(path):
+        what = "is no folder" if os.path.exists(path) else "no such folder"
+        raise ValueError(f"{what}: {os.path.relpath(path):.80}{where}")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise ValueError(f"cannot be read, for lack of permission: {os.path.relpath(path)}")
+    return str(path)
+
+
+def _absolute(value: str, info: ValidationInfo) -> tuple[Path, str]:
+    """The path, and what an error says of where paths start."""
+    base = (info.context or {}).get("base")
+    path = Path(os.path.abspath((base or Path.cwd()) / Path(value).expanduser()))
+    return path, " (paths start at the configuration's folder)" if base else ""
+
+
 def looks_like_path(value: str) -> bool:
     """Whether `value` names a file, and not something that ships."""
     return "/" in value or os.sep in value or value.endswith((".csv", ".json", ".jsonl", ".py", ".gz"))
 
 
 InputFile = Annotated[str, AfterValidator(existing_file)]
+InputFolder = Annotated[str, AfterValidator(existing_folder)]
 
 
 def checked(kind_of: type[_T] | TypeAdapter[_T], given: Any, where: KeyPath = ()) -> _T:

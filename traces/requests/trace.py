@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qllm.traces.prefixes import Prefixes
+from qllm.traces.sessions import Sessions
 from qllm.traces.wants import (
     BOUNDS,
     NOTHING,
@@ -52,6 +53,7 @@ class RequestTrace:
             of any.
         tags: What else a policy may go by, name -> text, of each request; None: no request has any.
         prefixes: Which prompts begin alike; None: nobody says.
+        sessions: Which requests follow which, and arrive later than `arrival` says; None: none does.
         source: What the trace was read from, ready for JSON: format, unit of the arrivals, what is not used. Empty for
             one that was not read. Two traces may be equal without it.
 
@@ -70,6 +72,7 @@ class RequestTrace:
     tenants: tuple[str, ...] | None = None
     tags: tuple[Mapping[str, str], ...] | None = None
     prefixes: Prefixes | None = None
+    sessions: Sessions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_classes(self.classes))
@@ -97,6 +100,10 @@ class RequestTrace:
             ends = self.prefixes.counts * self.prefixes.block_tokens
             if len(ends) != n or (ends > self.prompt_tokens + self.output_tokens).any():
                 raise TraceError(f"prefixes: must be those of {n} requests, none longer than its prompt and output")
+        if self.sessions is not None and len(self.sessions) != n:
+            raise TraceError(f"sessions: are of {len(self.sessions)} requests, arrival has {n} elements")
+        if self.sessions is not None and (self.sessions.follows < 0).all():
+            object.__setattr__(self, "sessions", None)
 
     def _check_wants(self, n: int) -> None:
         """The columns of `WANTS`; one that says nothing of any request is None, as if it had not been given."""
@@ -252,6 +259,7 @@ class RequestTrace:
             "prompt_tokens": _statistics(self.prompt_tokens),
             "output_tokens": _statistics(self.output_tokens),
             **describe_wants(self),
+            **({} if self.sessions is None else {"sessions": self.sessions.describe()}),
             "classes": {
                 name: {
                     "requests": int(mask.sum()),
@@ -304,12 +312,5 @@ def _usual_gap(instants: np.ndarray) -> float | None:
 def _statistics(tokens: np.ndarray) -> dict[str, float] | None:
     if not len(tokens):
         return None
-    p50, p90, p99 = np.quantile(tokens, [0.5, 0.9, 0.99])
-    return {
-        "mean": float(tokens.mean()),
-        "min": int(tokens.min()),
-        "p50": float(p50),
-        "p90": float(p90),
-        "p99": float(p99),
-        "max": int(tokens.max()),
-    }
+    quantiles = dict(zip(("p50", "p90", "p99"), np.quantile(tokens, [0.5, 0.9, 0.99]).tolist(), strict=True))
+    return {"mean": float(tokens.mean()), "min": int(tokens.min()), **quantiles, "max": int(tokens.max())}

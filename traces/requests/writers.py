@@ -13,14 +13,16 @@ from typing import Any
 
 from qllm.traces.requests._columns import CLASS_COLUMN, CLASSES_HEADER, HASH_BLOCK, HASH_IDS, OWN_COLUMNS
 from qllm.traces.requests.trace import RequestTrace, TraceError, TraceWarning
+from qllm.traces.session_rows import FOLLOWS, THINK
 from qllm.traces.wants import cell_of
 
 
 def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") -> None:
     """Write a request trace. It names the classes in order: CSV in a line below the comment, JSONL in a first object.
 
-    Columns of bounds, tenants and tags are there if the trace has some; an empty cell, or no key, where a
-    request has none. Which prompts begin alike stands in JSONL only (hash_ids); a TraceWarning says that CSV lacks it.
+    Columns of bounds, tenants, tags and of who follows whom are there if the trace has some; an empty cell, or no key,
+    where a request has none. Which prompts begin alike stands in JSONL only (hash_ids); a TraceWarning says that CSV
+    lacks it.
 
     Args:
         trace: The requests.
@@ -44,6 +46,10 @@ def write_requests(trace: RequestTrace, path: str | Path, *, comment: str = "") 
         wanted[HASH_IDS] = [trace.prefixes.of(i) or None for i in range(len(trace))]
     elif trace.prefixes is not None:
         warnings.warn(f"{path}: {HASH_IDS} (prompts that begin alike) are left out; .jsonl has them", TraceWarning, 2)
+    if trace.sessions is not None:
+        follows, think_s = trace.sessions.follows.tolist(), trace.sessions.think_s.tolist()
+        wanted[FOLLOWS] = [None if i < 0 else i for i in follows]
+        wanted[THINK] = [None if i < 0 else seconds for i, seconds in zip(follows, think_s, strict=True)]
     header = (*OWN_COLUMNS, CLASS_COLUMN, *wanted)
     names = [trace.classes[i] for i in trace.cls.tolist()]
     if path.suffix == ".csv" and "tags" in wanted:

@@ -8,8 +8,9 @@ counted by the phase of each member's length modulo the block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush, nlargest
+from operator import attrgetter
 
 from qllm.scheduler.request import Request, State
 
@@ -175,11 +176,13 @@ class DecodePool:
             else:
                 self.batch.add(r)
             return
-        worst = max(self.batch.members.values(), key=rank)
-        if rank(r) < rank(worst):
-            self.batch.remove(worst)
-            self.batch.add(r)
-            r = worst
+        batch = self.batch
+        if r.level <= max(batch.levels):
+            worst = max(batch.members.values(), key=rank)
+            if rank(r) < rank(worst):
+                batch.remove(worst)
+                batch.add(r)
+                r = worst
         self._set_idle(r)
 
     def remove(self, r: Request) -> None:
@@ -235,15 +238,28 @@ class DecodePool:
 
     def check_in(self, batch: DecodeBatch) -> None:
         """The pass that borrowed `batch` has ended."""
-        if not self.batch.members:
-            self.batch, self._spare = batch, self.batch
-            for level, n in batch.levels.items():
-                self.levels[level] = self.levels.get(level, 0) + n
-        else:
-            for r in list(batch.members.values()):
-                batch.remove(r)
-                self.add(r)
-            self._spare = batch
+        here = self.batch
+        for level, n in batch.levels.items():
+            self.levels[level] = self.levels.get(level, 0) + n
+        if here.members:
+            batch, here = self._merge(batch, here)
+        self.batch, self._spare = batch, here
+
+    def _merge(self, batch: DecodeBatch, here: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
+        """One batch of both, and the other, empty. Where places are short, the most urgent have them."""
+        if batch.members:
+            self.refill()
+        both = [*here.members.values(), *batch.members.values()]
+        if len(both) > (places := max(self.places, len(here.members))):
+            for r in sorted(both, key=rank)[places:]:
+                (here if r.batch is here else batch).remove(r)
+                self._set_idle(r)
+        if len(here.members) > len(batch.members):  # fewer move so
+            here, batch = batch, here
+        for r in list(here.members.values()):
+            here.remove(r)
+            batch.add(r)
+        return batch, here
 
     def _set_idle(self, r: Request) -> None:
         self._idle[r.id] = r
@@ -257,6 +273,5 @@ class DecodePool:
             del self.levels[level]
 
 
-def rank(r: Request) -> tuple[int, int]:
-    """Order of those under way: most urgent first, then first admitted."""
-    return r.level, r.admitted
+#: Order of those under way, (level, admitted): most urgent first, then first admitted.
+rank: Callable[[Request], tuple[int, int]] = attrgetter("level", "admitted")

@@ -157,6 +157,9 @@ def fast_device(device: Device) -> Process:
                 until = origin + run.ends()[done - 1] if done < len(run.ends()) else end
             try:
                 if not (stops and scheduler.should_yield(p, now)):
+                    if until == end and end < env.peek():  # nothing happens before: no event is needed to get there
+                        env._now = end
+                        break
                     if stops:
                         device.interruptible = p
                     yield device.sleep(max(until - now, 0.0), FINISH if until == end else DECISION)

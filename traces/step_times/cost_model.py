@@ -285,6 +285,16 @@ class PassCostModel:
         points: np.ndarray = (1 + n * np.arange(self.layers))[:, None] + np.array(inside)
         return points.ravel()
 
+    def next_point(self, cost: PassCost, granularity: str, step: int) -> int | None:
+        """The first of `points` from `step` on, for "expert" or "layer"; None where there is none."""
+        n = cost.steps_per_layer
+        layer, inside = divmod(max(step - 1, 0), n)
+        if granularity == "expert" and inside == cost.query_blocks:  # what follows the last block belongs to it
+            inside += 1
+        elif inside == n - 1 or (granularity == "layer" and inside):
+            layer, inside = layer + 1, 0
+        return 1 + n * layer + inside if layer < self.layers else None
+
     def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
         """(Layer, stage, index in the stage) of the next step: prologue, pre, attention, post, experts or head."""
         if done == 0:

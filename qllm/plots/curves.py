@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.metrics import BOUNDS, bootstrap, percentile, span
+from qllm.experiment.estimates import bootstrap, percentile
+from qllm.experiment.metrics import BOUNDS, span
 from qllm.experiment.results import Results
 from qllm.plots.lines import (
     lines_of,

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from qllm.config.schema import Slo, Warmup
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.metrics import SUMMARY_COLUMNS, bootstrap, good, per_request, percentile, saturated, summarise
+from qllm.experiment.estimates import bootstrap, percentile
+from qllm.experiment.metrics import SUMMARY_COLUMNS, good, per_request, saturated, summarise
 from qllm.experiment.sweep import simulate
 from tests.cli_support import write_config
 

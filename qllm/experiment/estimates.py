@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -46,11 +47,18 @@ def bootstrap(seeds: Sequence[np.ndarray], statistic: Callable[[np.ndarray], flo
     n = len(given)
     if n < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
-    combinations, times = np.unique(drawn, axis=0, return_counts=True)
+    combinations, times = _drawn_again(n)
     found = [
         statistic(np.concatenate([values for values, k in zip(given, row, strict=True) for _ in range(k)]))
         for row in combinations
     ]
     low, high = np.nanpercentile(np.repeat(found, times), [2.5, 97.5])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=8)
+def _drawn_again(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each of `n` seeds is drawn if they are drawn again, int[combinations, n], and how often that occurs."""
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
+    combinations, times = np.unique(drawn, axis=0, return_counts=True)
+    return combinations, times

@@ -298,7 +298,8 @@ def _bands(results: Results, column: str, cls: str) -> dict[tuple[Any, ...], tup
     seeds: dict[tuple[Any, ...], list[np.ndarray]] = {}
     if metric.column == "finished":
         done = mine.groupby(by_run, sort=False, observed=True)["finish_s"].count()
-        for key, run in results.counted.groupby(by_run, sort=False, observed=True):
+        times = results.counted[[*by_run, "arrival_s", "finish_s"]]
+        for key, run in times.groupby(by_run, sort=False, observed=True):
             seeds.setdefault(key[:-1], []).append(np.array([[done.get(key, 0), span(run)]]))
     else:
         for key, values in mine.groupby(by_run, sort=False, observed=True)[metric.column]:

@@ -193,7 +193,8 @@ def fast_device(device: Device) -> Process:
             continue
         if observer is not None:
             observer(p, run, start, end, first, run.steps_in_all(), False)
-        device.on_finished(scheduler.finished(p, end))
+        if done_with := scheduler.finished(p, end):
+            device.on_finished(done_with)
 
 
 def step_device(device: Device) -> Process:

@@ -80,6 +80,7 @@ class PassCostModel:
         self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
         self._experts_base_s = ticks(timings.experts_base_s)
         self._block_launch_s = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
+        self._host_s: float = ticks(timings.host_s)
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
         self.wake_s: float = ticks(timings.wake_s)
@@ -164,13 +165,12 @@ class PassCostModel:
         if head_s is None:
             head_s = self._heads[rows] = ticks(t.head(rows))
         query_block_s, query_blocks = self._query_blocks(attention)
-        prologue = t.host_s
-        if moved_tokens:
-            prologue += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
-        if after_prefill and not prefill:
-            prologue += t.after_prefill(n_decode)
+        prologue_s = self._host_s
+        if moved_tokens or (after_prefill and not prefill):
+            prologue = t.host_s + moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
+            prologue_s = ticks(prologue + (0.0 if prefill or not after_prefill else t.after_prefill(n_decode)))
         return PassCost(
-            ticks(prologue),
+            prologue_s,
             pre_s,
             query_block_s,
             query_blocks,

@@ -8,8 +8,9 @@ counted by the phase of each member's length modulo the block size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heappop, heappush, nlargest
+from operator import attrgetter
 
 from qllm.scheduler.request import Request, State
 
@@ -142,15 +143,15 @@ class DecodePool:
     leave fewer than `size` places open (:meth:`resize`).
     """
 
-    __slots__ = ("_idle", "_idle_heap", "_spare", "batch", "levels", "places", "size")
+    __slots__ = ("_idle", "_idle_heap", "_idle_levels", "_spare", "batch", "places", "size")
 
     def __init__(self, size: int, block_size: int):
         self.size = size
         self.places = size  #: in the batch, as the last decision left them
         self.batch = DecodeBatch(block_size)
         self._spare: DecodeBatch | None = None  # empty; stands in while a pass has the batch
-        self.levels: dict[int, int] = {}  #: ready requests by level, idle ones included
         self._idle: dict[int, Request] = {}
+        self._idle_levels: dict[int, int] = {}
         self._idle_heap: list[tuple[int, int, Request]] = []
 
     def __len__(self) -> int:
@@ -160,14 +161,21 @@ class DecodePool:
         yield from self.batch.members.values()
         yield from self._idle.values()
 
+    @property
+    def levels(self) -> dict[int, int]:
+        """Ready requests by level, idle ones included."""
+        found = self.batch.levels.copy()
+        for level, n in self._idle_levels.items():
+            found[level] = found.get(level, 0) + n
+        return found
+
     def count(self, level: float) -> int:
         """Ready requests at `level` or more urgent."""
-        return sum(n for lv, n in self.levels.items() if lv <= level)
+        return sum([n for levels in (self.batch.levels, self._idle_levels) for lv, n in levels.items() if lv <= level])
 
     def add(self, r: Request) -> None:
         """`r` is ready to decode."""
         r.state = State.READY
-        self.levels[r.level] = self.levels.get(r.level, 0) + 1
         if len(self.batch.members) < self.places:
             if self._idle:  # places that were left open go to the most urgent of all
                 self._set_idle(r)
@@ -175,20 +183,22 @@ class DecodePool:
             else:
                 self.batch.add(r)
             return
-        worst = max(self.batch.members.values(), key=rank)
-        if rank(r) < rank(worst):
-            self.batch.remove(worst)
-            self.batch.add(r)
-            r = worst
+        batch = self.batch
+        if r.level <= max(batch.levels):
+            worst = max(batch.members.values(), key=rank)
+            if rank(r) < rank(worst):
+                batch.remove(worst)
+                batch.add(r)
+                r = worst
         self._set_idle(r)
 
     def remove(self, r: Request) -> None:
         """`r` leaves (evicted, aborted)."""
-        self._uncount(r.level, 1)
         if r.batch is self.batch:
             self.batch.remove(r)
         else:
             del self._idle[r.id]
+            self._uncount_idle(r.level)
 
     def move(self, r: Request, level: int) -> None:
         """`r`, ready or decoding in a pass, is of `level` from now on; places in the batch go to the most urgent."""
@@ -206,6 +216,7 @@ class DecodePool:
         while self._idle and len(self.batch) < self.places:
             level, _, r = heappop(self._idle_heap)
             if level == r.level and self._idle.pop(r.id, None) is not None:  # else it left, or has moved since
+                self._uncount_idle(level)
                 self.batch.add(r)
 
     def resize(self, places: int) -> None:
@@ -229,34 +240,44 @@ class DecodePool:
         batch = self.batch
         self.batch = self._spare if self._spare is not None else DecodeBatch(batch.block_size)
         self._spare = None
-        for level, n in batch.levels.items():
-            self._uncount(level, n)
         return batch
 
     def check_in(self, batch: DecodeBatch) -> None:
         """The pass that borrowed `batch` has ended."""
-        if not self.batch.members:
-            self.batch, self._spare = batch, self.batch
-            for level, n in batch.levels.items():
-                self.levels[level] = self.levels.get(level, 0) + n
-        else:
-            for r in list(batch.members.values()):
-                batch.remove(r)
-                self.add(r)
-            self._spare = batch
+        here = self.batch
+        if here.members:
+            batch, here = self._merge(batch, here)
+        self.batch, self._spare = batch, here
+
+    def _merge(self, batch: DecodeBatch, here: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
+        """One batch of both, and the other, empty. Where places are short, the most urgent have them."""
+        if batch.members:
+            self.refill()
+        both = [*here.members.values(), *batch.members.values()]
+        if len(both) > (places := max(self.places, len(here.members))):
+            for r in sorted(both, key=rank)[places:]:
+                (here if r.batch is here else batch).remove(r)
+                self._set_idle(r)
+        if len(here.members) > len(batch.members):  # fewer move so
+            here, batch = batch, here
+        for r in list(here.members.values()):
+            here.remove(r)
+            batch.add(r)
+        return batch, here
 
     def _set_idle(self, r: Request) -> None:
+        level = r.level
         self._idle[r.id] = r
-        heappush(self._idle_heap, (r.level, r.admitted, r))
+        self._idle_levels[level] = self._idle_levels.get(level, 0) + 1
+        heappush(self._idle_heap, (level, r.admitted, r))
 
-    def _uncount(self, level: int, n: int) -> None:
-        left = self.levels[level] - n
+    def _uncount_idle(self, level: int) -> None:
+        left = self._idle_levels[level] - 1
         if left:
-            self.levels[level] = left
+            self._idle_levels[level] = left
         else:
-            del self.levels[level]
+            del self._idle_levels[level]
 
 
-def rank(r: Request) -> tuple[int, int]:
-    """Order of those under way: most urgent first, then first admitted."""
-    return r.level, r.admitted
+#: Order of those under way, (level, admitted): most urgent first, then first admitted.
+rank: Callable[[Request], tuple[int, int]] = attrgetter("level", "admitted")

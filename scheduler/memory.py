@@ -162,8 +162,10 @@ class Memory:
         Fewer than `limits.max_seqs` of that level or more urgent are, and fewer than `limits.max_resident` in all, or
         one of them would give way.
         """
-        below = self.holders(level) < self.limits.max_seqs
-        return below and (not self._is_full() or bool(self._evictable(level)))
+        most = self.limits.max_seqs
+        if self.resident >= most and self.holders(level) >= most:
+            return False
+        return not self._is_full() or bool(self._evictable(level))
 
     def _is_full(self) -> bool:
         most = self.limits.max_resident

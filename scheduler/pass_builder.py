@@ -35,7 +35,7 @@ class PassBuilder:
     @property
     def tokens(self) -> int:
         """Tokens in the pass so far."""
-        return self.prefill_tokens + (len(self._ready.batch) if self.decoding else 0)
+        return self.prefill_tokens + (len(self._ready.batch.members) if self.decoding else 0)
 
     def decode(self, at_most: int | None = None) -> bool:
         """Take the decode batch: the most urgent of those ready to decode.
@@ -106,7 +106,7 @@ class PassBuilder:
         if waiting.level() == NEVER:
             return False
         taken = len(self.chunks)
-        places = limits.max_seqs - taken - (len(self._ready.batch) if self.decoding else 0)
+        places = limits.max_seqs - taken - (len(self._ready.batch.members) if self.decoding else 0)
         room = min(tokens, limits.max_batched_tokens - self.tokens)
         for level in waiting.levels() if only is None else (only,):
             # Once nobody new is let in at a level, nobody is at the levels below.

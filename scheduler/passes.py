@@ -103,12 +103,16 @@ class Pass:
     @property
     def rows(self) -> int:
         """Sequences that get a new token: those that decode, and prefills that reach their last known token."""
-        ends = (cached + new == r.prompt_tokens + r.generated for r, new, cached in self.prefill)
-        return self.n_decode + sum(ends)
+        rows = self.n_decode
+        for r, new, cached in self.prefill:
+            rows += cached + new == r.prompt_tokens + r.generated
+        return rows
 
     @property
     def moved_tokens(self) -> int:
         """Tokens whose KV comes back from host memory or goes there before the pass."""
+        if self.restored is None and self.offloaded is None:
+            return 0
         return sum(r.computed for r in (*(self.restored or ()), *(self.offloaded or ())))
 
     def requests(self) -> list[Request]:

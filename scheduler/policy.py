@@ -8,6 +8,7 @@ do: call `batch.prefill(...)` and `batch.decode()`. It keeps no clock.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import ne
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from qllm.scheduler.pass_builder import PassBuilder
@@ -186,7 +187,7 @@ def _is_yes_or_no(answer: Any) -> bool:
 
 
 def _is_key(answer: Any) -> bool:
-    return isinstance(answer, tuple) and all(part == part for part in answer)
+    return isinstance(answer, tuple) and not any(map(ne, answer, answer))
 
 
 def _is_reason(answer: Any) -> bool:

@@ -154,9 +154,12 @@ def fast_device(device: Device) -> Process:
             if rechecks and (again := scheduler.recheck_at(p, now)) < end:
                 # No sooner than where it can stop, so that time passes whatever the policy says.
                 done = run.next_point(max(again - origin, now - origin + TICK, run.at))
-                until = origin + run.ends()[done - 1] if done < len(run.ends()) else end
+                until = end if done == run.steps_in_all() else origin + run.end(done - 1)
             try:
                 if not (stops and scheduler.should_yield(p, now)):
+                    if until == end and end < env.peek():  # nothing happens before: no event is needed to get there
+                        env._now = end
+                        break
                     if stops:
                         device.interruptible = p
                     yield device.sleep(max(until - now, 0.0), FINISH if until == end else DECISION)
@@ -169,15 +172,15 @@ def fast_device(device: Device) -> Process:
                 if rechecks and not scheduler.should_yield(p, env._now):
                     continue
             done = run.next_point(max(env._now - origin, run.at))
-            ends = run.ends()
-            if done == len(ends):
+            if done == run.steps_in_all():
                 yield device.sleep(end - env._now)
                 break
-            yield device.sleep(origin + ends[done - 1] - env._now)
+            at = run.end(done - 1)
+            yield device.sleep(origin + at - env._now)
             if env.peek() == env._now:
                 yield device.sleep(0.0, DECISION)
             if scheduler.should_yield(p, env._now):
-                run.done, run.at, stopped = done, ends[done - 1], True
+                run.done, run.at, stopped = done, at, True
                 break
         if merging is not None:
             merging.end(run, first, run.done if stopped else None)
@@ -190,7 +193,8 @@ def fast_device(device: Device) -> Process:
             continue
         if observer is not None:
             observer(p, run, start, end, first, run.steps_in_all(), False)
-        device.on_finished(scheduler.finished(p, end))
+        if done_with := scheduler.finished(p, end):
+            device.on_finished(done_with)
 
 
 def step_device(device: Device) -> Process:
@@ -210,7 +214,7 @@ def step_device(device: Device) -> Process:
             start += gpu.steps.resume_s
             yield device.sleep(gpu.steps.resume_s)
         times = run.steps.times(run.cost, run.counts())
-        points = set(run.points())
+        points = set(run.steps.points(run.cost, gpu.granularity).tolist())
         first, stopped = run.done, False
         for step in range(first, len(times)):
             seconds = float(times[step])

@@ -27,11 +27,10 @@ class SimulatedPass:
 
     __slots__ = (
         "_cost",
-        "_cum",
         "_draw",
         "_gpu",
+        "_layers",
         "_left",
-        "_points",
         "_seconds",
         "_size",
         "at",
@@ -49,8 +48,7 @@ class SimulatedPass:
         self.total = total
         self.at = 0.0
         self.done = 0
-        self._cum: list[float] | None = None
-        self._points: list[int] = []
+        self._layers: tuple[list[float], np.ndarray] | None = None
         self._left: tuple[int, np.ndarray] | None = None  # a layer, and tokens(layer) there
         self._seconds: dict[int, np.ndarray] = {}  # of the groups of experts of layers that differ from the routing
 
@@ -70,33 +68,42 @@ class SimulatedPass:
         """Tokens per expert, int[layers, experts]."""
         return self._gpu.routing.counts(self._size[0], self._draw)
 
-    def ends(self) -> list[float]:
-        """Seconds from the pass's start to the end of each step."""
-        if self._cum is None:
-            steps = self.steps
-            times = steps.times(self.cost, self.counts())
-            for layer, seconds in self._seconds.items():
-                first = self.first_group(layer)
-                times[first : first + len(seconds)] = seconds
-            self._cum = np.cumsum(times).tolist()
-            self._points = steps.points(self.cost, self._gpu.granularity).tolist()
-        return self._cum
+    def end(self, step: int) -> float:
+        """Seconds from the pass's start to the end of `step`: whole ticks, so the sum of all steps up to it."""
+        cost = self.cost
+        if self._layers is None:
+            self._layers = self._timed_layers()
+        starts, groups = self._layers
+        if step == 0:
+            return starts[0]
+        layer, inside = divmod(step - 1, cost.steps_per_layer)
+        if layer == self.steps.layers:
+            return self.total
+        seconds = starts[layer] + cost.pre_s + cost.query_block_s * min(inside, cost.query_blocks)
+        group = inside - cost.query_blocks - 2
+        if group >= -1:
+            seconds += cost.post_s
+        return seconds + float(groups[layer, group]) if group >= 0 else seconds
 
-    def points(self) -> list[int]:
-        """Steps after which it may stop."""
-        self.ends()
-        return self._points
+    def _timed_layers(self) -> tuple[list[float], np.ndarray]:
+        """When each layer starts, and when its groups of experts end after their start, float64[layers, groups]."""
+        cost = self.cost
+        seconds = self.steps.group_seconds(cost, self.counts())
+        for layer, retimed in self._seconds.items():
+            seconds[layer] = retimed
+        groups = np.cumsum(seconds, axis=1)
+        each = groups[:, -1] + (cost.pre_s + cost.query_block_s * cost.query_blocks + cost.post_s)
+        return np.cumsum(np.concatenate(([cost.prologue_s], each))).tolist(), groups
 
     def next_point(self, elapsed: float) -> int:
         """Steps done at the first preemption point at or after `elapsed` seconds of the pass.
 
         Where none is left: at its end. Points that lie where the pass last went on do not count.
         """
-        ends, points = self.ends(), self._points
-        i = bisect_left(points, elapsed, key=ends.__getitem__)
-        while i < len(points) and points[i] < self.done:
-            i += 1
-        return points[i] + 1 if i < len(points) else len(ends)
+        steps = self.steps_in_all()
+        first = bisect_left(range(steps - 1), elapsed, lo=self.done, key=self.end)
+        point = self.steps.next_point(self.cost, self._gpu.granularity, first)
+        return steps if point is None else point + 1
 
     def place(self) -> tuple[int, str, int]:
         """(layer, stage, index) of the step that comes next."""
@@ -153,7 +160,7 @@ class SimulatedPass:
         new[first:] = seconds[first:]
         self._seconds[layer] = new
         self.total += float((new - old).sum())
-        self._cum = None
+        self._layers = None
 
 
 class GpuModel:

@@ -127,12 +127,12 @@ class Routing:
         self.size, self._sums, self._noise = _pool(popularity.tobytes(), popularity.shape, top_k, seed)
         self._rng = np.random.default_rng((seed, 1, replica) if replica else (seed, 1))
         self._draws: list[int] = []
-        self._deviations: dict[int, np.ndarray] = {}  # by the noise that makes them
-        self._none = np.zeros_like(self.share)
+        self._deviations: dict[int, tuple[np.ndarray, float, float]] = {}  # by noise, with the least and the most
+        self._shares = float(self.share.min()), float(self.share.max())
 
     def draw(self) -> int:
         """Return a random integer below 2^30."""
-        return self.ahead().pop()
+        return (self._draws or self.ahead()).pop()
 
     def ahead(self) -> list[int]:
         """Return what is drawn next, the last of them first; who takes one removes it."""
@@ -153,14 +153,19 @@ class Routing:
             at = draw % self.size
             chosen: np.ndarray = self._sums[at + tokens] - self._sums[at]
             return chosen.astype(np.intp).reshape(self.share.shape)
-        noise = draw % len(self._noise)
+        noise, root = draw % len(self._noise), math.sqrt(tokens)
         if noise not in self._deviations:
-            self._deviations[noise] = self._deviation * self._noise[noise]
-        drawn: np.ndarray = self._deviations[noise] * math.sqrt(tokens)
+            deviations = self._deviation * self._noise[noise]
+            self._deviations[noise] = deviations, float(deviations.min()), float(deviations.max())
+        deviations, least, most = self._deviations[noise]
+        drawn: np.ndarray = deviations * root
         drawn += tokens * self.share
         drawn += 0.5
-        np.maximum(drawn, self._none, out=drawn)  # of two arrays, several times as fast as with a number
-        np.minimum(drawn, np.full_like(drawn, tokens), out=drawn)
+        # Counts lie within 0 and `tokens` mostly, and no rounding puts one beyond what the extremes come to.
+        if least * root + tokens * self._shares[0] < 0:
+            np.maximum(drawn, 0.0, out=drawn)
+        if most * root + tokens * self._shares[1] + 0.5 > tokens:
+            np.minimum(drawn, tokens, out=drawn)
         return drawn.astype(np.intp)
 
 

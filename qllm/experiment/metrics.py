@@ -29,13 +29,14 @@ Requests that arrive during the warm-up count in none of these but `saturated` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from qllm.config.schema import Slo, Warmup
+from qllm.experiment.estimates import bootstrap, mean, percentile, percentiles
 
 #: Columns of summary.csv after policy, rate and class, in order; further swept keys follow at the end.
 SUMMARY_COLUMNS = (
@@ -84,7 +85,13 @@ BOUNDS = {
 #: What `totals` adds up: counts, and what is per second of the makespan that all classes share.
 _SUMS = ("sent", "completed", "rejected", "preemptions", "evictions")
 _RATES = ("goodput_rps", "throughput_rps", "output_tokens_per_s")
-_DRAWS = 1000  #: of the seeds, for a band
+#: Columns of `per_request` that a row of the summary is worked out from.
+_COLUMNS = (
+    *("seed", "status", "output_tokens", "arrival_s", "finish_s", "ttft_s", "ttft_over_isolated", "blocking_s"),
+    *("tpot_s", "turnaround_s", "suspended_s", "preemptions", "evictions"),
+)
+_CACHED = ("cached_tokens", "prompt_tokens")  #: the same where there is a prefix cache
+Columns = dict[str, np.ndarray]  # an array for each column of some requests
 
 
 def per_request(requests: pd.DataFrame) -> pd.DataFrame:
@@ -127,7 +134,7 @@ def good(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.Series:
     return within(requests, slos).min(axis=1)
 
 
-def saturated(requests: pd.DataFrame) -> bool:
+def saturated(requests: pd.DataFrame | Columns) -> bool:
     """Whether the queue of these requests of one class was still growing when arrivals ended, over all seeds.
 
     The queue is what is in the system when a request arrives: those sent before it, neither finished nor rejected. Its
@@ -136,12 +143,16 @@ def saturated(requests: pd.DataFrame) -> bool:
     exceeds 1.3 sqrt(n) with a probability of at most 5 %; at a load r above 1 it is (1 - 1/r) n / 2. Growth beyond
     sqrt(2 n) is more than chance. Where all arrive at one instant nothing arrives while others are served: False.
     """
+    arrivals, finishes, seeds, status = (
+        np.asarray(requests[name]) for name in ("arrival_s", "finish_s", "seed", "status")
+    )
+    served = status != "rejected"
     growth, sent = 0.0, 0
-    for _, run in requests[requests["status"] != "rejected"].groupby("seed", sort=False):
-        arrival = np.sort(run["arrival_s"].to_numpy())
+    for rows in _by_seed(seeds[served]):
+        arrival = np.sort(arrivals[served][rows])
         n, quarter = len(arrival), len(arrival) // 4
         if quarter and arrival[-1] > arrival[0]:
-            finish = np.sort(run["finish_s"].fillna(np.inf).to_numpy())
+            finish = np.sort(finishes[served][rows])  # nan, for never, comes last
             ahead = np.arange(n) - np.searchsorted(finish, arrival, side="right")
             growth += ahead[-quarter:].mean() - ahead[n // 2 - quarter : n // 2].mean()
             sent += n
@@ -152,39 +163,15 @@ def after_warmup(requests: pd.DataFrame, warmup: Warmup | None) -> pd.DataFrame:
     """The requests of one run that arrive after the warm-up; the table itself where there is none."""
     if warmup is None:
         return requests
-    if warmup.seconds is not None:
-        counts = requests["arrival_s"] - requests["arrival_s"].min() >= warmup.seconds
-    else:
-        counts = requests["arrival_s"].rank(method="first") > round((warmup.share or 0.0) * len(requests), 6)
-    kept: pd.DataFrame = requests.loc[counts]
+    kept: pd.DataFrame = requests.loc[_counts(requests["arrival_s"], warmup)]
     return kept
 
 
-def bootstrap(seeds: Sequence[np.ndarray], statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
-    """95 % band of a statistic of the pooled values: what it is between if the seeds are drawn again, with replacement.
-
-    A mean's band lies within the means of single seeds, so a positive metric has a positive band. With few seeds it is
-    too narrow.
-
-    Args:
-        seeds: The values of each seed, any[n, ...]; they are pooled along the first axis.
-        statistic: Works out one number from such an array; nan where it cannot.
-
-    Returns:
-        (low, high), the 2.5th and 97.5th percentile; (nan, nan) for fewer than two seeds with values.
-    """
-    given = [values for values in seeds if len(values)]
-    n = len(given)
-    if n < 2:
-        return float("nan"), float("nan")
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
-    combinations, times = np.unique(drawn, axis=0, return_counts=True)
-    found = [
-        statistic(np.concatenate([values for values, k in zip(given, row, strict=True) for _ in range(k)]))
-        for row in combinations
-    ]
-    low, high = np.nanpercentile(np.repeat(found, times), [2.5, 97.5])
-    return float(low), float(high)
+def _counts(arrival: pd.Series, warmup: Warmup) -> pd.Series:
+    """Which of the requests of one run that arrive at `arrival` come after the warm-up."""
+    if warmup.seconds is not None:
+        return arrival - arrival.min() >= warmup.seconds
+    return arrival.rank(method="first") > round((warmup.share or 0.0) * len(arrival), 6)
 
 
 def summarise(
@@ -208,16 +195,26 @@ def summarise(
     others = [name for name in coordinates if name != "rate"]
     others += ["timings_source"] if "timings_source" in requests else []
     point = ["policy", "rate", *others]
+    # What is said of a request needs no other; then arrays, as a point's rows are few and pandas takes long for each.
+    values = judged(requests, slos)
+    found = [name for name in _CACHED if "cached_tokens" in values]
+    columns = {name: values[name].to_numpy() for name in (*_COLUMNS, *found, *BOUNDS.values(), "good")}
+    columns["kv_peak"] = values["kv_peak"].to_numpy() if "kv_peak" in values else np.full(len(values), np.nan)
+    of_class = {name: (values["class"] == name).to_numpy() for name in slos}
+    places = requests[point].assign(row=np.arange(len(requests)))
     rows: list[dict[str, Any]] = []
-    for key, at_point in requests.groupby(point, sort=False, observed=True, dropna=False):
-        runs = [after_warmup(run, warmup) for _, run in at_point.groupby("seed", sort=False)]
-        values = judged(pd.concat(runs), slos)
-        makespan = sum(span(run) for run in runs)
+    for key, at_point in places.groupby(point, sort=False, observed=True, dropna=False):
+        here = at_point["row"].to_numpy()
+        runs = [here[rows_of_seed] for rows_of_seed in _by_seed(columns["seed"][here])]
+        if warmup is not None:
+            runs = [run[_counts(pd.Series(columns["arrival_s"][run]), warmup).to_numpy()] for run in runs]
+        counted = np.concatenate(runs)
+        makespan = sum(_span(columns["arrival_s"][run], columns["finish_s"][run]) for run in runs)
         coordinate = dict(zip(point, key if isinstance(key, tuple) else (key,), strict=True))
-        for name in slos:
-            row = _summary_row(values[values["class"] == name], makespan)
-            row["saturated"] = saturated(at_point[at_point["class"] == name])
-            row["kv_peak"] = at_point["kv_peak"].max() if "kv_peak" in at_point else float("nan")
+        for name, mine in of_class.items():
+            row = _summary_row(_rows(columns, counted[mine[counted]]), makespan)
+            row["saturated"] = saturated(_rows(columns, here[mine[here]]))
+            row["kv_peak"] = np.fmax.reduce(columns["kv_peak"][here])
             head = {"policy": coordinate["policy"], "rate": coordinate["rate"], "class": name}
             rows.append({**head, **row, **{other: coordinate[other] for other in others}})
     return pd.DataFrame(rows, columns=["policy", "rate", "class", *SUMMARY_COLUMNS, *others])
@@ -256,58 +253,57 @@ def judged(requests: pd.DataFrame, slos: Mapping[str, Slo | None]) -> pd.DataFra
 
 def span(run: pd.DataFrame) -> float:
     """The makespan of one run in seconds: last finish - first arrival of any class; 0 where nothing finished."""
-    seconds = float(run["finish_s"].max() - run["arrival_s"].min())
-    return seconds if seconds > 0 else 0.0
+    return _span(run["arrival_s"].to_numpy(), run["finish_s"].to_numpy())
 
 
-def _summary_row(mine: pd.DataFrame, makespan: float) -> dict[str, Any]:
+def _span(arrival: np.ndarray, finish: np.ndarray) -> float:
+    finished = finish[~np.isnan(finish)]
+    return max(float(finished.max() - arrival.min()), 0.0) if len(finished) else 0.0
+
+
+def _rows(columns: Columns, rows: np.ndarray) -> Columns:
+    return {name: column[rows] for name, column in columns.items()}
+
+
+def _by_seed(seeds: np.ndarray) -> list[np.ndarray]:
+    """The places of each seed in `seeds`, in order of appearance."""
+    return [np.flatnonzero(seeds == seed) for seed in pd.unique(seeds)]
+
+
+def _summary_row(mine: Columns, makespan: float) -> dict[str, Any]:
     """One row's metrics for the pooled requests of one class, `makespan` in seconds summed over the seeds."""
-    completed = mine["finish_s"].notna()
+    completed = ~np.isnan(mine["finish_s"])
     per_second = 1 / makespan if makespan > 0 else float("nan")
-    ttft = [run["ttft_s"].dropna().to_numpy() for _, run in mine.groupby("seed", sort=False)]
-    lo, hi = bootstrap(ttft, np.mean)
-    has_slo = bool(mine["good"].notna().any())
+    ttft = [mine["ttft_s"][rows] for rows in _by_seed(mine["seed"])]
+    lo, hi = bootstrap([seconds[~np.isnan(seconds)] for seconds in ttft], np.mean)
+    has_slo = not np.isnan(mine["good"]).all()
+    times = {}
+    for name in ("ttft", "tpot", "turnaround"):
+        p50, p95, p99 = percentiles(mine[f"{name}_s"], (50, 95, 99))
+        times |= {f"{name}_p50_s": p50, f"{name}_p95_s": p95, f"{name}_p99_s": p99}
     return {
-        "sent": len(mine),
+        "sent": len(completed),
         "completed": int(completed.sum()),
         "rejected": int((mine["status"] == "rejected").sum()),
-        "ttft_mean_s": mine["ttft_s"].mean(),
-        "ttft_p50_s": percentile(mine["ttft_s"], 50),
-        "ttft_p95_s": percentile(mine["ttft_s"], 95),
-        "ttft_p99_s": percentile(mine["ttft_s"], 99),
+        **{f"{name}_mean_s": mean(mine[f"{name}_s"]) for name in ("ttft", "blocking", "tpot", "turnaround")},
+        **times,
         "ttft_over_isolated_p99": percentile(mine["ttft_over_isolated"], 99),
-        "blocking_mean_s": mine["blocking_s"].mean(),
         "blocking_p99_s": percentile(mine["blocking_s"], 99),
-        "tpot_mean_s": mine["tpot_s"].mean(),
-        "tpot_p50_s": percentile(mine["tpot_s"], 50),
-        "tpot_p95_s": percentile(mine["tpot_s"], 95),
-        "tpot_p99_s": percentile(mine["tpot_s"], 99),
-        "turnaround_mean_s": mine["turnaround_s"].mean(),
-        "turnaround_p50_s": percentile(mine["turnaround_s"], 50),
-        "turnaround_p95_s": percentile(mine["turnaround_s"], 95),
-        "turnaround_p99_s": percentile(mine["turnaround_s"], 99),
-        "suspended_mean_s": mine.loc[completed, "suspended_s"].mean(),
-        "slo_attainment": mine["good"].mean(),
-        **{column: mine[column].mean() for column in BOUNDS.values()},
-        "goodput_rps": mine["good"].sum() * per_second if has_slo else float("nan"),
+        "suspended_mean_s": mean(mine["suspended_s"][completed]),
+        "slo_attainment": mean(mine["good"]),
+        **{column: mean(mine[column]) for column in BOUNDS.values()},
+        "goodput_rps": np.nansum(mine["good"]) * per_second if has_slo else float("nan"),
         "throughput_rps": completed.sum() * per_second,
-        "output_tokens_per_s": mine.loc[completed, "output_tokens"].sum() * per_second,
+        "output_tokens_per_s": mine["output_tokens"][completed].sum() * per_second,
         "preemptions": int(mine["preemptions"].sum()),
         "evictions": int(mine["evictions"].sum()),
-        "cached_share": _cached_share(mine[completed]),
+        "cached_share": _cached_share(mine, completed),
         "ttft_mean_lo_s": lo,
         "ttft_mean_hi_s": hi,
     }
 
 
-def _cached_share(finished: pd.DataFrame) -> float:
-    if "cached_tokens" not in finished or not len(finished):
+def _cached_share(mine: Columns, completed: np.ndarray) -> float:
+    if "cached_tokens" not in mine or not completed.any():
         return float("nan")
-    return float(finished["cached_tokens"].sum() / finished["prompt_tokens"].sum())
-
-
-def percentile(values: pd.Series | np.ndarray, percent: float) -> float:
-    """Linear interpolation between order statistics over the values that are not nan; nan if there are none."""
-    given = np.asarray(values, dtype=float)
-    present = given[~np.isnan(given)]
-    return float(np.percentile(present, percent)) if len(present) else float("nan")
+    return float(mine["cached_tokens"][completed].sum() / mine["prompt_tokens"][completed].sum())

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qllm.config.yaml_lines import ConfigError
-from qllm.experiment.metrics import BOUNDS, bootstrap, percentile, span
+from qllm.experiment.estimates import bootstrap, percentile
+from qllm.experiment.metrics import BOUNDS, span
 from qllm.experiment.results import Results
 from qllm.plots.lines import (
     lines_of,
@@ -297,7 +298,8 @@ def _bands(results: Results, column: str, cls: str) -> dict[tuple[Any, ...], tup
     seeds: dict[tuple[Any, ...], list[np.ndarray]] = {}
     if metric.column == "finished":
         done = mine.groupby(by_run, sort=False, observed=True)["finish_s"].count()
-        for key, run in results.counted.groupby(by_run, sort=False, observed=True):
+        times = results.counted[[*by_run, "arrival_s", "finish_s"]]
+        for key, run in times.groupby(by_run, sort=False, observed=True):
             seeds.setdefault(key[:-1], []).append(np.array([[done.get(key, 0), span(run)]]))
     else:
         for key, values in mine.groupby(by_run, sort=False, observed=True)[metric.column]:

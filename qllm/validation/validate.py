@@ -16,7 +16,8 @@ from qllm.executor.engine.replay import replay
 from qllm.executor.model.loading import LoadedModel
 from qllm.experiment.engine_run import engine_limits
 from qllm.experiment.engines import Engines
-from qllm.experiment.metrics import per_request, percentile
+from qllm.experiment.estimates import percentile
+from qllm.experiment.metrics import per_request
 from qllm.experiment.run import Run, request_table
 from qllm.scheduler import Limits
 from qllm.sim import ResampledRouting, simulate

@@ -62,7 +62,7 @@ def stopped_prefill(steps: PassCostModel, group: int, prompt: int = 40) -> tuple
     be = p.cursor = gpu.start(p)
     scheduler.add(Request(1, 5, 1, 0), 0.0)
     be.done = be.first_group(0) + group
-    be.at = be.ends()[be.done - 1]
+    be.at = be.end(be.done - 1)
     assert be.place() == (0, "experts", group)
     assert scheduler.suspended(p, be.at)
     return scheduler, gpu, be
@@ -88,8 +88,8 @@ def test_what_was_merged_waits_no_more_and_saves_the_reading_of_its_expert(group
     merging.begin(be)
     saved = merged.sum() * EXPERT_S + merged[1:].sum() * float(steps.timings.launches_per_expert * 5e-6)
     assert (alone + total) - (ls.total + be.total) == pytest.approx(saved, abs=40 * TICK)
-    assert be.ends()[-1] == be.total
-    assert be.ends()[be.done - 1] == be.at
+    assert be.end(be.steps_in_all() - 2) + be.cost.head_s == be.total
+    assert be.end(be.done - 1) == be.at
 
 
 def test_a_pass_that_stops_has_merged_only_what_it_came_to():

@@ -252,7 +252,7 @@ def test_arrivals_at_the_very_instant_of_a_point_and_while_a_pass_comes_back(nam
     p = scheduler.next(0.0)
     assert p is not None
     run_ = gpu.start(p)
-    at = [run_.ends()[point] for point in run_.points()]
+    at = [run_.end(point) for point in steps.points(run_.cost, gpu.granularity).tolist()]
     for point in (0, 1, len(at) - 1):
         for second in (at[point] + 0.5 * resume_s + 2e-3, at[point] + 1e-3):
             trace = RequestTrace(
@@ -340,6 +340,22 @@ def test_the_peak_of_the_kv_is_that_of_the_moment_with_most_blocks_in_use():
     assert result.kv_peak == 5 / 20
 
 
+@settings(max_examples=60, deadline=None)
+@given(step_models(), st.integers(1, 40), st.sampled_from(["layer", "expert"]), st.floats(0, 1.1), st.integers(0, 99))
+def test_a_pass_finds_its_points_without_looking_at_all_its_steps(steps, prompt, granularity, share, done):
+    gpu = GpuModel(steps, Routing(uniform(steps), steps.timings.top_k), granularity)
+    scheduler = Scheduler(make_policy("qllm"), Limits())
+    scheduler.add(Request(0, prompt, 5), 0.0)
+    p = scheduler.next(0.0)
+    assert p is not None
+    run_ = gpu.start(p)
+    ends = np.cumsum(steps.times(run_.cost, run_.counts()))
+    assert [run_.end(step) for step in range(run_.steps_in_all())] == ends.tolist()
+    run_.done, elapsed = min(done, len(ends) - 1), share * run_.total
+    points = [i for i in steps.points(run_.cost, granularity).tolist() if i >= run_.done and ends[i] >= elapsed]
+    assert run_.next_point(elapsed) == (points[0] + 1 if points else len(ends))
+
+
 def test_expert_queues_hold_what_a_suspended_pass_has_left():
     """An LS prompt stops a BE prefill between two experts; the queues hold exactly the tokens of those not yet run."""
     steps = PassCostModel(affine_timings(layers=2, experts=4, top_k=2), max_step=1e-6)
@@ -350,7 +366,7 @@ def test_expert_queues_hold_what_a_suspended_pass_has_left():
     assert p is not None
     run_ = gpu.start(p)
     seen = set()
-    for point in run_.points():
+    for point in steps.points(run_.cost, gpu.granularity).tolist():
         run_.done = point + 1
         layer, stage, index = run_.place()
         queues = run_.expert_queues()

@@ -80,6 +80,7 @@ class PassCostModel:
         self.merge_rows = int(np.searchsorted(self._table, 2 * self._table[1], side="right")) - 1
         self._experts_base_s = ticks(timings.experts_base_s)
         self._block_launch_s = ticks(timings.launch_s if timings.query_block_s is None else timings.query_block_s)
+        self._host_s: float = ticks(timings.host_s)
         self.suspend_s: float = ticks(timings.suspend_s)
         self.resume_s: float = ticks(timings.resume_s)
         self.wake_s: float = ticks(timings.wake_s)
@@ -87,9 +88,10 @@ class PassCostModel:
         self._peak_share = min(
             1.0, float(self.popularity.max()) * timings.top_k
         )  # of a pass's tokens, at the most popular expert
-        self._groups: dict[int, tuple[float, int, int]] = {}
-        self._dense: dict[int, tuple[float, float]] = {}
+        self._by_tokens: dict[int, tuple[float, float, float, int, int]] = {}  # dense parts, and groups of experts
         self._heads: dict[int, float] = {}
+        self._attention_floor: float | None = None  # of a prompt of one token
+        self._attention: dict[int, Callable[[float], float]] = {}  # of so many that decode, by their mean context
         self._decodes: dict[tuple[int, bool], Callable[[int], float]] = {}
 
     def _expert_table(self, limit: int) -> np.ndarray:
@@ -112,7 +114,7 @@ class PassCostModel:
         have no experts, those that have count for all.
         """
         counts = np.asarray(routing)
-        seconds = float(self.experts(counts).sum())
+        seconds = float(np.add.reduce(self.experts(counts), axis=None))
         if cost.n_groups > 1 and cost.group_launch_s:
             seconds += cost.group_launch_s * int(np.count_nonzero(self.by_group(cost, counts)[..., 1:]))
         return seconds * (self.layers / len(counts))
@@ -137,39 +139,45 @@ class PassCostModel:
             after_prefill: Whether the pass before had prompts, which counts where this one has none.
         """
         t = self.timings
-        attention = t.attention_decode(n_decode, decode_context / n_decode) if n_decode else 0.0
-        tokens = n_decode
+        tokens, attention = n_decode, 0.0
+        if n_decode:
+            attention = self._decode_attention(n_decode)(decode_context / n_decode)
         if prefill:
-            floor = t.attention_prefill(1, 0)
+            attention_prefill = t.attention_prefill
+            if self._attention_floor is None:
+                self._attention_floor = attention_prefill(1, 0)
+            floor = self._attention_floor
             attention += floor
             for _, new, cached in prefill:
                 tokens += new
-                attention += max(t.attention_prefill(new, cached) - floor, 0.0)
-        dense = self._dense.get(tokens)
-        if dense is None:
-            dense = self._dense[tokens] = (ticks(t.dense_pre(tokens)), ticks(t.dense_post(tokens)))
-        head = self._heads.get(rows)
-        if head is None:
-            head = self._heads[rows] = ticks(t.head(rows))
-        groups = self._groups.get(tokens)
-        if groups is None:
-            groups = self._groups[tokens] = self._expert_groups(tokens)
+                above = attention_prefill(new, cached) - floor
+                if above > 0:
+                    attention += above
+        known = self._by_tokens.get(tokens)
+        if known is None:
+            known = self._by_tokens[tokens] = (
+                ticks(t.dense_pre(tokens)),
+                ticks(t.dense_post(tokens)),
+                *self._expert_groups(tokens),
+            )
+        pre_s, post_s, group_launch_s, experts_per_group, n_groups = known
+        head_s = self._heads.get(rows)
+        if head_s is None:
+            head_s = self._heads[rows] = ticks(t.head(rows))
         query_block_s, query_blocks = self._query_blocks(attention)
-        prologue = t.host_s
-        if moved_tokens:
-            prologue += moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
-        if after_prefill and not prefill:
-            prologue += t.after_prefill(n_decode)
-        group_launch_s, experts_per_group, n_groups = groups
+        prologue_s = self._host_s
+        if moved_tokens or (after_prefill and not prefill):
+            prologue = t.host_s + moved_tokens * t.kv_bytes_per_token / t.host_bandwidth
+            prologue_s = ticks(prologue + (0.0 if prefill or not after_prefill else t.after_prefill(n_decode)))
         return PassCost(
-            ticks(prologue),
-            dense[0],
+            prologue_s,
+            pre_s,
             query_block_s,
             query_blocks,
-            dense[1],
+            post_s,
             self._experts_base_s,
             group_launch_s,
-            head,
+            head_s,
             experts_per_group,
             n_groups,
         )
@@ -185,7 +193,7 @@ class PassCostModel:
             return found
         cost = self.cost((), n_decode, context, n_decode, after_prefill=after_prefill)
         fixed = self.total(cost, 0.0) - self.layers * cost.query_block_s * cost.query_blocks
-        attention_of, layers, most = self.timings.attention_decode_line(n_decode), self.layers, self.max_step
+        attention_of, layers, most = self._decode_attention(n_decode), self.layers, self.max_step
 
         def seconds(context: int) -> float:
             attention = attention_of(context / n_decode)
@@ -196,6 +204,12 @@ class PassCostModel:
 
         self._decodes[n_decode, after_prefill] = seconds
         return seconds
+
+    def _decode_attention(self, n_decode: int) -> Callable[[float], float]:
+        found = self._attention.get(n_decode)
+        if found is None:
+            found = self._attention[n_decode] = self.timings.attention_decode.line(n_decode)
+        return found
 
     def _query_blocks(self, attention: float) -> tuple[float, int]:
         """The query blocks of an attention of so many seconds: (seconds of each, how many)."""
@@ -270,6 +284,16 @@ class PassCostModel:
             inside += [*range(1, cost.query_blocks), post, *range(post + 1, n - 1)]
         points: np.ndarray = (1 + n * np.arange(self.layers))[:, None] + np.array(inside)
         return points.ravel()
+
+    def next_point(self, cost: PassCost, granularity: str, step: int) -> int | None:
+        """The first of `points` from `step` on, for "expert" or "layer"; None where there is none."""
+        n = cost.steps_per_layer
+        layer, inside = divmod(max(step - 1, 0), n)
+        if granularity == "expert" and inside == cost.query_blocks:  # what follows the last block belongs to it
+            inside += 1
+        elif inside == n - 1 or (granularity == "layer" and inside):
+            layer, inside = layer + 1, 0
+        return 1 + n * layer + inside if layer < self.layers else None
 
     def position(self, cost: PassCost, done: int) -> tuple[int, str, int]:
         """(Layer, stage, index in the stage) of the next step: prologue, pre, attention, post, experts or head."""

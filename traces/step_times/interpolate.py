@@ -106,12 +106,12 @@ class Curve:
             warnings.warn(
                 f"{self.step}: {asked} tokens asked for, measured from {self.lo} to {self.hi}; extrapolated",
                 ExtrapolationWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
 class Grid:
-    """Seconds by x (new tokens or sequences, cached) and y (a context length): bilinear, non-decreasing, 0 at x = 0."""
+    """Seconds by x (new tokens or sequences) and y (a context length): bilinear, non-decreasing, 0 at x = 0."""
 
     def __init__(self, step: str, xs: Sequence[int], ys: Sequence[int], seconds: np.ndarray) -> None:
         self.step = step
@@ -122,63 +122,56 @@ class Grid:
         self._cuts: list[float] = self.ys.tolist()
         self._last = max(len(self._cuts) - 2, 0)
         self._y_lo, self._y_hi = self._cuts[0], self._cuts[-1]
-        self._lists: tuple[list[float], list[float], list[list[float]]] = (
-            self.xs.tolist(),
-            self._cuts,
-            self.grid.tolist(),
-        )
-        self._rows: dict[int, tuple[list[float], list[float]]] = {}
+        self._sizes: list[float] = self.xs.tolist()
+        self._lists: list[list[float]] = self.grid.tolist()
+        self._none = [0.0] * len(self._cuts)
         self._warned = False
 
     def __call__(self, x: Any, y: Any) -> Any:
         """Seconds: float for two numbers, else a float64 array of the broadcast shape. ValueError if negative."""
-        try:
-            values, slopes = self._rows[x]
-        except (KeyError, TypeError):
+        if type(x) is not int or isinstance(y, np.ndarray):
             if isinstance(x, np.ndarray) or isinstance(y, np.ndarray) or int(x) != x:
                 return self._array(np.asarray(x, dtype=float), np.asarray(y, dtype=float))
-            values, slopes = self._row(int(x))
-            if x > 0 and not self.lo[0] <= x <= self.hi[0]:
-                self._warn(x, y)
-        if isinstance(y, np.ndarray):
-            return self._array(np.asarray(x, dtype=float), y.astype(float))
-        if y > self._y_hi or y < self._y_lo:
+            x = int(x)
+        low, high, share = self._beside(x)
+        if y > self._y_hi or y < self._y_lo or (x > 0 and not self.lo[0] <= x <= self.hi[0]):
             self._warn(x, y)
             y = max(y, self._y_lo)
-        at = bisect_right(self._cuts, y) - 1
+        at, cuts = bisect_right(self._cuts, y) - 1, self._cuts
         if at > self._last:
             at = self._last
-        return values[at] + slopes[at] * (y - self._cuts[at])
+        value = low[at] + (high[at] - low[at]) * share
+        if len(cuts) == 1:
+            return value
+        following = low[at + 1] + (high[at + 1] - low[at + 1]) * share
+        return value + (following - value) / (cuts[at + 1] - cuts[at]) * (y - cuts[at])
 
     def line(self, x: int) -> Callable[[float], float]:
-        """Seconds by y at one x, as a call of the grid gives them."""
-        (values, slopes), cuts = self._row(x), self._cuts
-        low, high = self._y_lo, self._y_hi
+        """Seconds by y at one x, as a call of the grid gives them, for those who ask often."""
+        (left, right, share), cuts = self._beside(x), self._cuts
+        values = [low + (high - low) * share for low, high in zip(left, right, strict=True)]
+        slopes = [(values[j + 1] - values[j]) / (cuts[j + 1] - cuts[j]) for j in range(len(cuts) - 1)]
+        first, last = self._y_lo, self._y_hi
 
         def at(y: float) -> float:
-            if not low <= y < high:
+            if not first <= y < last:
                 return float(self(x, y))
             i = bisect_right(cuts, y) - 1
             return values[i] + slopes[i] * (y - cuts[i])
 
         return at
 
-    def _row(self, x: int) -> tuple[list[float], list[float]]:
-        """The line over y at one x, as values and slopes; kept, since batch sizes repeat."""
+    def _beside(self, x: int) -> tuple[list[float], list[float], float]:
+        """Between which two measured rows over y the line at `x` lies, and how far it is from the first, of 1."""
         if x < 0:
             raise ValueError(f"{self.step}: a number of tokens must be at least 0, got {x}")
-        xs, ys, grid = self._lists
+        xs, rows = self._sizes, self._lists
         if x == 0:
-            values = [0.0] * len(ys)
-        elif len(xs) == 1 or x <= xs[0]:
-            values = grid[0]
-        else:
-            i = min(bisect_left(xs, x), len(xs) - 1)
-            share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
-            values = [left + (right - left) * share for left, right in zip(grid[i - 1], grid[i], strict=True)]
-        slopes = [(values[j + 1] - values[j]) / (ys[j + 1] - ys[j]) for j in range(len(ys) - 1)] or [0.0]
-        row = self._rows[x] = (values, slopes)
-        return row
+            return self._none, self._none, 0.0
+        i = min(bisect_left(xs, x), len(xs) - 1)
+        if i == 0:
+            return rows[0], rows[0], 0.0
+        return rows[i - 1], rows[i], (x - xs[i - 1]) / (xs[i] - xs[i - 1])
 
     def _columns(self, x: np.ndarray) -> np.ndarray:
         """Values at every grid context, [len(x), len(ys)]."""
@@ -214,5 +207,5 @@ class Grid:
             warnings.warn(
                 f"{self.step}: ({x:g}, {y:g}) asked for, measured from {self.lo} to {self.hi}; extrapolated",
                 ExtrapolationWarning,
-                stacklevel=4,
+                stacklevel=3,
             )

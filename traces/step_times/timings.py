@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +38,12 @@ def bundled_timings() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings(TimingHeader):
-    """One timing trace: its header's keys as attributes, and methods that give seconds for ONE layer (head: one pass).
+    """One timing trace: its header's keys as attributes, and what gives seconds for ONE layer (head: one pass).
 
-    Methods take numbers or numpy arrays, never fall when an argument grows, and give 0.0 for no tokens. Outside the
-    measured range (`range`) the last segment goes on, with one ExtrapolationWarning per step. Launches and the host
-    (`launch_s`, `host_s`) are not included, but with `expert_mode` "separate" `expert` has its kernels' launches.
+    Steps are called as methods. They take numbers or numpy arrays, never fall when an argument grows, and give 0.0 for
+    no tokens. Outside the measured range (`range`) the last segment goes on, with one ExtrapolationWarning per step.
+    Launches and the host (`launch_s`, `host_s`) are not included, but with `expert_mode` "separate" `expert` has its
+    kernels' launches.
 
     A whole MoE layer whose experts got m_0, m_1, ... tokens takes `experts_base_s + sum_e expert(m_e)` seconds.
     """
@@ -87,33 +87,44 @@ class Timings(TimingHeader):
         """Write the file; `load` gives an equal timing trace (seconds are kept to six digits)."""
         Path(path).write_text(render(self, list(self.points)), encoding="utf-8")
 
-    def dense_pre(self, tokens: Any) -> Any:
-        """Norm and QKV projection of `tokens` tokens, up to the attention: seconds a layer."""
-        return self._dense_pre(tokens)
+    # Built at the first call: a file loads in milliseconds, and most callers use all of them, some only one.
+    @cached_property
+    def dense_pre(self) -> Curve:
+        """Norm and QKV projection by tokens, up to the attention: seconds a layer."""
+        return self._curve("dense_pre")
 
-    def dense_post(self, tokens: Any) -> Any:
-        """Output projection, norm and router (and shared experts) of `tokens` tokens: seconds a layer."""
-        return self._dense_post(tokens)
+    @cached_property
+    def dense_post(self) -> Curve:
+        """Output projection, norm and router (and shared experts) by tokens: seconds a layer."""
+        return self._curve("dense_post")
 
-    def expert(self, tokens: Any) -> Any:
+    @cached_property
+    def expert(self) -> Curve:
         """f(m), what one expert with m tokens adds to its MoE layer: seconds; f(0) = 0."""
-        return self._expert(tokens)
+        return self._curve("expert")
 
-    def head(self, rows: Any) -> Any:
-        """Final norm, LM head and sampling for `rows` sequences: seconds a pass."""
-        return self._head(rows)
+    @cached_property
+    def head(self) -> Curve:
+        """Final norm, LM head and sampling by the sequences that get a token: seconds a pass."""
+        return self._curve("head")
 
-    def attention_prefill(self, tokens: Any, context: Any) -> Any:
-        """Attention of one sequence's `tokens` new tokens over `context` tokens already cached: seconds a layer."""
-        return self._attention_prefill(tokens, context)
+    @cached_property
+    def attention_prefill(self) -> Grid:
+        """Attention of one sequence by its new tokens and the tokens already cached: seconds a layer."""
+        return self._grid("attention_prefill")
 
-    def attention_decode(self, batch: Any, context: Any) -> Any:
-        """One new token each for `batch` sequences with `context` cached tokens on average: seconds a layer."""
-        return self._attention_decode(batch, context)
+    @cached_property
+    def attention_decode(self) -> Grid:
+        """One new token each, by the sequences and the tokens that they have cached on average: seconds a layer."""
+        return self._grid("attention_decode")
 
-    def attention_decode_line(self, batch: int) -> Callable[[float], float]:
-        """`attention_decode` of one size of batch by the context, for those who ask often."""
-        return self._attention_decode.line(batch)
+    @cached_property
+    def _launch(self) -> Curve | None:
+        return self._curve("launch", rises=False) if "launch" in self.steps else None
+
+    @cached_property
+    def _after_prefill(self) -> Curve | None:
+        return self._curve("after_prefill") if "after_prefill" in self.steps else None
 
     def launch(self, tokens: Any) -> Any:
         """Seconds of one launch more in a pass: by the curve (may fall; flat beyond its end), else `launch_s`."""
@@ -148,13 +159,13 @@ class Timings(TimingHeader):
 
     def expert_table(self, limit: int) -> np.ndarray:
         """f(m) for m = 0..limit as float64[limit + 1], for callers that index it themselves."""
-        return self._expert.table(limit)
+        return self.expert.table(limit)
 
     def range(self, step: str) -> tuple[Any, Any]:
         """(lowest, highest) size measured for a step: tokens, or (tokens, context) for attention. TimingError."""
         if step not in self.steps:
             raise TimingError(f"timings {self.name!r}: unknown step {step!r}; allowed: {', '.join(self.steps)}")
-        shape: Curve | Grid = getattr(self, f"_{step}")
+        shape = self._shape(step)
         return shape.lo, shape.hi
 
     def describe(self) -> dict[str, Any]:
@@ -184,9 +195,13 @@ class Timings(TimingHeader):
         change = 0.0
         for point in points:
             at = (point.tokens,) if point.context is None else (point.tokens, point.context)
-            value = getattr(self, f"_{point.step}")(*at)
+            value = self._shape(point.step)(*at)
             change = max(change, abs(value - point.seconds) / point.seconds if point.seconds else 0.0)
         return change
+
+    def _shape(self, step: str) -> Curve | Grid:
+        found: Curve | Grid = getattr(self, f"_{step}" if step in OPTIONAL else step)
+        return found
 
     def _curve(self, step: str, rises: bool = True) -> Curve:
         mine = sorted((point.tokens, point.seconds) for point in self.points if point.step == step)
@@ -196,36 +211,3 @@ class Timings(TimingHeader):
         mine = {(p.tokens, p.context): p.seconds for p in self.points if p.step == step and p.context is not None}
         xs, ys = sorted({x for x, _ in mine}), sorted({y for _, y in mine})
         return Grid(step, xs, ys, np.array([[mine[x, y] for y in ys] for x in xs]))
-
-    # Built at the first call: a file loads in milliseconds, and most callers use all of them, some only one.
-    @cached_property
-    def _dense_pre(self) -> Curve:
-        return self._curve("dense_pre")
-
-    @cached_property
-    def _dense_post(self) -> Curve:
-        return self._curve("dense_post")
-
-    @cached_property
-    def _expert(self) -> Curve:
-        return self._curve("expert")
-
-    @cached_property
-    def _head(self) -> Curve:
-        return self._curve("head")
-
-    @cached_property
-    def _launch(self) -> Curve | None:
-        return self._curve("launch", rises=False) if "launch" in self.steps else None
-
-    @cached_property
-    def _after_prefill(self) -> Curve | None:
-        return self._curve("after_prefill") if "after_prefill" in self.steps else None
-
-    @cached_property
-    def _attention_prefill(self) -> Grid:
-        return self._grid("attention_prefill")
-
-    @cached_property
-    def _attention_decode(self) -> Grid:
-        return self._grid("attention_decode")

@@ -115,6 +115,7 @@ def test_an_ls_request_goes_where_the_least_is_as_urgent():
         (several("fcfs", 2), {"router": "random"}, "router is 'random'; allowed: round_robin"),
         (several("fcfs", 2), {"routing": object()}, "recorded routing is that of one GPU"),
         (several("fcfs", 2), {"sessions": closed_loop(1, np.zeros(2))}, "sessions are of 2 requests, the trace has 1"),
+        (several("fcfs", 2), {"prefix_cache": True}, "prefix_cache: the trace says not which prompts begin alike"),
     ],
 )
 def test_what_makes_no_fleet_is_refused(policy, more, told):

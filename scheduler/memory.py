@@ -18,6 +18,7 @@ from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, Sta
 from qllm.scheduler.waiting import WaitingQueues
 
 UNBOUNDED = 2**62  # KV blocks where nobody says how many there are
+RESIDENT = 2  #: times `max_seqs`: `max_resident` where sequences keep more than blocks; urgent ones come on top
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,7 @@ class Memory:
         self._evict(max(self._evictable(-NEVER), key=rank))
 
     def _evictable(self, above: float) -> list[Request]:
-        held = [r for r in self.ready if r.level > above]
-        return held + [r for r in self.waiting.holding.values() if r.level > above]
+        return [r for r in (*self.ready, *self.waiting.holding.values()) if r.level > above]
 
     def room_for(self, r: Request) -> list[Request] | None:
         """Whom to evict so that `r` can be admitted.

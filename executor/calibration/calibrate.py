@@ -129,6 +129,7 @@ def _timings(
 ) -> Timings:
     """The timing trace of finished measurements."""
     layers, share = facts["layers"], facts["moe_layers"] / facts["layers"]
+    per_sequence = facts["window"] * facts["window_bytes_per_token"] + facts["state_bytes"]
     host_s = host_seconds(measured)
     fit = expert_fit(measured)
     dense = dense_points(measured, layers, host_s)
@@ -171,6 +172,7 @@ def _timings(
         resume_s=numbers["switch_s"] / 2,
         wake_s=numbers["wake_s"],
         kv_bytes_per_token=facts["kv_bytes_per_token"] * loaded.layers // layers,
+        sequence_bytes=per_sequence * loaded.layers // layers,
         weights_bytes=loaded.weights_bytes,
         memory_bytes=memory_bytes(loaded.model.device)[1],
         host_bandwidth=numbers["bandwidth"],

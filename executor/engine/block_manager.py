@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError
-from qllm.executor.model.info import RESIDENT, fitting_blocks, ring_size
+from qllm.executor.model.info import fitting_blocks, ring_size
 from qllm.executor.model.kv_cache import PagedKVCache, Rings
 from qllm.executor.model.runner import has_kernels
 from qllm.executor.recurrent.states import move_state
 from qllm.scheduler import Limits, Pass, Scheduler, State
+from qllm.scheduler.memory import RESIDENT
 
 log = logging.getLogger(__name__)
 

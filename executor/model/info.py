@@ -21,7 +21,6 @@ from qllm.executor.recurrent.states import state_bytes
 
 CPU_SHARE = 0.25  # of the memory that is free, for KV, where nobody says how much
 ACCELERATOR_SHARE = 0.8
-RESIDENT = 2  #: so many times `max_seqs` sequences hold memory at a time: urgent ones come on top of others
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from qllm.executor.model.checks import (
     expand_weights,
 )
 from qllm.executor.model.hooks import drop_senses, speed_up
-from qllm.executor.model.info import RESIDENT, dtype_name, fitting_blocks, memory_bytes, model_facts, with_layers
+from qllm.executor.model.info import dtype_name, fitting_blocks, memory_bytes, model_facts, with_layers
 from qllm.executor.quantised.experts import (
     check_in_memory,
     checked_experts,
@@ -37,6 +37,7 @@ from qllm.executor.quantised.left_out import leave_out
 from qllm.executor.quantised.packed import FORMS, expand_packed, read_packed
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
+from qllm.scheduler.memory import RESIDENT
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin")

@@ -181,6 +181,8 @@ class LimitsConfig(StrictModel):
     activation_bytes: Annotated[float, Field(ge=0, le=1e15)] = 2e9  #: kept free for activations
     urgent_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: of the KV blocks, for priorities up to 0 alone
     max_suspended_tokens: Count | None = None  #: tokens in suspended passes, whose activations are kept
+    #: requests that hold KV at a time; default: any, or twice max_seqs where each keeps more than blocks (windows)
+    max_resident: Count | None = None
     evict: Literal["recompute", "offload"] = "recompute"  #: what becomes of the KV that has to give way
     #: keep the KV of prompts for those that begin alike, as long as nobody needs the blocks; in simulations of traces
     #: with hash_ids and of conversations

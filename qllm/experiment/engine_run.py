@@ -78,7 +78,7 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
     blocks = config.limits.kv_blocks
     if blocks is None:
         blocks = target.kv_blocks(config.limits.block_size, config.limits.max_seqs)
-    return limits_with(config, blocks)
+    return limits_with(config, blocks, config.limits.max_resident)
 
 
 def run(

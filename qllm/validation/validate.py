@@ -127,7 +127,7 @@ def replay_run(run: Run, loaded: LoadedModel, engines: Engines | None = None) ->
         replay(engine, trace.head(min(WARM_UP, len(trace))), priorities=config.priorities, seed=run.seed)
         steps.calls.clear()
         result = replay(engine, trace, priorities=config.priorities, seed=run.seed)
-        return EngineRun(run, trace, limits, steps, result, list(steps.calls))
+        return EngineRun(run, trace, engine.limits, steps, result, list(steps.calls))
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:

@@ -376,6 +376,7 @@ def test_a_model_that_does_not_fit_is_measured_by_a_few_layers(tmp_path, monkeyp
     timings = calibrate(found, tmp_path / "t.csv", EXTENT)
     assert timings.layers == 4
     assert timings.kv_bytes_per_token == 2 * model_facts(found.model)["kv_bytes_per_token"]
+    assert timings.sequence_bytes == 0
     assert "2 layers with random weights" in timings.modelled["layers"]
 
 

@@ -219,6 +219,12 @@ def test_kv_blocks_follow_from_the_memory(tmp_path: Path) -> None:
     limits = scheduler_limits(config.model_copy(update={"limits": given}), timings)
     assert limits.kv_blocks == (80_000 - 30_000 - 10_000) // (10 * 16)
     assert limits.urgent_blocks == 25
+    assert limits.max_resident is None
+    windows = affine_timings(memory_bytes=100_000, weights_bytes=30_000, kv_bytes_per_token=10, sequence_bytes=200)
+    short = scheduler_limits(config.model_copy(update={"limits": given.model_copy(update={"max_seqs": 32})}), windows)
+    assert (short.max_resident, short.kv_blocks) == (64, (40_000 - 64 * 200) // (10 * 16))
+    few = scheduler_limits(config.model_copy(update={"limits": given.model_copy(update={"max_resident": 5})}), windows)
+    assert (few.max_resident, few.kv_blocks) == (5, (40_000 - 5 * 200) // (10 * 16))
     full = given.model_copy(update={"memory_fraction": 0.3})
     with pytest.raises(ConfigError, match=r"limits\.memory_fraction.*no room for KV"):
         scheduler_limits(config.model_copy(update={"limits": full}), timings)

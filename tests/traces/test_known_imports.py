@@ -59,6 +59,7 @@ def test_every_shipped_trace_is_of_its_name_and_licensed(name):
     assert timings.model in name
     shape = SHAPES[timings.model]
     assert timings.kv_bytes_per_token == shape.kv_bytes_per_token()
+    assert timings.sequence_bytes == shape.sequence_bytes()
     assert timings.licence.startswith("Apache-2.0 (NVIDIA aiconfigurator")
     assert "aiconfigurator's tables" in timings.provenance
     assert ("do not fit" in timings.provenance) == (timings.weights_bytes > timings.memory_bytes)

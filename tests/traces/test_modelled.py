@@ -88,6 +88,9 @@ def test_a_window_caps_what_attention_reads():
     windowed = roofline_timings(replace(shape, window_layers=shape.layers), gpu, costs=costs)
     assert windowed.attention_decode(32, 65536) == windowed.attention_decode(32, 256)
     half, full = (roofline_timings(one, gpu, costs=costs) for one in (shape, replace(shape, window=0, window_layers=0)))
+    assert 2 * half.kv_bytes_per_token == full.kv_bytes_per_token == windowed.kv_bytes_per_token
+    assert half.sequence_bytes == shape.window * half.kv_bytes_per_token
+    assert full.sequence_bytes == windowed.sequence_bytes == 0, "the engine keeps all where each layer has a window"
     assert half.attention_decode(32, 65536) == pytest.approx(full.attention_decode(32, 65536) / 2, rel=0.01)
     assert half.attention_prefill(4096, 65536) == pytest.approx(full.attention_prefill(4096, 65536) / 2, rel=0.01)
 

@@ -72,6 +72,7 @@ class TimingHeader:
     memory_bytes: int
     host_bandwidth: float
     query_block_s: float | None = None  # each block of a cut attention; untold, it is `launch_s`
+    sequence_bytes: int = 0  # what a sequence keeps, however long it is: sliding windows, recurrent states
     wake_s: float = 0.0  # what a pass takes longer after the device stood idle
     engine_loop_s: float | None = None  # the part of `host_s` that is the engine's loop, beyond a pass itself
     engine_between_s: float | None = None  # the part of `engine_loop_s` that lies between two passes
@@ -95,6 +96,7 @@ _MAY_BE_ZERO = (
     "resume_s",
     "query_block_s",
     "wake_s",
+    "sequence_bytes",
     "engine_loop_s",
     "engine_between_s",
 )

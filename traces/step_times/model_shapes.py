@@ -139,9 +139,16 @@ class ModelShape:
         return round(experts * WEIGHT_BYTES[expert_dtype] + self.other_weights() * WEIGHT_BYTES[other_dtype])
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes of KV cache per token, all layers; of layers with a window as of all others."""
-        plain = self.kv_heads * (self.head_dim + self.head_value)
-        return self.layers * (self.latent_kv or plain) * bytes_per_value
+        """Bytes of KV cache per token, in the layers that keep all tokens; where each has a window, as if none had."""
+        return (self.layers - self.window_layers or self.layers) * self.kv_bytes_per_layer(bytes_per_value)
+
+    def kv_bytes_per_layer(self, bytes_per_value: int = 2) -> int:
+        """Bytes of KV per token in one layer."""
+        return (self.latent_kv or self.kv_heads * (self.head_dim + self.head_value)) * bytes_per_value
+
+    def sequence_bytes(self, bytes_per_value: int = 2) -> int:
+        """Bytes of KV that a long sequence keeps in the layers with a window, beside others: those of the window."""
+        return (self.window_layers % self.layers) * self.window * self.kv_bytes_per_layer(bytes_per_value)
 
 
 SHAPES = {

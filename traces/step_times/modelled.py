@@ -118,12 +118,12 @@ class _Roofline:
         shape = self.shape
         if shape.latent_kv:
             return shape.heads * (shape.key_dim + shape.head_value) * VALUE_BYTES
-        return shape.kv_bytes_per_token(VALUE_BYTES) / shape.layers
+        return shape.kv_bytes_per_layer(VALUE_BYTES)
 
     def decode(self, batch: int, context: int) -> float:
         """One new token each of `batch` sequences over `context` cached ones."""
         shape = self.shape
-        kept = shape.kv_bytes_per_token(VALUE_BYTES) / shape.layers
+        kept = shape.kv_bytes_per_layer(VALUE_BYTES)
         flops, rank = 2.0 * shape.heads * (shape.key_dim + shape.head_value), 0
         if shape.latent_kv:
             rank = shape.latent_gemm[1]
@@ -224,6 +224,7 @@ def roofline_timings(
         suspend_s=2 * costs.launch_s,
         resume_s=costs.launch_s,
         kv_bytes_per_token=shape.kv_bytes_per_token(VALUE_BYTES),
+        sequence_bytes=shape.sequence_bytes(VALUE_BYTES),
         weights_bytes=weights,
         memory_bytes=gpu.memory,
         host_bandwidth=gpu.host_bandwidth,

@@ -46,7 +46,7 @@ def least_seconds(
     for step in ("dense_pre", "dense_post", "expert", "head"):
         kind, flops = experts if step == "expert" else dense
         least[step] = [weights[step] * WEIGHT_BYTES[kind] / gpu.bandwidth, 2 * weights[step] / flops]
-    kv = shape.kv_bytes_per_token() / shape.layers / gpu.bandwidth
+    kv = shape.kv_bytes_per_layer() / gpu.bandwidth
     fixed = 0.0
     if shape.latent_kv:  # decode works on what is kept, prefill on the K and V that one GEMM makes of it
         n, k = shape.latent_gemm

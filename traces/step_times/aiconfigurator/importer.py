@@ -131,6 +131,7 @@ def import_aiconfigurator(
         suspend_s=2 * launch_s,
         resume_s=launch_s,
         kv_bytes_per_token=shape.kv_bytes_per_token(),
+        sequence_bytes=shape.sequence_bytes(),
         weights_bytes=weights,
         memory_bytes=memory,
         host_bandwidth=float(tables.system["node"]["pcie_bw"]),

@@ -116,7 +116,7 @@ class Kernels:
         wanted |= {"num_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "window_size": window}
         context, _ = self.tables.read("context", choice, **wanted, batch_size=1, step=0)
         generation, name = self.tables.read("generation", choice, **wanted)
-        kv = shape.kv_bytes_per_token() / shape.layers / self.memory.peak
+        kv = shape.kv_bytes_per_layer() / self.memory.peak
 
         def least(batch: float, context: float) -> float:
             return batch * kv * (min(context, window) if window else context)

@@ -31,7 +31,7 @@ def shape_notes(shape: ModelShape, floored: Mapping[str, int]) -> dict[str, str]
     if shape.window_layers:
         notes[NOTES[1]] = (
             f"attention is the mean over {shape.layers} layers, of which {shape.window_layers} see the last "
-            f"{shape.window} tokens; kv_bytes_per_token counts all layers"
+            f"{shape.window} tokens, which sequence_bytes holds"
         )
     if shape.latent_kv:
         notes[NOTES[3]] = (

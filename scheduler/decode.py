@@ -251,8 +251,7 @@ class DecodePool:
 
     def _merge(self, batch: DecodeBatch, here: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
         """One batch of both, and the other, empty. Where places are short, the most urgent have them."""
-        if batch.members:
-            self.refill()
+        self.refill()
         both = [*here.members.values(), *batch.members.values()]
         if len(both) > (places := max(self.places, len(here.members))):
             for r in sorted(both, key=rank)[places:]:

@@ -69,7 +69,7 @@ class SimulatedPass:
         return self._gpu.routing.counts(self._size[0], self._draw)
 
     def end(self, step: int) -> float:
-        """Seconds from the pass's start to the end of `step`: whole ticks, so the sum of all steps up to it."""
+        """Seconds from the pass's start to the end of `step`, any but the head: the sum of all steps up to it."""
         cost = self.cost
         if self._layers is None:
             self._layers = self._timed_layers()
@@ -77,8 +77,6 @@ class SimulatedPass:
         if step == 0:
             return starts[0]
         layer, inside = divmod(step - 1, cost.steps_per_layer)
-        if layer == self.steps.layers:
-            return self.total
         seconds = starts[layer] + cost.pre_s + cost.query_block_s * min(inside, cost.query_blocks)
         group = inside - cost.query_blocks - 2
         if group >= -1:

@@ -167,11 +167,11 @@ def after_warmup(requests: pd.DataFrame, warmup: Warmup | None) -> pd.DataFrame:
     return kept
 
 
-def _counts(arrival: pd.Series, warmup: Warmup) -> pd.Series:
-    """Which of the requests of one run that arrive at `arrival` come after the warm-up."""
+def _counts(arrival: pd.Series, warmup: Warmup) -> np.ndarray:
+    """Which of the requests of one run that arrive at `arrival` come after the warm-up, bool[n]."""
     if warmup.seconds is not None:
-        return arrival - arrival.min() >= warmup.seconds
-    return arrival.rank(method="first") > round((warmup.share or 0.0) * len(arrival), 6)
+        return np.asarray(arrival - arrival.min() >= warmup.seconds)
+    return np.asarray(arrival.rank(method="first") > round((warmup.share or 0.0) * len(arrival), 6))
 
 
 def summarise(
@@ -207,7 +207,7 @@ def summarise(
         here = at_point["row"].to_numpy()
         runs = [here[rows_of_seed] for rows_of_seed in _by_seed(columns["seed"][here])]
         if warmup is not None:
-            runs = [run[_counts(pd.Series(columns["arrival_s"][run]), warmup).to_numpy()] for run in runs]
+            runs = [run[_counts(pd.Series(columns["arrival_s"][run]), warmup)] for run in runs]
         counted = np.concatenate(runs)
         makespan = sum(_span(columns["arrival_s"][run], columns["finish_s"][run]) for run in runs)
         coordinate = dict(zip(point, key if isinstance(key, tuple) else (key,), strict=True))
@@ -277,7 +277,7 @@ def _summary_row(mine: Columns, makespan: float) -> dict[str, Any]:
     ttft = [mine["ttft_s"][rows] for rows in _by_seed(mine["seed"])]
     lo, hi = bootstrap([seconds[~np.isnan(seconds)] for seconds in ttft], np.mean)
     has_slo = not np.isnan(mine["good"]).all()
-    times = {}
+    times: dict[str, float] = {}
     for name in ("ttft", "tpot", "turnaround"):
         p50, p95, p99 = percentiles(mine[f"{name}_s"], (50, 95, 99))
         times |= {f"{name}_p50_s": p50, f"{name}_p95_s": p95, f"{name}_p99_s": p99}

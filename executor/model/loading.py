@@ -37,7 +37,6 @@ from qllm.executor.quantised.left_out import leave_out
 from qllm.executor.quantised.packed import FORMS, expand_packed, read_packed
 from qllm.executor.recurrent.mixers import hook_mixers
 from qllm.executor.unpacked.attention import hook_unpacked
-from qllm.scheduler.memory import RESIDENT
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -217,12 +216,12 @@ class LoadedModel:
         """A whole model, prepared."""
         return cls(name, model, model_facts(model)["layers"], weights_bytes(model), weights)
 
-    def kv_blocks(self, block_size: int, max_seqs: int) -> int:
-        """KV blocks of `block_size` tokens that the device has room for, by what was free when first asked."""
-        asked = block_size, max_seqs
+    def kv_blocks(self, block_size: int, residents: int) -> int:
+        """KV blocks of `block_size` tokens for so many sequences at a time, by what memory was free when first asked."""
+        asked = block_size, residents
         if asked not in self._blocks:
             facts = model_facts(self.model)
-            self._blocks[asked] = fitting_blocks(self.model, facts, block_size, RESIDENT * max_seqs)
+            self._blocks[asked] = fitting_blocks(self.model, facts, block_size, residents)
         return self._blocks[asked]
 
 

@@ -31,6 +31,7 @@ from qllm.experiment.progress import Update
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
 from qllm.scheduler import Limits, RequestTooLarge, make_policy
+from qllm.scheduler.memory import RESIDENT
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
@@ -75,10 +76,11 @@ def engine_clock(target: LoadedModel, config: Config) -> RealClock:
 
 def engine_limits(target: LoadedModel, config: Config) -> Limits:
     """The scheduler's limits; KV blocks, unless given, from the memory that the device has free."""
-    blocks = config.limits.kv_blocks
+    given = config.limits
+    blocks = given.kv_blocks
     if blocks is None:
-        blocks = target.kv_blocks(config.limits.block_size, config.limits.max_seqs)
-    return limits_with(config, blocks, config.limits.max_resident)
+        blocks = target.kv_blocks(given.block_size, given.max_resident or RESIDENT * given.max_seqs)
+    return limits_with(config, blocks, given.max_resident)
 
 
 def run(

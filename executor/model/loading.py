@@ -217,7 +217,7 @@ class LoadedModel:
         return cls(name, model, model_facts(model)["layers"], weights_bytes(model), weights)
 
     def kv_blocks(self, block_size: int, residents: int) -> int:
-        """KV blocks of `block_size` tokens for so many sequences at a time, by what memory was free when first asked."""
+        """KV blocks of `block_size` tokens for so many sequences at a time, by what was free when first asked."""
         asked = block_size, residents
         if asked not in self._blocks:
             facts = model_facts(self.model)

@@ -9,15 +9,15 @@ from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policies.classic import Qllm
 from qllm.scheduler.policies.joining import LsPass
 from qllm.scheduler.policies.orders import ORDERS, Order
-from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing
+from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing, least_slice
 from qllm.scheduler.policies.settings import at_least, share, whole
+from qllm.scheduler.policy import GoesOn
 from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
 
 PATIENT = 0.25  #: share of its bound within which a first token has to come, so that its prefill stops nobody
-LEAST_SLICE_S = 0.001  #: no pass goes on for less
 
 
 class Slack(Qllm):
@@ -69,16 +69,16 @@ class Slack(Qllm):
         if order not in ORDERS:
             raise UnknownPolicy(f"slack: order is {order!r:.80}, must be one of {', '.join(ORDERS)}")
         self.weights = _weights({} if weights is None else weights)
-        self.make_order = ORDERS[order]
+        self.order_name = order
         self.max_wait_s = NEVER if max_wait_s is None else at_least(0, "slack", "max_wait_s", max_wait_s)
         self.shed_s = NEVER if shed_s is None else at_least(0, "slack", "shed_s", shed_s)
 
     def start(self, s: Scheduler) -> None:
-        self._order: Order = self.make_order(self.weights)
+        self._order: Order = ORDERS[self.order_name](self.weights)
         self._pacing = Pacing(self.tpot_stretch, self.be_share)
         self._launches = LaunchRate()
         self._decoding: Decoding | None = None
-        self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken
+        self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken, if it holds
         self._running_id, self._running_total = -1, NEVER  # of the running pass, and its predicted seconds
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -119,7 +119,15 @@ class Slack(Qllm):
             self._pacing.ls_left()
         if self._pacing.owed > OWED_S:
             return True
-        return super().resume(s, suspended, now) and self._due(s) - now > LEAST_SLICE_S
+        if not super().resume(s, suspended, now):
+            return False
+        decoding = self._ls(s)
+        return decoding is None or self._has_slack(decoding, now)
+
+    def _has_slack(self, decoding: Decoding, now: float) -> bool:
+        """Whether BE may run until LS has to go on."""
+        alone = decoding.seconds
+        return alone is not None and self._pacing.start_by(decoding) - now >= least_slice(alone)
 
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
         if running.suspended_s >= self.max_suspended_s:
@@ -158,11 +166,51 @@ class Slack(Qllm):
             alone = self._alone(s, p) if be_part else took
             self._pacing.ls_ran(now, took, alone, be_part, be_part > 0 or self._be_waits(s))
         if ended:
+            self._seen = None
             for c in p.prefill:
                 if not c.context and not c.request.generated:
                     self._order.launched(c.request)
                     if c.request.level > ls:
                         self._launches.launched(c.request)
+
+    def alike(self, s: Scheduler, p: Pass) -> GoesOn | bool:
+        """BE that decodes without LS goes on, and LS alone until BE may run."""
+        ls = self.urgent
+        if s.waiting.level() <= ls or s.ready.count(ls):
+            return False
+        if p.level > ls:
+            return not s.suspended_passes and (self._be_goes_on if self._pacing.owed else True)
+        decoding = self._decoding
+        if decoding is None or decoding.bounds < NEVER or not decoding.n == p.n_decode == _ls_decodes(p, ls):
+            return False
+        if any(suspended.level <= ls for suspended in s.suspended_passes):
+            return False
+        return self._ls_goes_on(s, self._be_waits(s))
+
+    def _be_goes_on(self, begin: float, end: float) -> bool:
+        self._pacing.be_ran(end - begin)
+        return True
+
+    def _ls_goes_on(self, s: Scheduler, be_waits: bool) -> GoesOn:
+        pacing, stopped = self._pacing, bool(s.suspended_passes)
+
+        def goes_on(begin: float, end: float) -> bool:
+            before, took = pacing.state(), end - begin
+            pacing.ls_ran(end, took, took, 0.0, be_waits)
+            assert self._decoding is not None  # that of the pass
+            later = self._decoding.a_pass_later(s)
+            if be_waits:
+                if stopped:
+                    alone = pacing.owed <= OWED_S and not self._has_slack(later, end)
+                else:
+                    alone = later.seconds is None or pacing.start_by(later) <= end
+                if not alone:
+                    pacing.back(before)
+                    return False
+            self._decoding = later
+            return True
+
+        return goes_on
 
     def _be_waits(self, s: Scheduler) -> bool:
         ls = self.urgent
@@ -175,7 +223,7 @@ class Slack(Qllm):
         if s.ready.batch.level > self.urgent:
             return None
         seen = s.passes, s.ready.count(self.urgent)
-        if seen != self._seen or self._decoding is None:
+        if seen != self._seen:
             self._seen, self._decoding = seen, Decoding(s, self.urgent)
         return self._decoding
 
@@ -223,7 +271,7 @@ class Slack(Qllm):
         wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
         decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
         tokens = self._worth_joining(s, mine, limit, decodes)
-        if not tokens and slack >= LEAST_SLICE_S and batch.prefill(tokens=self.budget, chunk=True):
+        if not tokens and slack >= least_slice(decoding.seconds) and batch.prefill(tokens=self.budget, chunk=True):
             return
         batch.decode(decoding.n + decodes)
         if tokens:

@@ -117,15 +117,13 @@ def checked_policy(policy: Policy, name: str = "") -> Policy:
     return policy
 
 
-def is_steady(policy: Policy) -> bool:
-    """Whether `policy` is steady by what the class says that its last answers are from."""
-    return bool(_said_last(policy, "steady").get("steady")) and not policy.predicts and policy.max_wait_s == NEVER
-
-
-def knows_alike(policy: Policy) -> bool:
-    """Whether `policy` is asked `alike`: the class that its last answers are from has an answer to that, too."""
-    said = _said_last(policy, "alike").get("alike")
-    return said is not None and said is not vars(Policy)["alike"] and policy.max_wait_s == NEVER
+def steadiness(policy: Policy) -> tuple[bool, bool]:
+    """Whether `policy` is steady, and whether it is asked `alike`: by the class that its last answers are from."""
+    if policy.max_wait_s < NEVER:
+        return False, False
+    alike = _said_last(policy, "alike").get("alike")
+    steady = bool(_said_last(policy, "steady").get("steady")) and not policy.predicts
+    return steady, alike is not None and alike is not vars(Policy)["alike"]
 
 
 def _said_last(policy: Policy, name: str) -> Mapping[str, Any]:

@@ -35,16 +35,7 @@ from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.pass_times import PassSeconds, PassTimes
 from qllm.scheduler.passes import NEVER, Pass, longest_suspended
-from qllm.scheduler.policy import (
-    Policy,
-    ask,
-    checked_answer,
-    checked_policy,
-    classify,
-    is_steady,
-    knows_alike,
-    policy_error,
-)
+from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, policy_error, steadiness
 from qllm.scheduler.reprioritize import change_priority
 from qllm.scheduler.request import Request, RequestShed, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
@@ -84,7 +75,7 @@ class Scheduler:
         self.times = PassTimes(seconds) if policy.predicts else None  #: what is known of those of passes
         self.ageing = Ageing(policy.max_wait_s, policy.urgent)
         self._hears = type(policy).ran is not Policy.ran
-        self.steady, self.asks_alike = is_steady(policy), knows_alike(policy)  #: see repeats.py
+        self.steady, self.asks_alike = steadiness(policy)  #: see repeats.py
         self._chooses = type(policy).admits is not Policy.admits
         #: whether `should_yield` may turn true with time alone
         self.rechecks = type(policy).recheck_at is not Policy.recheck_at or policy.max_wait_s < NEVER

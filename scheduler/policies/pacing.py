@@ -1,8 +1,7 @@
-"""What `slack` keeps of time: when LS has to go on, what BE is owed, and how fast BE is launched."""
+"""What `slack` keeps of time: when LS has to go on, what BE is owed, and how fast requests are launched."""
 
 from __future__ import annotations
 
-from copy import copy
 from typing import TYPE_CHECKING
 
 from qllm.scheduler.passes import NEVER
@@ -54,8 +53,9 @@ class Decoding:
 
     def a_pass_later(self, s: Scheduler) -> Decoding:
         """The same requests, none of which has a bound, when each has a token more."""
-        later = copy(self)
-        later.context += self.n
+        later: Decoding = object.__new__(Decoding)
+        later.n, later.due, later.bounds, later.unbounded = self.n, NEVER, NEVER, True
+        later.context = self.context + self.n
         later.seconds = s.seconds((), self.n, later.context)
         return later
 
@@ -124,7 +124,7 @@ def least_slice(alone: float) -> float:
 
 
 class LaunchRate:
-    """How long BE requests take, each after the other, until they are launched."""
+    """How long requests take, each after the other, until they are launched."""
 
     def __init__(self) -> None:
         self._last = -NEVER

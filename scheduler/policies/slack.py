@@ -10,7 +10,7 @@ from qllm.scheduler.policies.classic import Qllm
 from qllm.scheduler.policies.joining import LsPass
 from qllm.scheduler.policies.orders import ORDERS, Order
 from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing, least_slice
-from qllm.scheduler.policies.settings import at_least, share, whole
+from qllm.scheduler.policies.settings import at_least, share, tenant_weights, whole
 from qllm.scheduler.policy import GoesOn
 from qllm.scheduler.request import Request, UnknownPolicy
 
@@ -42,6 +42,7 @@ class Slack(Qllm):
         max_wait_s: A BE request that was in no running pass for so long in all is served as LS. None: no bound.
         shed_s: BE requests are turned away while those before them would take longer than this to be launched, as it
             goes now. None: all are let in.
+        shed_ls_s: The same for LS requests, where LS alone is more than the device can do. None: they queue.
 
     Raises:
         UnknownPolicy: A setting is not what is allowed.
@@ -60,6 +61,7 @@ class Slack(Qllm):
         max_suspended_s: float | None = None,
         max_wait_s: float | None = None,
         shed_s: float | None = None,
+        shed_ls_s: float | None = None,
     ):
         super().__init__(max_suspended_s=max_suspended_s)
         self.ttft_stretch = at_least(1, "slack", "ttft_stretch", ttft_stretch)
@@ -68,15 +70,16 @@ class Slack(Qllm):
         self.budget = whole(1, "slack", "budget", budget)
         if order not in ORDERS:
             raise UnknownPolicy(f"slack: order is {order!r:.80}, must be one of {', '.join(ORDERS)}")
-        self.weights = _weights({} if weights is None else weights)
+        self.weights = tenant_weights("slack", {} if weights is None else weights)
         self.order_name = order
         self.max_wait_s = NEVER if max_wait_s is None else at_least(0, "slack", "max_wait_s", max_wait_s)
         self.shed_s = NEVER if shed_s is None else at_least(0, "slack", "shed_s", shed_s)
+        self.shed_ls_s = NEVER if shed_ls_s is None else at_least(0, "slack", "shed_ls_s", shed_ls_s)
 
     def start(self, s: Scheduler) -> None:
         self._order: Order = ORDERS[self.order_name](self.weights)
         self._pacing = Pacing(self.tpot_stretch, self.be_share)
-        self._launches = LaunchRate()
+        self._launches, self._ls_launches = LaunchRate(), LaunchRate()
         self._decoding: Decoding | None = None
         self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken, if it holds
         self._running_id, self._running_total = -1, NEVER  # of the running pass, and its predicted seconds
@@ -87,12 +90,15 @@ class Slack(Qllm):
         return self._order.key(r, urgent=r.level <= self.urgent), r.arrival, r.id
 
     def admits(self, s: Scheduler, r: Request, now: float) -> str | None:
-        if self.shed_s == NEVER or r.level <= self.urgent:
+        is_ls = r.level <= self.urgent
+        setting, most = ("shed_ls_s", self.shed_ls_s) if is_ls else ("shed_s", self.shed_s)
+        if most == NEVER:
             return None
-        wait = self._launches.wait(sum(s.waiting.count(n) for n in s.waiting.levels() if self.urgent < n <= r.level))
-        if wait <= self.shed_s:
+        levels = [n for n in s.waiting.levels() if (n <= self.urgent) == is_ls and n <= r.level]
+        wait = (self._ls_launches if is_ls else self._launches).wait(sum(map(s.waiting.count, levels)))
+        if wait <= most:
             return None
-        return f"it would wait for about {wait:.3g} s before it is launched; allowed: {self.shed_s:g} s (shed_s)"
+        return f"it would wait for about {wait:.3g} s before it is launched; allowed: {most:g} s ({setting})"
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
@@ -170,8 +176,7 @@ class Slack(Qllm):
             for c in p.prefill:
                 if not c.context and not c.request.generated:
                     self._order.launched(c.request)
-                    if c.request.level > ls:
-                        self._launches.launched(c.request)
+                    (self._launches if c.request.level > ls else self._ls_launches).launched(c.request)
 
     def alike(self, s: Scheduler, p: Pass) -> GoesOn | bool:
         """BE that decodes without LS goes on, and LS alone until BE may run."""
@@ -181,7 +186,9 @@ class Slack(Qllm):
         if p.level > ls:
             return not s.suspended_passes and (self._be_goes_on if self._pacing.owed else True)
         decoding = self._decoding
-        if decoding is None or decoding.bounds < NEVER or not decoding.n == p.n_decode == _ls_decodes(p, ls):
+        if decoding is None or decoding.bounds < NEVER or _ls_decodes(p, ls) < p.n_decode:
+            return False
+        if decoding.context != p.decode_context:  # it was taken while some had no place in the batch
             return False
         if any(suspended.level <= ls for suspended in s.suspended_passes):
             return False
@@ -192,21 +199,18 @@ class Slack(Qllm):
         return True
 
     def _ls_goes_on(self, s: Scheduler, be_waits: bool) -> GoesOn:
-        pacing, stopped = self._pacing, bool(s.suspended_passes)
+        pacing, joins = self._pacing, len(s.ready) > 0 and not s.suspended_passes
 
         def goes_on(begin: float, end: float) -> bool:
             before, took = pacing.state(), end - begin
             pacing.ls_ran(end, took, took, 0.0, be_waits)
             assert self._decoding is not None  # that of the pass
             later = self._decoding.a_pass_later(s)
-            if be_waits:
-                if stopped:
-                    alone = pacing.owed <= OWED_S and not self._has_slack(later, end)
-                else:
-                    alone = later.seconds is None or pacing.start_by(later) <= end
-                if not alone:
-                    pacing.back(before)
-                    return False
+            if be_waits and (
+                pacing.owed > OWED_S or self._has_slack(later, end) or (joins and pacing.start_by(later) > end)
+            ):
+                pacing.back(before)
+                return False
             self._decoding = later
             return True
 
@@ -270,9 +274,11 @@ class Slack(Qllm):
         mine, limit = LsPass(s, (), decoding.n, decoding.context), decoding.seconds + slack
         wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
         decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
-        tokens = self._worth_joining(s, mine, limit, decodes)
-        if not tokens and slack >= least_slice(decoding.seconds) and batch.prefill(tokens=self.budget, chunk=True):
-            return
+        tokens = 0
+        if slack >= least_slice(decoding.seconds):
+            tokens = self._worth_joining(s, mine, limit, decodes)
+            if not tokens and batch.prefill(tokens=self.budget, chunk=True):
+                return
         batch.decode(decoding.n + decodes)
         if tokens:
             batch.prefill(tokens=tokens, chunk=True)
@@ -300,12 +306,3 @@ def _be_part(p: Pass, ls: float) -> float:
 def _ls_decodes(p: Pass, ls: float) -> int:
     """How many LS requests decode in `p`."""
     return 0 if p.decode is None else sum(n for level, n in p.decode.levels.items() if level <= ls)
-
-
-def _weights(given: object) -> dict[str, float]:
-    if not isinstance(given, dict):
-        raise UnknownPolicy(f"slack: weights is {given!r:.80}, must be a mapping of tenants to numbers above 0")
-    for tenant, weight in given.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < NEVER:
-            raise UnknownPolicy(f"slack: weights.{tenant} is {weight!r:.80}, must be a number above 0")
-    return {str(tenant): float(weight) for tenant, weight in given.items()}

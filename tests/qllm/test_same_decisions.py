@@ -150,7 +150,8 @@ def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, partners,
     limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4)
     real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
-    assert (real.status == Status.FINISHED).sum() == 39
+    finished = (real.status == Status.FINISHED).sum()
+    assert 10 < finished < 39 if settings.keys() & {"shed_s", "shed_ls_s"} else finished == 39
     if make_policy(name).granularity != "iteration":
         assert real.preemptions.sum() > 0
     assert any(partners) == settings.get("merge", False)

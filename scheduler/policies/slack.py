@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policies.classic import Qllm
-from qllm.scheduler.policies.joining import LsPass
+from qllm.scheduler.policies.joining import LsPass, tokens_held
 from qllm.scheduler.policies.orders import ORDERS, Order
 from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing, least_slice
 from qllm.scheduler.policies.settings import at_least, share, tenant_weights, whole
@@ -192,23 +192,31 @@ class Slack(Qllm):
             return False
         if any(suspended.level <= ls for suspended in s.suspended_passes):
             return False
-        return self._ls_goes_on(s, self._be_waits(s))
+        return self._ls_goes_on(s, p, self._be_waits(s))
 
     def _be_goes_on(self, begin: float, end: float) -> bool:
         self._pacing.be_ran(end - begin)
         return True
 
-    def _ls_goes_on(self, s: Scheduler, be_waits: bool) -> GoesOn:
-        pacing, joins = self._pacing, len(s.ready) > 0 and not s.suspended_passes
+    def _ls_goes_on(self, s: Scheduler, p: Pass, be_waits: bool) -> GoesOn:
+        pacing = self._pacing
+        joins = 0 if s.suspended_passes else min(len(s.ready), s.limits.max_seqs - p.n_decode)
+        each = tokens_held(s, self.urgent) if joins else 0
+
+        def fit(decoding: Decoding, now: float) -> bool:
+            """Whether BE decodes join, as `_decode_ls` has it."""
+            slack = pacing.start_by(decoding) - now
+            if decoding.seconds is None or slack <= 0:
+                return False
+            mine = LsPass(s, (), decoding.n, decoding.context, each)
+            return mine.decodes(decoding.seconds + slack, joins, save=LONGEST_GAP * decoding.seconds) > 0
 
         def goes_on(begin: float, end: float) -> bool:
             before, took = pacing.state(), end - begin
             pacing.ls_ran(end, took, took, 0.0, be_waits)
             assert self._decoding is not None  # that of the pass
             later = self._decoding.a_pass_later(s)
-            if be_waits and (
-                pacing.owed > OWED_S or self._has_slack(later, end) or (joins and pacing.start_by(later) > end)
-            ):
+            if be_waits and (pacing.owed > OWED_S or self._has_slack(later, end) or (joins and fit(later, end))):
                 pacing.back(before)
                 return False
             self._decoding = later
@@ -255,7 +263,8 @@ class Slack(Qllm):
         alone = s.seconds(chunks)
         if alone is None:
             return
-        mine, limit = LsPass(s, chunks, 0, 0), max(self.ttft_stretch * alone, alone + self._pacing.owed)
+        mine = LsPass(s, chunks, 0, 0, tokens_held(s))
+        limit = max(self.ttft_stretch * alone, alone + self._pacing.owed)
         decodes = mine.decodes(limit, min(len(s.ready), s.limits.max_seqs - len(chunks)))
         if decodes:
             batch.decode(decodes)
@@ -271,7 +280,8 @@ class Slack(Qllm):
         if decoding.seconds is None or slack <= 0 or s.suspended_passes:
             batch.decode(decoding.n)
             return
-        mine, limit = LsPass(s, (), decoding.n, decoding.context), decoding.seconds + slack
+        mine = LsPass(s, (), decoding.n, decoding.context, tokens_held(s, self.urgent))
+        limit = decoding.seconds + slack
         wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
         decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
         tokens = 0

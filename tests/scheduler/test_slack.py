@@ -235,41 +235,43 @@ def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, low, 
 
 
 def work(requests: list[Request]) -> float:
-    """Seconds that they take, each by itself."""
-    return sum(r.max_tokens * seconds((), 1, 0) + r.prompt_tokens * TOKEN_S for r in requests)
+    """Seconds that they take, each by itself and token by token."""
+    return sum(r.max_tokens * (PASS_S + TOKEN_S) + r.prompt_tokens * TOKEN_S for r in requests)
 
 
 @st.composite
 def streams(draw) -> tuple[list[Request], list[Request]]:
-    """LS that leaves the device hardly ever idle, and up to ten BE requests of three classes."""
-    load = draw(st.floats(0.5, 2.0))
-    ls, at = [], 0.0
-    for i in range(draw(st.integers(5, 60))):
-        ls.append(Request(i, draw(st.integers(1, 600)), draw(st.integers(1, 20)), 0, at))
-        at += draw(st.floats(0.0, 2.0)) * work(ls[-1:]) / load
-    sizes = st.tuples(st.integers(1, 1500), st.integers(1, 6), st.integers(1, 3), st.floats(0.0, at))
-    drawn = draw(st.lists(sizes, min_size=1, max_size=10))
-    return ls, [Request(1000 + i, *each) for i, each in enumerate(drawn)]
+    """LS that decodes for 12 s at least without a pause, beside LS that comes and goes; and BE of three classes."""
+    ls = [Request(0, 100, 1200, 0, 0.0)]
+    gaps = draw(st.lists(st.floats(0.01, 0.5), max_size=40))
+    for i, gap in enumerate(gaps):
+        ls.append(Request(1 + i, draw(st.integers(1, 600)), draw(st.integers(1, 30)), 0, ls[-1].arrival + gap))
+    sizes = st.tuples(st.integers(1, 1500), st.integers(1, 4), st.integers(1, 3), st.floats(0.0, 3.0))
+    be = draw(st.lists(sizes, min_size=1, max_size=4))
+    return ls, [Request(1000 + i, *each) for i, each in enumerate(be)]
 
 
-@settings(max_examples=40, deadline=None)
-@given(streams(), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([1.0, 1.5]), st.sampled_from([0.2, 2.0]))
-def test_nobody_is_in_no_running_pass_for_longer_than_max_wait_s_and_the_work_that_is_as_urgent_then(
-    stream, share, stretch, bound
-):
-    """Once a request is LS, nobody who comes later goes before it: what came before it is all that it waits for."""
+@settings(max_examples=25, deadline=None)
+@given(streams(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.2, 2.0]))
+def test_nobody_waits_for_longer_than_max_wait_s_and_for_the_prompts_that_came_before(stream, share, bound):
+    """After `max_wait_s` it is LS, and goes before all LS that came later.
+
+    What is left are prompts before it in the queue, and up to a second: the pass that runs, and what BE may be owed.
+    """
     ls, be = stream
-    s = scheduler(be_share=share, tpot_stretch=stretch, max_wait_s=bound)
+    s = scheduler(be_share=share, tpot_stretch=1.0, max_wait_s=bound)
     play(s, [*ls, *be], 300.0, step=0.01)
     for r in be:
+        aged = r.arrival + bound
+        before = [q for q in (*ls, *be) if q.arrival <= r.arrival and q is not r and q.first_launch > aged]
+        prompts = sum(PASS_S + TOKEN_S * q.prompt_tokens for q in before)
+        assert r.first_launch <= aged + 1.05 * prompts + 1.0
         assert not isnan(r.finish)
-        before = [q for q in (*ls, *be) if q is not r and q.arrival <= r.arrival + r.running_s + bound]
-        assert r.finish - r.arrival - r.running_s <= bound + work(before) + 0.1
         assert r.priority > 0, "its priority is what it was"
 
 
-@settings(max_examples=40, deadline=None)
-@given(streams(), st.sampled_from([0.1, 0.3]), st.sampled_from([1.0, 1.5]))
+@settings(max_examples=25, deadline=None)
+@given(streams(), st.sampled_from([0.15, 0.4]), st.sampled_from([1.0, 1.5]))
 def test_be_has_its_share_of_the_device_whatever_ls_is_like(stream, share, stretch):
     """All of BE is done once `be_share` of the time is what it needs, and the 0.5 s that it may be owed."""
     ls, be = stream

@@ -208,7 +208,8 @@ class GpuModel:
         n, context, draws = p.n_decode, p.decode_context, self.ahead()
         variants, known, seconds = self._decodes[n], self._experts_s, self.steps.decode_seconds(n, context)
         times = min(times, len(draws))
-        done, begins, ends, draw, total = 0, p.launched, [], 0, 0.0
+        done, begins, draw, total = 0, p.launched, 0, 0.0
+        ends: list[float] = []
         while done < times and end < until and (goes_on is None or goes_on(begins, end)):
             done += 1
             begins = end

@@ -97,7 +97,9 @@ def speeds() -> list[dict[str, Any]]:
     rows = []
     for timings in MODELS:
         once(timings, "qllm", 500)
-        runs = {policy: [once(timings, policy, 5000) for _ in range(5)] for policy in ("fcfs", "chunked", "qllm")}
+        runs = {
+            policy: [once(timings, policy, 5000) for _ in range(5)] for policy in ("fcfs", "chunked", "qllm", "slack")
+        }
         for load, measured in (runs | {"decoding": [decode_only(timings) for _ in range(5)]}).items():
             found = [passes / seconds for seconds, passes in measured]
             row = {"timings": timings, "load": load, "passes_per_s": statistics.median(found)}
@@ -110,7 +112,7 @@ def processes() -> list[dict[str, Any]]:
     """Requests per second of a whole process."""
     rows = []
     for timings in MODELS:
-        for policy in ("fcfs", "qllm"):
+        for policy in ("fcfs", "qllm", "slack"):
             seconds = statistics.median(process(timings, policy, 5000)["seconds"] for _ in range(5))
             rows.append({"timings": timings, "policy": policy, "seconds": seconds, "requests_per_s": 5000 / seconds})
             print(f"  {timings:26} {policy:8} {seconds:6.2f} s  {5000 / seconds:8,.0f} requests/s")

@@ -7,7 +7,7 @@ do: call `batch.prefill(...)` and `batch.decode()`. It keeps no clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import ne
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
 
 Granularity = Literal["iteration", "layer", "expert"]
+GoesOn = Callable[[float, float], bool]  #: see `Policy.alike`
 
 
 class Policy:
@@ -87,6 +88,19 @@ class Policy:
         """Return when (seconds) `preempts` may turn true though nothing happens; inf: never."""
         return NEVER
 
+    def alike(self, s: Scheduler, p: Pass) -> GoesOn | bool:
+        """Return whether passes like `p`, which begins and only decodes, follow it while nobody comes or ends.
+
+        For policies that are not steady; a simulation asks them less often then. A subclass with answers of its own has
+        to answer this again.
+
+        Returns:
+            Whether they do, whatever the time, and without being told (`ran`) of passes that end. Or a function that
+            is called with begin and end (seconds) of each pass in turn. Where a pass alike follows, it takes note of
+            that one as `ran` would, and returns True. Else it takes note of nothing.
+        """
+        return False
+
     def __repr__(self) -> str:
         return f"policy {type(self).__name__}"
 
@@ -104,11 +118,19 @@ def checked_policy(policy: Policy, name: str = "") -> Policy:
     return policy
 
 
-def is_steady(policy: Policy) -> bool:
-    """Whether `policy` is steady by what the class says that its last answers are from."""
+def steadiness(policy: Policy) -> tuple[bool, bool]:
+    """Whether `policy` is steady, and whether it is asked `alike`: by the class that its last answers are from."""
+    if policy.max_wait_s < NEVER:
+        return False, False
+    alike = _said_last(policy, "alike").get("alike")
+    steady = bool(_said_last(policy, "steady").get("steady")) and not policy.predicts
+    return steady, alike is not None and alike is not vars(Policy)["alike"]
+
+
+def _said_last(policy: Policy, name: str) -> Mapping[str, Any]:
+    """What the object or class says that answers last, or that says `name`."""
     parts = (getattr(policy, "__dict__", {}), *map(vars, type(policy).__mro__))
-    said = next(part for part in parts if "steady" in part or any(map(_answers, part.items())))
-    return bool(said.get("steady")) and not policy.predicts and policy.max_wait_s == NEVER
+    return next(part for part in parts if name in part or any(map(_answers, part.items())))
 
 
 def _answers(item: tuple[str, Any]) -> bool:
@@ -224,4 +246,5 @@ _ANSWERS: dict[str, _Check] = {
     "resume": (_is_yes_or_no, "True or False"),
     "ran": (_is_nothing, "None"),
     "recheck_at": (_is_time, "seconds, or inf for never"),
+    "alike": (lambda answer: _is_bool(answer) or callable(answer), "True, False, or a function of a pass's times"),
 }

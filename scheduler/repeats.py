@@ -1,16 +1,20 @@
 """Decode passes that follow each other without a decision between them.
 
-While nobody comes, ends or is evicted, a steady policy (`Policy.steady`) decides after each decode pass as before it.
-A simulation need not ask then: it counts how many passes are sure to be alike (`repeats`), and lets the pass stand for
-the last of them (`repeat`). What is left then is what asking each time would have left.
+While nobody comes, ends or is evicted, a steady policy (`Policy.steady`) decides after each decode pass as before it,
+and others may know for how long they will (`Policy.alike`). A simulation need not ask then: it counts how many passes
+are sure to be alike (`repeats`), and lets the pass stand for the last of them (`repeat`). What is left then is what
+asking each time would have left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from qllm.scheduler.pass_times import LAST, PassTimes
 from qllm.scheduler.passes import NEVER, Pass
+from qllm.scheduler.policy import GoesOn, ask
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
@@ -24,7 +28,7 @@ def repeats(s: Scheduler, p: Pass) -> int:
     fewer than it had, and what somebody who waits has found there stays for as long as the passes are alike.
     """
     batch = p.decode
-    if not s.steady or batch is None or p.prefill or p.preemptions or p.restored or p.offloaded:
+    if batch is None or p.prefill or p.preemptions or p.restored or p.offloaded:
         return 0
     if s.suspended_passes and s.policy.max_suspended_s < NEVER:
         return 0
@@ -42,10 +46,44 @@ def _may_come_back(s: Scheduler, level: float) -> bool:
     return r is not None and (r.evictions > 0 or s.has_slot(level)) and s.memory.room_for(r) is not None
 
 
-def repeat(s: Scheduler, p: Pass, times: int, now: float) -> None:
-    """So many passes like `p` have ended, none of which ended a request; `p` stands for the one that begins now."""
+def goes_on(s: Scheduler, p: Pass) -> GoesOn | bool:
+    """Whether passes like `p` follow it, by the policy; or a function that tells so of each, from begin and end."""
+    if s.steady:
+        return True
+    if s.times is not None and not s.times.has_model:
+        return False
+    answer: GoesOn | bool = ask(s.policy, "alike", s, p)
+    return answer if s.times is None or isinstance(answer, bool) else _learns(s.times, p, answer)
+
+
+def _learns(pass_times: PassTimes, p: Pass, answer: GoesOn) -> GoesOn:
+    """`answer`, asked when it is known what the pass took."""
+    n, context = p.n_decode, p.decode_context
+
+    def learns(begin: float, end: float) -> bool:
+        nonlocal context
+        forgotten = pass_times.observe_decode(n, context, end - begin)
+        if not answer(begin, end):
+            pass_times.unlearn(forgotten)
+            return False
+        context += n
+        return True
+
+    return learns
+
+
+def repeat(s: Scheduler, p: Pass, ends: Sequence[float], told: bool) -> None:
+    """Passes like `p` have ended at `ends`, none of which ended a request; `p` stands for the one that begins then.
+
+    `told`: Whether the policy was told of them.
+    """
     batch = p.decode
     assert batch is not None  # else there are no repeats
+    times, now = len(ends), ends[-1]
+    if s.times is not None and not told:
+        for i in range(max(0, times - LAST), times):
+            begin = ends[i - 1] if i else p.launched
+            s.times.observe_decode(p.n_decode, p.decode_context + i * p.n_decode, ends[i] - begin)
     s.passes += times
     s.kv.take(batch.repeat(times))
     batch.running_s += now - p.launched

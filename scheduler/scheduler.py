@@ -35,7 +35,7 @@ from qllm.scheduler.memory import Limits, Memory
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.pass_times import PassSeconds, PassTimes
 from qllm.scheduler.passes import NEVER, Pass, longest_suspended
-from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, is_steady, policy_error
+from qllm.scheduler.policy import Policy, ask, checked_answer, checked_policy, classify, policy_error, steadiness
 from qllm.scheduler.reprioritize import change_priority
 from qllm.scheduler.request import Request, RequestShed, SchedulerError, State
 from qllm.scheduler.waiting import WaitingQueues
@@ -72,10 +72,10 @@ class Scheduler:
         self.running: Pass | None = None
         self.passes = 0
         self._ran_prefill = False  # what ran last had prefills
-        self._times = PassTimes(seconds) if policy.predicts else None
+        self.times = PassTimes(seconds) if policy.predicts else None  #: what is known of those of passes
         self.ageing = Ageing(policy.max_wait_s, policy.urgent)
         self._hears = type(policy).ran is not Policy.ran
-        self.steady = is_steady(policy)  #: whether decode passes are repeated without asking (repeats.py)
+        self.steady, self.asks_alike = steadiness(policy)  #: see repeats.py
         self._chooses = type(policy).admits is not Policy.admits
         #: whether `should_yield` may turn true with time alone
         self.rechecks = type(policy).recheck_at is not Policy.recheck_at or policy.max_wait_s < NEVER
@@ -264,7 +264,7 @@ class Scheduler:
             n_decode: Sequences that decode.
             context: Tokens that these hold, all together.
         """
-        return None if self._times is None else self._times.seconds(chunks, n_decode, context)
+        return None if self.times is None else self.times.seconds(chunks, n_decode, context)
 
     # ---- passes ------------------------------------------------------------------------------------------------
 
@@ -300,8 +300,8 @@ class Scheduler:
         if self._hears:
             ask(self.policy, "ran", self, p, now, ended)
         p.stop(now)
-        if ended and self._times is not None:
-            self._times.observe(p)
+        if ended and self.times is not None:
+            self.times.observe(p)
 
     def end(self, r: Request, now: float, state: State) -> None:
         """`r` is not in the system any more."""

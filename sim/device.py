@@ -18,7 +18,7 @@ import simpy
 from simpy.events import EventPriority
 
 from qllm.scheduler import Pass, Request, Scheduler
-from qllm.scheduler.repeats import repeat, repeats
+from qllm.scheduler.repeats import goes_on, repeat, repeats
 from qllm.sim.merging import Merging, merged_group_seconds, suspended_runs
 from qllm.sim.passes import GpuModel, SimulatedPass
 from qllm.traces.step_times.cost_model import TICK
@@ -105,14 +105,20 @@ class Device:
             When the last of them begins, for which `p` stands from then on, and that one.
         """
         start, times = self.env.now, repeats(self.scheduler, p)
+        asked = goes_on(self.scheduler, p) if times else False
+        if asked is False:
+            return start, run
         while times and start + run.total < (until := self.next_event()):
             first, most = start, times if self.observer is None else 1
-            done, start, draw, seconds = self.gpu.repeat(p, first + run.total, most, until)
+            ends, draw, seconds = self.gpu.repeat(p, first + run.total, most, until, None if asked is True else asked)
+            if not ends:
+                break
             if self.observer is not None:
-                self.observer(p, run, first, start, 0, run.steps_in_all(), False)
-            repeat(self.scheduler, p, done, start)
+                self.observer(p, run, first, ends[-1], 0, run.steps_in_all(), False)
+            repeat(self.scheduler, p, ends, asked is not True)
+            start = ends[-1]
             run = SimulatedPass(self.gpu, p, draw, seconds)
-            times -= done
+            times -= len(ends)
         return start, run
 
     def suspend(self, p: Pass, run: SimulatedPass) -> None:
@@ -128,7 +134,7 @@ def fast_device(device: Device) -> Process:
     stops = gpu.granularity != "iteration"
     merging = Merging(scheduler) if scheduler.policy.merge else None
     rechecks = stops and device.rechecks
-    repeats_passes = scheduler.steady and gpu.ahead is not None
+    repeats_passes = (scheduler.steady or scheduler.asks_alike) and gpu.ahead is not None
     while True:
         if env.peek() == env._now:
             yield device.sleep(0.0, DECISION)

@@ -12,7 +12,7 @@ from qllm.traces.results import LoadPoint, LoadRecord
 class WatchedScheduler(Scheduler):
     """A scheduler that leaves a `LoadPoint` with every decision, and with every request that comes.
 
-    It is asked before each pass, so that none of those that a simulation may run unasked (`Scheduler.steady`) is
+    It is asked before each pass, so that none of those that a simulation may run unasked (repeats.py) is
     missing; what it decides is the same.
 
     Args:
@@ -23,7 +23,7 @@ class WatchedScheduler(Scheduler):
 
     def __init__(self, load: LoadRecord, replica: int, *scheduler: Any):
         super().__init__(*scheduler)
-        self.steady = False
+        self.steady = self.asks_alike = False
         self._load = load
         nobody = (0,) * len(load.classes)
         self._in_system = [*nobody]

@@ -7,6 +7,7 @@ from bisect import bisect_left
 import numpy as np
 
 from qllm.scheduler import Pass
+from qllm.scheduler.policy import GoesOn
 from qllm.sim.routing import RecordedRouting, ResampledRouting, Routing
 from qllm.traces.step_times.cost_model import PassCost, PassCostModel
 
@@ -193,7 +194,9 @@ class GpuModel:
             experts_s = self._experts_of(key, cost)
         return SimulatedPass(self, p, draw, steps.total(cost, experts_s), cost)
 
-    def repeat(self, p: Pass, end: float, times: int, until: float) -> tuple[int, float, int, float]:
+    def repeat(
+        self, p: Pass, end: float, times: int, until: float, goes_on: GoesOn | None = None
+    ) -> tuple[list[float], int, float]:
         """Passes like decode pass `p`, one after the other, the last of which begins before `until`.
 
         Args:
@@ -201,18 +204,21 @@ class GpuModel:
             end: Seconds.
             times: How many follow it at most, at least 1.
             until: Seconds.
+            goes_on: Whether another follows one, from when that begins and ends; default: as long as it may.
 
         Returns:
-            How many followed it, and of the last of them: when it begins, its draw of the routing, and its seconds.
+            When those ended that another followed, and of the last: its draw of the routing, and its seconds.
         """
         assert self.ahead is not None  # else nobody asks
         n, context, draws = p.n_decode, p.decode_context, self.ahead()
         variants, known, seconds = self._decodes[n], self._experts_s, self.steps.decode_seconds(n, context)
         times = min(times, len(draws))
-        done = 0
-        while done < times and end < until:
+        done, begins, draw, total = 0, p.launched, 0, 0.0
+        ends: list[float] = []
+        while done < times and end < until and (goes_on is None or goes_on(begins, end)):
             done += 1
             begins = end
+            ends.append(end)
             context += n
             draw = variants[draws[-done] % _VARIANTS]
             experts_s = known.get((n, draw))
@@ -220,8 +226,8 @@ class GpuModel:
                 experts_s = self._experts(n, draw, context)
             total = seconds(context) + experts_s
             end = begins + total
-        del draws[-done:]
-        return done, begins, draw, total
+        del draws[len(draws) - done :]
+        return ends, draw, total
 
     def _experts(self, n: int, draw: int, context: int) -> float:
         """Seconds of all experts of a decode pass of `n` sequences, kept for the next one."""

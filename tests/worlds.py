@@ -45,8 +45,8 @@ policies = st.one_of(
         be_share=st.sampled_from([0.0, 0.1, 0.5]),
         budget=st.sampled_from([16, 2048]),
         order=st.sampled_from(["arrival", "shortest", "fair"]),
-        max_suspended_s=st.sampled_from([None, 0.01]),
-        max_wait_s=st.sampled_from([None, 0.02]),
+        max_suspended_s=st.sampled_from([None, None, 0.01]),
+        max_wait_s=st.sampled_from([None, None, 0.02]),
     ),
     st.builds(
         make_policy,

@@ -14,7 +14,7 @@ from qllm.executor.engine.recorder import RunRecorder
 from qllm.executor.engine.requests import EngineRequest
 from qllm.executor.errors import ExecutorError, RequestError
 from qllm.executor.sampling.params import SamplingParams
-from qllm.scheduler import RequestTooLarge
+from qllm.scheduler import RequestShed, RequestTooLarge
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 from qllm.traces.step_times.cost_model import ticks
@@ -64,7 +64,7 @@ def replay(
     watch(lambda: len(made) - sum(not sequence.ended for sequence in sequences))
     recorder = engine.call(lambda loop: _begin(loop, sequences))
     for sequence in sequences:
-        with suppress(RequestTooLarge):
+        with suppress(RequestTooLarge, RequestShed):
             engine.stream_of(sequence).result()
     passes, kv_peak = engine.call(_end)
     result = _result(made, arrival, recorder)

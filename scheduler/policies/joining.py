@@ -23,14 +23,15 @@ class LsPass:
         chunks: Of LS prompts: (new tokens, tokens cached before).
         n: LS sequences that decode.
         context: Tokens that these hold.
+        each: Tokens that a further decode holds.
     """
 
-    def __init__(self, s: Scheduler, chunks: Sequence[tuple[int, int]], n: int, context: int):
+    def __init__(self, s: Scheduler, chunks: Sequence[tuple[int, int]], n: int, context: int, each: int):
         self._s = s
         self._chunks = list(chunks)
         self._n = n
         self._context = context
-        self._each = _tokens_held(s, n, context)
+        self._each = each
         self._known: dict[tuple[int, tuple[int, int] | None], float] = {}
 
     def seconds(self, decodes: int, chunk: tuple[int, int] | None = None) -> float:
@@ -82,7 +83,11 @@ def _most(seconds: Callable[[int], float], limit: float, low: int, high: int) ->
     return low
 
 
-def _tokens_held(s: Scheduler, n: int, context: int) -> int:
-    """Tokens that others than those `n`, which hold `context`, hold on average."""
-    held = (s.kv.total - s.kv.free) * s.kv.block_size
-    return max(held - context, 0) // max(s.memory.holders(NEVER) - n, 1)
+def tokens_held(s: Scheduler, above: float = -NEVER) -> int:
+    """Tokens that those who are ready to decode, at levels less urgent than `above`, hold on average."""
+    held = found = 0
+    for r in s.ready:
+        if r.level > above:
+            found += 1
+            held += r.computed + (0 if r.batch is None else r.batch.passes - r.joined)
+    return held // max(found, 1)

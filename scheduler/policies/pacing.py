@@ -1,4 +1,4 @@
-"""What `slack` keeps of time: when LS has to go on, what BE is owed, and how fast BE is launched."""
+"""What `slack` keeps of time: when LS has to go on, what BE is owed, and how fast requests are launched."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 LONGEST_GAP = 3.0  #: LS decodes again at the latest after so many times what was allowed for it, whatever its slack
 CLOSE = 0.97  #: share of a bound that is aimed at: passes stop at their next preemption point, not at once
 OWED_S = 0.5  #: BE goes before an LS prefill where it is owed more than this
+SLICE = 0.75  #: BE runs between passes of LS for no less than this share of one, so that it is stopped less often
+LEAST_SLICE_S = 0.001  #: no pass goes on for less
 RECENT = 1 / 24  #: weight of the last launch
 
 
@@ -49,6 +51,14 @@ class Decoding:
         self.context = context * self.n // max(found, 1)
         self.seconds = s.seconds((), self.n, self.context)
 
+    def a_pass_later(self, s: Scheduler) -> Decoding:
+        """The same requests, none of which has a bound, when each has a token more."""
+        later: Decoding = object.__new__(Decoding)
+        later.n, later.due, later.bounds, later.unbounded = self.n, NEVER, NEVER, True
+        later.context = self.context + self.n
+        later.seconds = s.seconds((), self.n, later.context)
+        return later
+
 
 class Pacing:
     """When the next pass of LS has to start, and what BE is owed of the device.
@@ -77,7 +87,9 @@ class Pacing:
         if decoding.bounds < NEVER:
             start, most = min(start, decoding.due - alone), min(most, decoding.bounds)
         start = min(start, self._ended + LONGEST_GAP * most - alone)
-        return max(start, self._ended + min(self.owed, 2 * self._owed_per_s * alone)) if self.owed else start
+        if self.owed < least_slice(alone):
+            return start
+        return max(start, self._ended + min(self.owed, max(1.0, 2 * self._owed_per_s) * alone))
 
     def ls_ran(self, now: float, seconds: float, alone: float | None, be_part: float, be_waits: bool) -> None:
         """A pass of LS ended now. It took `seconds`, of which BE had `be_part`; without BE it would take `alone`."""
@@ -89,6 +101,14 @@ class Pacing:
         owed = self.owed + seconds * ((1 - be_part) * self._owed_per_s - be_part)
         self.owed = min(max(0.0, owed), 2 * OWED_S) if be_waits else 0.0
 
+    def state(self) -> tuple[float, bool, float, float]:
+        """What `ls_ran` changes, for `back`."""
+        return self._start, self._fresh, self._ended, self.owed
+
+    def back(self, state: tuple[float, bool, float, float]) -> None:
+        """Take back what was told since `state`."""
+        self._start, self._fresh, self._ended, self.owed = state
+
     def ls_left(self) -> None:
         """There is no LS at the moment."""
         self._fresh = True
@@ -98,8 +118,13 @@ class Pacing:
         self.owed = max(0.0, self.owed - seconds)
 
 
+def least_slice(alone: float) -> float:
+    """Seconds below which BE does not run between two passes of LS, which take `alone` by themselves."""
+    return min(max(SLICE * alone, LEAST_SLICE_S), OWED_S)
+
+
 class LaunchRate:
-    """How long BE requests take, each after the other, until they are launched."""
+    """How long requests take, each after the other, until they are launched."""
 
     def __init__(self) -> None:
         self._last = -NEVER

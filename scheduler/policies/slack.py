@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.passes import NEVER, Pass
 from qllm.scheduler.policies.classic import Qllm
-from qllm.scheduler.policies.joining import LsPass
+from qllm.scheduler.policies.joining import LsPass, tokens_held
 from qllm.scheduler.policies.orders import ORDERS, Order
-from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing
-from qllm.scheduler.policies.settings import at_least, share, whole
+from qllm.scheduler.policies.pacing import LONGEST_GAP, OWED_S, Decoding, LaunchRate, Pacing, least_slice
+from qllm.scheduler.policies.settings import at_least, share, tenant_weights, whole
+from qllm.scheduler.policy import GoesOn
 from qllm.scheduler.request import Request, UnknownPolicy
 
 if TYPE_CHECKING:
     from qllm.scheduler.scheduler import Scheduler
 
 PATIENT = 0.25  #: share of its bound within which a first token has to come, so that its prefill stops nobody
-LEAST_SLICE_S = 0.001  #: no pass goes on for less
 
 
 class Slack(Qllm):
@@ -42,6 +42,7 @@ class Slack(Qllm):
         max_wait_s: A BE request that was in no running pass for so long in all is served as LS. None: no bound.
         shed_s: BE requests are turned away while those before them would take longer than this to be launched, as it
             goes now. None: all are let in.
+        shed_ls_s: The same for LS requests, where LS alone is more than the device can do. None: they queue.
 
     Raises:
         UnknownPolicy: A setting is not what is allowed.
@@ -60,6 +61,7 @@ class Slack(Qllm):
         max_suspended_s: float | None = None,
         max_wait_s: float | None = None,
         shed_s: float | None = None,
+        shed_ls_s: float | None = None,
     ):
         super().__init__(max_suspended_s=max_suspended_s)
         self.ttft_stretch = at_least(1, "slack", "ttft_stretch", ttft_stretch)
@@ -68,17 +70,18 @@ class Slack(Qllm):
         self.budget = whole(1, "slack", "budget", budget)
         if order not in ORDERS:
             raise UnknownPolicy(f"slack: order is {order!r:.80}, must be one of {', '.join(ORDERS)}")
-        self.weights = _weights({} if weights is None else weights)
-        self.make_order = ORDERS[order]
+        self.weights = tenant_weights("slack", {} if weights is None else weights)
+        self.order_name = order
         self.max_wait_s = NEVER if max_wait_s is None else at_least(0, "slack", "max_wait_s", max_wait_s)
         self.shed_s = NEVER if shed_s is None else at_least(0, "slack", "shed_s", shed_s)
+        self.shed_ls_s = NEVER if shed_ls_s is None else at_least(0, "slack", "shed_ls_s", shed_ls_s)
 
     def start(self, s: Scheduler) -> None:
-        self._order: Order = self.make_order(self.weights)
+        self._order: Order = ORDERS[self.order_name](self.weights)
         self._pacing = Pacing(self.tpot_stretch, self.be_share)
-        self._launches = LaunchRate()
+        self._launches, self._ls_launches = LaunchRate(), LaunchRate()
         self._decoding: Decoding | None = None
-        self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken
+        self._seen: tuple[int, int] | None = None  # launches and LS requests when `_decoding` was taken, if it holds
         self._running_id, self._running_total = -1, NEVER  # of the running pass, and its predicted seconds
 
     # ---- requests ----------------------------------------------------------------------------------------------
@@ -87,12 +90,15 @@ class Slack(Qllm):
         return self._order.key(r, urgent=r.level <= self.urgent), r.arrival, r.id
 
     def admits(self, s: Scheduler, r: Request, now: float) -> str | None:
-        if self.shed_s == NEVER or r.level <= self.urgent:
+        is_ls = r.level <= self.urgent
+        setting, most = ("shed_ls_s", self.shed_ls_s) if is_ls else ("shed_s", self.shed_s)
+        if most == NEVER:
             return None
-        wait = self._launches.wait(sum(s.waiting.count(n) for n in s.waiting.levels() if self.urgent < n <= r.level))
-        if wait <= self.shed_s:
+        levels = [n for n in s.waiting.levels() if (n <= self.urgent) == is_ls and n <= r.level]
+        wait = (self._ls_launches if is_ls else self._launches).wait(sum(map(s.waiting.count, levels)))
+        if wait <= most:
             return None
-        return f"it would wait for about {wait:.3g} s before it is launched; allowed: {self.shed_s:g} s (shed_s)"
+        return f"it would wait for about {wait:.3g} s before it is launched; allowed: {most:g} s ({setting})"
 
     # ---- decisions ---------------------------------------------------------------------------------------------
 
@@ -119,7 +125,15 @@ class Slack(Qllm):
             self._pacing.ls_left()
         if self._pacing.owed > OWED_S:
             return True
-        return super().resume(s, suspended, now) and self._due(s) - now > LEAST_SLICE_S
+        if not super().resume(s, suspended, now):
+            return False
+        decoding = self._ls(s)
+        return decoding is None or self._has_slack(decoding, now)
+
+    def _has_slack(self, decoding: Decoding, now: float) -> bool:
+        """Whether BE may run until LS has to go on."""
+        alone = decoding.seconds
+        return alone is not None and self._pacing.start_by(decoding) - now >= least_slice(alone)
 
     def recheck_at(self, s: Scheduler, running: Pass, now: float) -> float:
         if running.suspended_s >= self.max_suspended_s:
@@ -158,11 +172,57 @@ class Slack(Qllm):
             alone = self._alone(s, p) if be_part else took
             self._pacing.ls_ran(now, took, alone, be_part, be_part > 0 or self._be_waits(s))
         if ended:
+            self._seen = None
             for c in p.prefill:
                 if not c.context and not c.request.generated:
                     self._order.launched(c.request)
-                    if c.request.level > ls:
-                        self._launches.launched(c.request)
+                    (self._launches if c.request.level > ls else self._ls_launches).launched(c.request)
+
+    def alike(self, s: Scheduler, p: Pass) -> GoesOn | bool:
+        """BE that decodes without LS goes on, and LS alone until BE may run."""
+        ls = self.urgent
+        if s.waiting.level() <= ls or s.ready.count(ls):
+            return False
+        if p.level > ls:
+            return not s.suspended_passes and (self._be_goes_on if self._pacing.owed else True)
+        decoding = self._decoding
+        if decoding is None or decoding.bounds < NEVER or _ls_decodes(p, ls) < p.n_decode:
+            return False
+        if decoding.context != p.decode_context:  # it was taken while some had no place in the batch
+            return False
+        if any(suspended.level <= ls for suspended in s.suspended_passes):
+            return False
+        return self._ls_goes_on(s, p, self._be_waits(s))
+
+    def _be_goes_on(self, begin: float, end: float) -> bool:
+        self._pacing.be_ran(end - begin)
+        return True
+
+    def _ls_goes_on(self, s: Scheduler, p: Pass, be_waits: bool) -> GoesOn:
+        pacing = self._pacing
+        joins = 0 if s.suspended_passes else min(len(s.ready), s.limits.max_seqs - p.n_decode)
+        each = tokens_held(s, self.urgent) if joins else 0
+
+        def fit(decoding: Decoding, now: float) -> bool:
+            """Whether BE decodes join, as `_decode_ls` has it."""
+            slack = pacing.start_by(decoding) - now
+            if decoding.seconds is None or slack <= 0:
+                return False
+            mine = LsPass(s, (), decoding.n, decoding.context, each)
+            return mine.decodes(decoding.seconds + slack, joins, save=LONGEST_GAP * decoding.seconds) > 0
+
+        def goes_on(begin: float, end: float) -> bool:
+            before, took = pacing.state(), end - begin
+            pacing.ls_ran(end, took, took, 0.0, be_waits)
+            assert self._decoding is not None  # that of the pass
+            later = self._decoding.a_pass_later(s)
+            if be_waits and (pacing.owed > OWED_S or self._has_slack(later, end) or (joins and fit(later, end))):
+                pacing.back(before)
+                return False
+            self._decoding = later
+            return True
+
+        return goes_on
 
     def _be_waits(self, s: Scheduler) -> bool:
         ls = self.urgent
@@ -175,7 +235,7 @@ class Slack(Qllm):
         if s.ready.batch.level > self.urgent:
             return None
         seen = s.passes, s.ready.count(self.urgent)
-        if seen != self._seen or self._decoding is None:
+        if seen != self._seen:
             self._seen, self._decoding = seen, Decoding(s, self.urgent)
         return self._decoding
 
@@ -203,7 +263,8 @@ class Slack(Qllm):
         alone = s.seconds(chunks)
         if alone is None:
             return
-        mine, limit = LsPass(s, chunks, 0, 0), max(self.ttft_stretch * alone, alone + self._pacing.owed)
+        mine = LsPass(s, chunks, 0, 0, tokens_held(s))
+        limit = max(self.ttft_stretch * alone, alone + self._pacing.owed)
         decodes = mine.decodes(limit, min(len(s.ready), s.limits.max_seqs - len(chunks)))
         if decodes:
             batch.decode(decodes)
@@ -219,12 +280,15 @@ class Slack(Qllm):
         if decoding.seconds is None or slack <= 0 or s.suspended_passes:
             batch.decode(decoding.n)
             return
-        mine, limit = LsPass(s, (), decoding.n, decoding.context), decoding.seconds + slack
+        mine = LsPass(s, (), decoding.n, decoding.context, tokens_held(s, self.urgent))
+        limit = decoding.seconds + slack
         wanted = min(len(s.ready), s.limits.max_seqs) - decoding.n
         decodes = mine.decodes(limit, wanted, save=LONGEST_GAP * decoding.seconds)
-        tokens = self._worth_joining(s, mine, limit, decodes)
-        if not tokens and slack >= LEAST_SLICE_S and batch.prefill(tokens=self.budget, chunk=True):
-            return
+        tokens = 0
+        if slack >= least_slice(decoding.seconds):
+            tokens = self._worth_joining(s, mine, limit, decodes)
+            if not tokens and batch.prefill(tokens=self.budget, chunk=True):
+                return
         batch.decode(decoding.n + decodes)
         if tokens:
             batch.prefill(tokens=tokens, chunk=True)
@@ -252,12 +316,3 @@ def _be_part(p: Pass, ls: float) -> float:
 def _ls_decodes(p: Pass, ls: float) -> int:
     """How many LS requests decode in `p`."""
     return 0 if p.decode is None else sum(n for level, n in p.decode.levels.items() if level <= ls)
-
-
-def _weights(given: object) -> dict[str, float]:
-    if not isinstance(given, dict):
-        raise UnknownPolicy(f"slack: weights is {given!r:.80}, must be a mapping of tenants to numbers above 0")
-    for tenant, weight in given.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < NEVER:
-            raise UnknownPolicy(f"slack: weights.{tenant} is {weight!r:.80}, must be a number above 0")
-    return {str(tenant): float(weight) for tenant, weight in given.items()}

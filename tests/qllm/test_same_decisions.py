@@ -56,7 +56,9 @@ def workload(seed: int, n: int = 40, gap: float = 0.002) -> RequestTrace:
     gaps = rng.exponential(gap, n) * rng.integers(0, 2, n)
     prompts = rng.integers(1, 60, n)
     prompts[-1] = 170
-    return RequestTrace(np.cumsum(gaps), prompts, rng.integers(1, 12, n), rng.integers(0, 3, n), tuple(PRIORITIES))
+    outputs, classes = rng.integers(1, 12, n), rng.integers(0, 3, n)
+    wants = {"max_ttft_s": rng.choice([0.005, 0.05, np.inf], n), "tenants": tuple(rng.choice(["a", "b"], n).tolist())}
+    return RequestTrace(np.cumsum(gaps), prompts, outputs, classes, tuple(PRIORITIES), **wants)
 
 
 def step_model(max_step: float = 1e-4, expert_mode: str = "fused", layers: int = LAYERS, **costs) -> PassCostModel:
@@ -136,6 +138,10 @@ SETTINGS = [
     ("slack", {}),
     ("slack", {"tpot_stretch": 3.0, "ttft_stretch": 2.0, "be_share": 0.3, "budget": 40, "order": "shortest"}),
     ("slack", {"max_wait_s": 5e-3, "max_suspended_s": 1e-3, "order": "fair"}),
+    ("slack", {"order": "deadline"}),
+    ("slack", {"order": "fair", "weights": {"a": 3.0}}),
+    ("slack", {"shed_s": 5e-4}),
+    ("slack", {"shed_ls_s": 5e-4}),
 ]
 
 
@@ -144,7 +150,8 @@ def test_engine_and_simulator_decide_alike_with_memory_to_spare(model, partners,
     limits = Limits(max_seqs=4, max_batched_tokens=64, kv_blocks=40, block_size=4)
     real, simulated = both(model, workload(8), make_policy(name, **settings), limits, step_model())
     assert_same(real, simulated)
-    assert (real.status == Status.FINISHED).sum() == 39
+    finished = (real.status == Status.FINISHED).sum()
+    assert 10 < finished < 39 if settings.keys() & {"shed_s", "shed_ls_s"} else finished == 39
     if make_policy(name).granularity != "iteration":
         assert real.preemptions.sum() > 0
     assert any(partners) == settings.get("merge", False)

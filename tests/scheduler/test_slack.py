@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qllm.scheduler import Limits, Policy, Request, RequestShed, Scheduler, UnknownPolicy, make_policy
 from qllm.scheduler.policies.joining import _most
+from qllm.scheduler.policies.pacing import OWED_S
 
 PASS_S, TOKEN_S = 0.010, 0.0001
 
@@ -233,17 +234,52 @@ def test_as_many_as_fit_are_found_whatever_the_times_are_like(power, high, low, 
         assert found == high or seconds(found + 1) > limit
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from([0.5, 2.0]), st.integers(0, 5))
-def test_nobody_waits_much_longer_than_max_wait_s(bound, seed):
-    ls = [Request(i, 300, 30, 0, 0.12 * i + 0.001 * seed) for i in range(150)]
-    be = [Request(1000 + i, 500, 3, 1 + i % 3, 0.3 * i) for i in range(10)]
-    s = scheduler(be_share=0.0, tpot_stretch=1.0, max_wait_s=bound)
-    play(s, [*ls, *be], 60.0)
+def work(requests: list[Request]) -> float:
+    """Seconds that they take, each by itself and token by token."""
+    return sum(r.max_tokens * (PASS_S + TOKEN_S) + r.prompt_tokens * TOKEN_S for r in requests)
+
+
+@st.composite
+def streams(draw) -> tuple[list[Request], list[Request]]:
+    """LS that decodes for 12 s at least without a pause, beside LS that comes and goes; and BE of three classes."""
+    ls = [Request(0, 100, 1200, 0, 0.0)]
+    gaps = draw(st.lists(st.floats(0.01, 0.5), max_size=40))
+    for i, gap in enumerate(gaps):
+        ls.append(Request(1 + i, draw(st.integers(1, 600)), draw(st.integers(1, 30)), 0, ls[-1].arrival + gap))
+    sizes = st.tuples(st.integers(1, 1500), st.integers(1, 4), st.integers(1, 3), st.floats(0.0, 3.0))
+    be = draw(st.lists(sizes, min_size=1, max_size=4))
+    return ls, [Request(1000 + i, *each) for i, each in enumerate(be)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(streams(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.2, 2.0]))
+def test_nobody_waits_for_longer_than_max_wait_s_and_for_the_prompts_that_came_before(stream, share, bound):
+    """After `max_wait_s` it is LS, and goes before all LS that came later.
+
+    What is left are prompts before it in the queue, and up to a second: the pass that runs, and what BE may be owed.
+    """
+    ls, be = stream
+    s = scheduler(be_share=share, tpot_stretch=1.0, max_wait_s=bound)
+    play(s, [*ls, *be], 300.0, step=0.01)
     for r in be:
-        assert r.first_launch - r.arrival <= bound + 1.0
+        aged = r.arrival + bound
+        before = [q for q in (*ls, *be) if q.arrival <= r.arrival and q is not r and q.first_launch > aged]
+        prompts = sum(PASS_S + TOKEN_S * q.prompt_tokens for q in before)
+        assert r.first_launch <= aged + 1.05 * prompts + 1.0
         assert not isnan(r.finish)
         assert r.priority > 0, "its priority is what it was"
+
+
+@settings(max_examples=25, deadline=None)
+@given(streams(), st.sampled_from([0.15, 0.4]), st.sampled_from([1.0, 1.5]))
+def test_be_has_its_share_of_the_device_whatever_ls_is_like(stream, share, stretch):
+    """All of BE is done once `be_share` of the time is what it needs, and the 0.5 s that it may be owed."""
+    ls, be = stream
+    for r in be:
+        r.arrival = 0.0
+    s = scheduler(be_share=share, tpot_stretch=stretch)
+    play(s, [*ls, *be], 300.0, step=0.01)
+    assert max(r.finish for r in be) <= (work(be) + OWED_S) / share + 1.0
 
 
 def test_who_waits_inside_a_suspended_pass_ages_as_well():
@@ -295,6 +331,42 @@ def test_be_is_turned_away_while_those_before_it_would_wait_too_long():
         add(s, 5, 8000, 5, 1, 3.0)
     assert 5 not in s.requests
     add(s, 20, 10, 5, 0, 3.0)
+
+
+def test_ls_is_turned_away_while_those_before_it_would_wait_too_long():
+    s = scheduler(Limits(max_batched_tokens=100), shed_ls_s=1.3)
+    for i in range(5):
+        add(s, i, 100, 1, 0)
+    for now in (0.0, 1.0, 2.0):
+        s.finished(s.next(now), now + 1.0)
+    with pytest.raises(RequestShed, match=r"request 5: it would wait for about 1.33 s .*1.3 s \(shed_ls_s\)"):
+        add(s, 5, 100, 5, 0, 3.0)
+    for _ in range(9):
+        add(s, 20 + _, 10, 5, 1, 3.0)  # BE is another matter, both ways
+    s.finished(s.next(3.0), 4.0)
+    add(s, 6, 100, 5, 0, 4.0)
+
+
+@pytest.mark.parametrize("bound", [None, 0.5])
+def test_where_ls_alone_is_too_much_it_queues_or_those_who_are_let_in_are_served_in_time(bound):
+    """Each takes 20 ms, and 100 a second come: twice what the device can do."""
+    ls, shed = [Request(i, 100, 1, 0, 0.01 * i) for i in range(600)], 0
+    s = scheduler(Limits(max_batched_tokens=100), shed_ls_s=bound)
+    now = 0.0
+    while ls or s.requests:
+        while ls and ls[0].arrival <= now:
+            try:
+                s.add(r := ls.pop(0), now)
+                r.tags = {"in": "yes"}
+            except RequestShed:
+                shed += 1
+        p = s.next(now)
+        now = now + 0.02 if p else ls[0].arrival
+        for r in s.finished(p, now) if p else ():
+            assert bound is None or r.first_launch - r.arrival <= 1.2 * bound
+            longest = r.first_launch - r.arrival
+    assert (shed == 0) if bound is None else 200 < shed < 300
+    assert bound is not None or longest > 5.0
 
 
 def test_by_default_all_are_let_in():
@@ -364,6 +436,7 @@ def test_tenants_get_tokens_in_proportion_to_their_weights(lengths, weight):
         ({"weights": [1]}, r"weights is \[1\], must be a mapping"),
         ({"max_wait_s": -1}, "max_wait_s is -1"),
         ({"shed_s": -1}, "shed_s is -1"),
+        ({"shed_ls_s": -1}, "shed_ls_s is -1"),
         ({"max_suspended_s": -1}, "max_suspended_s is -1"),
     ],
 )

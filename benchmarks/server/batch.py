@@ -1,6 +1,6 @@
 """Interactive requests beside a batch, and a batch whose server is killed.
 
-    python benchmarks/server/batch.py [--policy hybrid] [--lines 2000] [--seconds 120] [--rounds 2] [--rate 1]
+    python benchmarks/server/batch.py [--policy slack] [--lines 2000] [--seconds 120] [--rounds 2] [--rate 1]
         [--out docs/results/batch.json]
 
 `qllm serve` on the checkpoint of `tools/make_moe.py`, with a chat template. Interactive requests are LS: prompts of
@@ -286,7 +286,7 @@ def main() -> int:
     """Measure, then kill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("out/moe"), help="where the checkpoint is, or is made")
-    parser.add_argument("--policy", default="hybrid")
+    parser.add_argument("--policy", default="slack")
     parser.add_argument("--lines", type=int, default=2000, help="of a batch")
     parser.add_argument("--in-flight", type=int, default=16, help="lines that are answered at the same time")
     parser.add_argument("--seconds", type=float, default=120.0, help="of a window")

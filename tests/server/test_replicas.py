@@ -88,7 +88,7 @@ def engines(one_thread):
 
     def engine() -> Engine:
         model = tiny_model("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096)
-        return Engine(model, tokenizer, policy="hybrid", limits=limits, seed=1)
+        return Engine(model, tokenizer, policy="slack", limits=limits, seed=1)
 
     with engine() as one:
         with pytest.warns(RuntimeWarning, match="another engine of this process"):

@@ -1,6 +1,7 @@
 """SIGTERM under load: how each request ends.
 
     python benchmarks/server/drain.py [--requests 100] [--model FOLDER] [--scenarios patient short second]
+        [--out docs/results/server_drain.json]
 
 `qllm serve` on the small random MoE (or on the checkpoint `--model`), and so many requests at once, each on a
 connection of its own: whole answers and streams, some of them read late; completions and chats; LS and BE; one answer
@@ -37,6 +38,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from processes import end_children_on_sigterm
+from results_file import add_out, save, this_machine
 from serving import Server
 
 LONG = 15_000  #: tokens that no drain here waits for
@@ -202,8 +204,8 @@ async def accepted(client: httpx.AsyncClient) -> int:
     return int(total)
 
 
-def run(name: str, args: argparse.Namespace) -> bool:
-    """One scenario, its table printed; whether all ended as it should."""
+def run(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """One scenario, its table printed; its rows, and whether all ended as it should."""
     scenario = SCENARIOS[name]
     queue = {"max_waiting": 10 * args.requests, "max_waiting_tokens": 10_000_000}
     settings = {
@@ -228,7 +230,8 @@ def run(name: str, args: argparse.Namespace) -> bool:
     print(f"exit code {code}, {waited:.1f} s after the last answer")
     for line in wrong:
         print(f"WRONG: {line}")
-    return not wrong
+    rows = [{"scenario": name, "sent": kind, "outcome": how, "count": n} for (kind, how), n in sorted(ended.items())]
+    return rows, not wrong
 
 
 def report(ended: Counter[tuple[str, str]]) -> list[str]:
@@ -256,10 +259,16 @@ def main() -> int:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("out/drain"), help="folder of the servers' logs")
+    add_out(parser, "server_drain")
     args = parser.parse_args()
     end_children_on_sigterm()
-    fine = [run(name, args) for name in args.scenarios]
-    return 0 if all(fine) else 1
+    found = {name: run(name, args) for name in args.scenarios}
+    if args.out is not None:
+        outcomes = [row for rows, _ in found.values() for row in rows]
+        scenarios = [{"scenario": name, "as it should": fine} for name, (_, fine) in found.items()]
+        tables = {"outcomes": outcomes, "scenarios": scenarios}
+        save(args.out, source=f"measured on {this_machine()}", tables=tables)
+    return 0 if all(fine for _, fine in found.values()) else 1
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ from typing import Any
 
 import httpx
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[depth]) for depth in (1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from processes import end_children_on_sigterm
+from results_file import add_out, save, this_machine
 
 from benchmarks.server.odd import DROPPED, Odd, odd_requests, outcome
 from benchmarks.server.serving import Server
-from processes import end_children_on_sigterm
-from results_file import add_out, save, this_machine
 
 PROMPTS = 24
 NEW_TOKENS = (1, 24)
@@ -111,7 +113,9 @@ async def stream(client: httpx.AsyncClient, number: int, leave: int | None, righ
     text, chunks = "", 0
     tier = "flex" if number % 3 else "default"
     try:
-        async with client.stream("POST", "/v1/completions", json=body(number, stream=True, service_tier=tier)) as answer:
+        async with client.stream(
+            "POST", "/v1/completions", json=body(number, stream=True, service_tier=tier)
+        ) as answer:
             if answer.status_code != 200:
                 return f"STATUS {answer.status_code}"
             async for line in answer.aiter_lines():

@@ -13,6 +13,7 @@ nothing may run, wait or hold KV. Exit code 1 where anything is wrong.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,11 @@ CHECKS = (
 )
 
 
+def answers(events: Path) -> Counter[str]:
+    """How many answers had which status, by schemathesis's own report."""
+    return Counter(re.findall(r'"status_code":(\d+)', events.read_text(encoding="utf-8")))
+
+
 def main() -> int:
     """Run the server and schemathesis."""
     parser = argparse.ArgumentParser(description="The server under requests that its OpenAPI document describes.")
@@ -56,7 +62,7 @@ def main() -> int:
             command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--no-color"]
             if args.minutes is not None:
                 command += ["--max-time", str(round(60 * args.minutes))]
-            command += ["--report", "ndjson", "--report-ndjson-path", f"{folder}/events"]
+            command += ["--report", "ndjson", "--report-ndjson-path", ff"{folder}/events"]
             found = subprocess.run(command, cwd=folder, check=False).returncode
             statuses = answers(Path(folder, "events"))
             good = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)

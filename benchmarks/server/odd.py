@@ -46,9 +46,22 @@ def malformed(rng: random.Random) -> Odd:
     """A body that is no request."""
     text = json.dumps(GOOD)
     name, value = rng.choice(
-        [("prompt", None), ("prompt", [[["a"]]]), ("max_tokens", -1), ("max_tokens", 1.5), ("temperature", "x")]
-        + [("n", 0), ("stop", {}), ("seed", 10**400), ("logit_bias", [1]), ("priority", True), ("unknown", 1)]
-        + [("model", "no such"), ("stream_options", {}), ("user", "\ud800")]
+        [
+            ("prompt", None),
+            ("prompt", [[["a"]]]),
+            ("max_tokens", -1),
+            ("max_tokens", 1.5),
+            ("temperature", "x"),
+            ("n", 0),
+            ("stop", {}),
+            ("seed", 10**400),
+            ("logit_bias", [1]),
+            ("priority", True),
+            ("unknown", 1),
+            ("model", "no such"),
+            ("stream_options", {}),
+            ("user", "\ud800"),
+        ]
     )
     body = rng.choice(
         [

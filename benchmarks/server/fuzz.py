@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -62,7 +63,7 @@ def main() -> int:
             command += ["--phases", "examples,coverage,fuzzing", "--request-timeout", "60", "--no-color"]
             if args.minutes is not None:
                 command += ["--max-time", str(round(60 * args.minutes))]
-            command += ["--report", "ndjson", "--report-ndjson-path", ff"{folder}/events"]
+            command += ["--report", "ndjson", "--report-ndjson-path", f"{folder}/events"]
             found = subprocess.run(command, cwd=folder, check=False).returncode
             statuses = answers(Path(folder, "events"))
             good = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 4}, timeout=60)

@@ -43,7 +43,7 @@ from benchmarks.server.serving import Server
 PROMPTS = 24
 NEW_TOKENS = (1, 24)
 GAUGES = ("num_requests_running", "num_requests_waiting", "num_requests_suspended", "kv_cache_usage_perc")
-ODD_CLIENTS = 16  #: that send odd requests at a time
+ODD_CLIENTS = 48  #: that send odd requests at a time
 BODY_TIMEOUT_S = 5.0  #: of the server: for who is slow
 GROWTH_MB = 32.0  #: by which the server's resident memory may grow after the half of the time
 EMPTY_WITHIN_S = 10.0  #: from the last answer until nothing is held

@@ -65,16 +65,16 @@ class Urgencies:
             named["service_tier"] = settings.tiers[tier]
         if suffix is not None:
             named["model"] = settings.model_suffixes[suffix]
-        for by, name in ((settings.class_header, header), ("class", class_name)):
+        for where, name in ((settings.class_header, header), ("class", class_name)):
             if name is not None:
                 if name not in settings.classes:
                     raise ApiError(
                         400,
-                        f"{by}: no class is called {name!r:.40}; allowed: {', '.join(settings.classes)}",
-                        param=by,
+                        f"{where}: no class is called {name!r:.40}; allowed: {', '.join(settings.classes)}",
+                        param=where,
                         code="unknown_class",
                     )
-                named[by] = name
+                named[where] = name
         if priority is not None:
             named["priority"] = self._class_of(priority)
         if len(set(named.values())) > 1:

@@ -60,5 +60,10 @@ async def change_priority(service: Service, id: str, asked: PriorityRequest, cal
     for generation in found:
         generation.urgency = urgency
     log.info("%s: priority %d, class %s from now on", id[:80], urgency.priority, urgency.class_)
-    told = {"id": id, "object": "request.priority", "priority": urgency.priority, "class": urgency.class_}
-    return told | {"service_tier": urgency.tier}
+    return {
+        "id": id,
+        "object": "request.priority",
+        "priority": urgency.priority,
+        "class": urgency.class_,
+        "service_tier": urgency.tier,
+    }

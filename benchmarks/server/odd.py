@@ -27,12 +27,14 @@ class Odd:
         parts: its bytes, which are sent one after the other; then nothing more comes.
         pause: seconds between two parts.
         half: whether its client then closes its direction of the connection.
+        whole: whether it is a good one until then, which may be answered.
     """
 
     kind: str
     parts: list[bytes]
     pause: float = 0.0
     half: bool = False
+    whole: bool = False
 
 
 def request(body: bytes, length: int | None = None, headers: str = "") -> bytes:
@@ -106,7 +108,9 @@ def slow(rng: random.Random) -> Odd:
 def half_closed(rng: random.Random) -> Odd:
     """A request in whose middle, or at whose end, the client says that nothing more comes."""
     whole = request(json.dumps(GOOD | {"max_tokens": 200, "stream": True, "ignore_eos": True}).encode())
-    return Odd("half-closed", [whole[: rng.choice([rng.randrange(len(whole)), len(whole)])]], half=True)
+    if rng.random() < 0.5:
+        return Odd("whole, then half-closed", [whole], half=True, whole=True)
+    return Odd("half-closed", [whole[: rng.randrange(len(whole))]], half=True)
 
 
 KINDS: tuple[Callable[[random.Random], Odd], ...] = (malformed, oversized, slow, half_closed)
@@ -145,4 +149,4 @@ async def outcome(url: str, odd: Odd) -> str:
     if not told:
         return DROPPED
     status = told.split(b" ", 2)[1].decode(errors="replace")
-    return status if status.startswith("4") else f"STATUS {status}"
+    return status if status.startswith("4") or (odd.whole and status == "200") else f"STATUS {status}"

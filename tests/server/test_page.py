@@ -112,7 +112,7 @@ def test_a_browser_draws_the_page_without_an_error(url, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "CONSOLE" not in done.stderr, done.stderr
     assert ">serving<" in done.stdout
-    assert "policy Hybrid" in done.stdout
+    assert "policy Slack" in done.stdout
     for name in ("ls", "be"):
         assert f"</span>{name}</td>" in done.stdout
     assert json.dumps("2048 KV blocks")[1:-1] in done.stdout

@@ -14,7 +14,7 @@ requests follow for as long as it listens. Scenarios:
 
 Each request that was accepted has to end with its whole answer, or with an error in OpenAI's format: status 503, or an
 event and [DONE] where a stream had begun. What comes after SIGTERM has to be answered with 503, or finds that nobody
-listens; a request that has sent half of its body gets 503 in the end. The exit code has to be 0. Printed: how each kind
+listens, or is reset at the end; a request that has sent half of its body gets 503 in the end. The exit code has to be 0. Printed: how each kind
 of request ended, and the seconds from the last answer to the end. Exit code 1 where that does not hold.
 """
 
@@ -45,6 +45,7 @@ LONG = 15_000  #: tokens that no drain here waits for
 LATE_S = 0.5  #: between two chunks, for who reads late
 GRACE_S = 15.0  #: from the end of the drain to the end of the process
 COMPLETE, REFUSED, EVENT, GONE = "complete", "status 503", "an error event", "nobody listens"
+RESET = "reset"  #: the kernel had taken the connection, and the server ended before it did
 HALF, LATER = "half a body", "after SIGTERM"
 ERROR_KEYS = {"message", "type", "param", "code"}
 
@@ -110,6 +111,8 @@ async def outcome(client: httpx.AsyncClient, asked: Asked) -> str:
             return await _streamed(response, asked)
     except httpx.ConnectError:
         return GONE
+    except httpx.ReadError:
+        return RESET
     except httpx.HTTPError as error:
         return f"NO ANSWER ({type(error).__name__})"
 
@@ -210,6 +213,7 @@ def run(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool
     queue = {"max_waiting": 10 * args.requests, "max_waiting_tokens": 10_000_000}
     settings = {
         "drain_seconds": scenario.drain_seconds,
+        "body_timeout": 3600,  # half a body waits for the end, not for its timeout
         "engine": {"kv_blocks": 8192},
         "classes": {"ls": {"priority": 0, **queue}, "be": {"priority": 1, **queue}},
     }
@@ -246,7 +250,7 @@ def report(ended: Counter[tuple[str, str]]) -> list[str]:
         f"{'accepted, all':22}",
         *(f"{sum(ended[kind, how] for kind in kinds if kind not in beside):>16}" for how in ways),
     )
-    fine = {HALF: {REFUSED}, LATER: {REFUSED, GONE}}
+    fine = {HALF: {REFUSED}, LATER: {REFUSED, GONE, RESET}}
     usual = {COMPLETE, REFUSED, EVENT}
     return [f"{n} of {kind!r}: {how}" for (kind, how), n in ended.items() if how not in fine.get(kind, usual)]
 

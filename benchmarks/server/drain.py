@@ -14,8 +14,9 @@ requests follow for as long as it listens. Scenarios:
 
 Each request that was accepted has to end with its whole answer, or with an error in OpenAI's format: status 503, or an
 event and [DONE] where a stream had begun. What comes after SIGTERM has to be answered with 503, or finds that nobody
-listens, or is reset at the end; a request that has sent half of its body gets 503 in the end. The exit code has to be 0. Printed: how each kind
-of request ended, and the seconds from the last answer to the end. Exit code 1 where that does not hold.
+listens, or is reset at the end; a request that has sent half of its body gets 503 in the end. The exit code has to be
+0. Printed: how each kind of request ended, and the seconds from the last answer to the end. Exit code 1 where that does
+not hold.
 """
 
 from __future__ import annotations

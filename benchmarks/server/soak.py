@@ -151,7 +151,7 @@ async def clients(server: Server, args: argparse.Namespace) -> Found:
     """Send it all."""
     found = Found()
     start = time.monotonic()
-    limits = httpx.Limits(max_connections=None)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # an idle one may end as it is used
     async with httpx.AsyncClient(base_url=server.url, timeout=PATIENCE_S, limits=limits) as client:
         right = {}
         for number in range(PROMPTS):

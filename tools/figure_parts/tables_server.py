@@ -49,13 +49,15 @@ def _soak() -> Iterator[tuple[str, ...]]:
         yield "soak", f"{mine['count'].sum():,} x {sent}", _counts(mine, "outcome")
     facts = found["facts"].iloc[0]
     held = ", ".join(f"{name} {facts[name]:g}" for name in ("num_requests_running", "kv_cache_usage_perc"))
-    yield "soak", "memory, and what is held at the end", f"{facts['warm_mb']:.0f} MB, then {facts['end_mb']:.0f}; {held}"
+    memory = f"{facts['warm_mb']:.0f} MB, then {facts['end_mb']:.0f}"
+    yield "soak", "memory, first half and then; held at the end", f"{memory}; {held}"
 
 
 def _fuzz() -> Iterator[tuple[str, ...]]:
     found = load("server_fuzz")
     answers = found["answers"]
-    yield "fuzz (schemathesis)", f"{answers['count'].sum():,} requests by the OpenAPI document", _counts(answers, "status")
+    sent = f"{answers['count'].sum():,} requests by the OpenAPI document"
+    yield "fuzz (schemathesis)", sent, _counts(answers, "status")
 
 
 def _drain() -> Iterator[tuple[str, ...]]:

@@ -226,16 +226,18 @@ def demo_model(
     return model
 
 
-def make_checkpoint(folder: str | Path, seed: int = 0) -> Path:
+def make_checkpoint(folder: str | Path, seed: int = 0, *, tiny: bool = False) -> Path:
     """Write the checkpoint that engines are compared on (config, weights, tokenizer; 660 MB), unless it is there.
 
     A Qwen3-MoE of 165.6 M random float32 weights: 8 layers, hidden 512, 32 experts (384 wide), top 4. Its tokenizer
-    splits at spaces into words t2 to t7999, so that a server that insists on one can load it.
+    splits at spaces into words t2 to t7999, so that a server that insists on one can load it. `tiny`: hidden 64, 8
+    experts (32 wide), where speed does not matter.
     """
     folder = Path(folder)
     if not (folder / "tokenizer_config.json").exists():  # written last
         torch.manual_seed(seed)
-        config = small_config(vocabulary=CHECKPOINT_VOCAB, hidden=512, width=384, experts=32)
+        sizes = {"hidden": 64, "width": 32, "experts": 8} if tiny else {"hidden": 512, "width": 384, "experts": 32}
+        config = small_config(vocabulary=CHECKPOINT_VOCAB, **sizes)
         Qwen3MoeForCausalLM(config).float().save_pretrained(folder)
         words = {"<bos>": 0, "<eos>": 1} | {f"t{i}": i for i in range(2, CHECKPOINT_VOCAB)}
         splitter = Tokenizer(models.WordLevel(words, unk_token="t2"))

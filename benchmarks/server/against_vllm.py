@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--client", type=Path, required=True, help="the load generator, a Python script")
     parser.add_argument("--model", type=Path, default=Path("out/moe"), help="where the checkpoint is, or is made")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--policies", nargs="+", default=["hybrid"], help="of this server")
+    parser.add_argument("--policies", nargs="+", default=["slack"], help="of this server")
     parser.add_argument("--vllm", nargs="*", choices=list(VLLM), default=list(VLLM), help="settings of vLLM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--isolated", type=int, default=8, help="LS requests sent alone first, in each run")

@@ -1,7 +1,8 @@
 """Interactive requests beside a batch, and a batch whose server is killed.
 
-    python benchmarks/server/batch.py [--policy hybrid] [--lines 2000] [--seconds 120] [--rounds 2] [--rate 1]
+    python benchmarks/server/batch.py [--policy slack] [--lines 2000] [--seconds 120] [--rounds 2] [--rate 1]
         [--out docs/results/batch.json]
+    python benchmarks/server/batch.py --rounds 0 --tiny [--out docs/results/server_kill.json]
 
 `qllm serve` on the checkpoint of `tools/make_moe.py`, with a chat template. Interactive requests are LS: prompts of
 32-128 tokens, 16 tokens out, Poisson. A batch is two: half of the lines to completions, half to chats, with prompts of
@@ -13,6 +14,8 @@
    processes kept busy meanwhile.
 2. A batch runs; once half of it is answered the server is killed (SIGKILL) and started again on the same folder. In
    the end each line must have exactly one answer, of the length that it asked for.
+
+`--tiny` serves a tiny model, for the second part, where no number depends on speed.
 
 Exit code 1 where a line is lost or answered twice or wrongly, where a request fails, or where a batch ends before its
 round does (give it more lines).
@@ -285,8 +288,9 @@ def _tokens(answer: dict[str, Any]) -> int | None:
 def main() -> int:
     """Measure, then kill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("out/moe"), help="where the checkpoint is, or is made")
-    parser.add_argument("--policy", default="hybrid")
+    parser.add_argument("--model", type=Path, help="where the checkpoint is, or is made; default: out/moe, out/tiny")
+    parser.add_argument("--tiny", action="store_true", help="make a tiny one")
+    parser.add_argument("--policy", default="slack")
     parser.add_argument("--lines", type=int, default=2000, help="of a batch")
     parser.add_argument("--in-flight", type=int, default=16, help="lines that are answered at the same time")
     parser.add_argument("--seconds", type=float, default=120.0, help="of a window")
@@ -298,7 +302,8 @@ def main() -> int:
     add_out(parser, "batch")
     args = parser.parse_args()
     end_children_on_sigterm()
-    model = chat_checkpoint(args.work / "model", args.model)
+    made = args.model or Path("out/tiny" if args.tiny else "out/moe")
+    model = chat_checkpoint(args.work / made.name, made, tiny=args.tiny)
     state = args.work / "state"
     shutil.rmtree(state, ignore_errors=True)
     settings = {"policy": args.policy, "batches": {"folder": str(state.resolve()), "in_flight": args.in_flight}}

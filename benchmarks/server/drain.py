@@ -1,6 +1,7 @@
 """SIGTERM under load: how each request ends.
 
     python benchmarks/server/drain.py [--requests 100] [--model FOLDER] [--scenarios patient short second]
+        [--out docs/results/server_drain.json]
 
 `qllm serve` on the small random MoE (or on the checkpoint `--model`), and so many requests at once, each on a
 connection of its own: whole answers and streams, some of them read late; completions and chats; LS and BE; one answer
@@ -13,8 +14,9 @@ requests follow for as long as it listens. Scenarios:
 
 Each request that was accepted has to end with its whole answer, or with an error in OpenAI's format: status 503, or an
 event and [DONE] where a stream had begun. What comes after SIGTERM has to be answered with 503, or finds that nobody
-listens; a request that has sent half of its body gets 503 in the end. The exit code has to be 0. Printed: how each kind
-of request ended, and the seconds from the last answer to the end. Exit code 1 where that does not hold.
+listens, or is reset at the end; a request that has sent half of its body gets 503 in the end. The exit code has to be
+0. Printed: how each kind of request ended, and the seconds from the last answer to the end. Exit code 1 where that does
+not hold.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from processes import end_children_on_sigterm
+from results_file import add_out, save, this_machine
 from serving import Server
 
 LONG = 15_000  #: tokens that no drain here waits for
 LATE_S = 0.5  #: between two chunks, for who reads late
 GRACE_S = 15.0  #: from the end of the drain to the end of the process
 COMPLETE, REFUSED, EVENT, GONE = "complete", "status 503", "an error event", "nobody listens"
+RESET = "reset"  #: the kernel had taken the connection, and the server ended before it did
 HALF, LATER = "half a body", "after SIGTERM"
 ERROR_KEYS = {"message", "type", "param", "code"}
 
@@ -108,6 +112,8 @@ async def outcome(client: httpx.AsyncClient, asked: Asked) -> str:
             return await _streamed(response, asked)
     except httpx.ConnectError:
         return GONE
+    except httpx.ReadError:
+        return RESET
     except httpx.HTTPError as error:
         return f"NO ANSWER ({type(error).__name__})"
 
@@ -202,12 +208,13 @@ async def accepted(client: httpx.AsyncClient) -> int:
     return int(total)
 
 
-def run(name: str, args: argparse.Namespace) -> bool:
-    """One scenario, its table printed; whether all ended as it should."""
+def run(name: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """One scenario, its table printed; its rows, and whether all ended as it should."""
     scenario = SCENARIOS[name]
     queue = {"max_waiting": 10 * args.requests, "max_waiting_tokens": 10_000_000}
     settings = {
         "drain_seconds": scenario.drain_seconds,
+        "body_timeout": 3600,  # half a body waits for the end, not for its timeout
         "engine": {"kv_blocks": 8192},
         "classes": {"ls": {"priority": 0, **queue}, "be": {"priority": 1, **queue}},
     }
@@ -228,7 +235,8 @@ def run(name: str, args: argparse.Namespace) -> bool:
     print(f"exit code {code}, {waited:.1f} s after the last answer")
     for line in wrong:
         print(f"WRONG: {line}")
-    return not wrong
+    rows = [{"scenario": name, "sent": kind, "outcome": how, "count": n} for (kind, how), n in sorted(ended.items())]
+    return rows, not wrong
 
 
 def report(ended: Counter[tuple[str, str]]) -> list[str]:
@@ -243,7 +251,7 @@ def report(ended: Counter[tuple[str, str]]) -> list[str]:
         f"{'accepted, all':22}",
         *(f"{sum(ended[kind, how] for kind in kinds if kind not in beside):>16}" for how in ways),
     )
-    fine = {HALF: {REFUSED}, LATER: {REFUSED, GONE}}
+    fine = {HALF: {REFUSED}, LATER: {REFUSED, GONE, RESET}}
     usual = {COMPLETE, REFUSED, EVENT}
     return [f"{n} of {kind!r}: {how}" for (kind, how), n in ended.items() if how not in fine.get(kind, usual)]
 
@@ -256,10 +264,16 @@ def main() -> int:
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("out/drain"), help="folder of the servers' logs")
+    add_out(parser, "server_drain")
     args = parser.parse_args()
     end_children_on_sigterm()
-    fine = [run(name, args) for name in args.scenarios]
-    return 0 if all(fine) else 1
+    found = {name: run(name, args) for name in args.scenarios}
+    if args.out is not None:
+        outcomes = [row for rows, _ in found.values() for row in rows]
+        scenarios = [{"scenario": name, "as it should": fine} for name, (_, fine) in found.items()]
+        tables = {"outcomes": outcomes, "scenarios": scenarios}
+        save(args.out, source=f"measured on {this_machine()}", tables=tables)
+    return 0 if all(fine for _, fine in found.values()) else 1
 
 
 if __name__ == "__main__":

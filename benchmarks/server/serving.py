@@ -68,10 +68,10 @@ class Server(Process):
         return self.popen.wait(seconds)
 
 
-def chat_checkpoint(folder: Path, made: Path) -> Path:
+def chat_checkpoint(folder: Path, made: Path, *, tiny: bool = False) -> Path:
     """The checkpoint of `tools/make_moe.py`, made in `made` if need be, with a chat template: in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in make_checkpoint(made).iterdir():
+    for path in make_checkpoint(made, tiny=tiny).iterdir():
         link = folder / path.name
         if not link.exists():
             link.symlink_to(path.resolve())

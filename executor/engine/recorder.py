@@ -73,15 +73,22 @@ class Standing(NamedTuple):
         running: in the pass that runs, or between two decode passes.
         waiting: in a prefill queue, or in host memory.
         suspended: in a suspended pass.
+        blocks: KV blocks that they hold, wherever they stand.
     """
 
     running: int = 0
     waiting: int = 0
     suspended: int = 0
+    blocks: int = 0
 
 
 class PassPlace(NamedTuple):
-    """Where a pass stands: layer, stage, and whether it is suspended; `since`: seconds on the engine's clock."""
+    """Where a pass stands: layer, stage, and whether it is suspended.
+
+    Attributes:
+        since: when it came to that, in seconds on the engine's clock.
+        held_bytes: of activations that it holds while it is suspended.
+    """
 
     pass_id: int
     class_: str
@@ -92,6 +99,7 @@ class PassPlace(NamedTuple):
     stage: str
     suspended: bool
     since: float
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,9 @@ class ActivityRecorder:
         for p in passes:
             in_pass |= {r.id: p is not scheduler.running for r in p.requests()}
         for r in scheduler.requests.values():
-            counts.setdefault(self._class_of(r.priority), Counter())[_standing(r, in_pass.get(r.id))] += 1
+            count = counts.setdefault(self._class_of(r.priority), Counter())
+            count[_standing(r, in_pass.get(r.id))] += 1
+            count["blocks"] += _blocks(r, r.id in in_pass)
         return Activity(
             now=now,
             classes={name: Standing(**count) for name, count in counts.items()},
@@ -196,7 +206,9 @@ class ActivityRecorder:
     def _place(self, p: Pass, suspended: bool) -> PassPlace:
         size = len(p.prefill), p.n_decode, p.tokens
         since = p.suspended_at if suspended else p.launched
-        return PassPlace(p.id, self._class_of(_priority(p)), *size, *execution_of(p).place(), suspended, since)
+        execution = execution_of(p)
+        held = execution.running.held_bytes() if suspended else 0
+        return PassPlace(p.id, self._class_of(_priority(p)), *size, *execution.place(), suspended, since, held)
 
 
 def _standing(r: Request, suspended: bool | None) -> str:
@@ -204,6 +216,14 @@ def _standing(r: Request, suspended: bool | None) -> str:
     if suspended is None:
         return "running" if r.state is State.READY else "waiting"
     return "suspended" if suspended else "running"
+
+
+def _blocks(r: Request, in_pass: bool) -> int:
+    """KV blocks that `r` holds; a decode batch keeps the progress of its members, and takes blocks before its pass."""
+    batch = r.batch
+    if batch is None:
+        return r.blocks
+    return -(-(r.computed + batch.passes - r.joined + in_pass) // batch.block_size)
 
 
 def _priority(p: Pass) -> int:

@@ -120,6 +120,10 @@ _bells: WeakKeyDictionary[asyncio.AbstractEventLoop, Bell] = WeakKeyDictionary()
 class Mailbox:
     """From the engine's thread to the one thread or coroutine that reads.
 
+    The engine never waits for who reads, so what is not read yet stays here, every token of it: each has an id, a time
+    and perhaps log-probabilities that somebody asked for. The request bounds it: at most `max_new_tokens` tokens and
+    the end, 256 bytes and its text for a token, 128 for each log-probability reported with it.
+
     Attributes:
         ended: whether the end was put in.
     """

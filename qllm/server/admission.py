@@ -19,20 +19,26 @@ def longest_token(tokenizer: Any) -> int | None:
 
 
 class Ticket:
-    """The place of one request: it waits until `started()`, and counts until `left()`; both idempotent."""
+    """The place of one request: it waits until `started()`, and counts until `left()`; both idempotent.
+
+    Attributes:
+        class_: whose limits it is counted in; `Admission.move` gives it another.
+        tokens: of its prompt.
+        waits: whether it has no first token yet.
+    """
 
     def __init__(self, admission: Admission, class_: str, tokens: int):
         self.class_ = class_
+        self.tokens = tokens
+        self.waits = True
         self._admission = admission
-        self._tokens = tokens
-        self._waits = self._counts = True
+        self._counts = True
 
     def started(self) -> None:
         """It has its first token."""
-        if self._waits:
-            self._waits = False
-            self._admission.waiting[self.class_] -= 1
-            self._admission.waiting_tokens[self.class_] -= self._tokens
+        if self.waits:
+            self.waits = False
+            self._admission.count(self, -1)
 
     def left(self) -> None:
         """It has ended."""
@@ -66,6 +72,9 @@ class Admission:
         """Raise ApiError where so many more requests cannot be let in."""
         if self.closed:
             raise unavailable("the server is about to end; it takes no more requests", retry_after=5)
+        self._check_room(class_, requests, tokens)
+
+    def _check_room(self, class_: str, requests: int, tokens: int) -> None:
         limit = self._classes[class_]
         urgent = [name for name, one in self._classes.items() if one.priority <= limit.priority]
         waiting = sum(self.waiting[name] for name in urgent)
@@ -89,6 +98,28 @@ class Admission:
         """Places for requests with so many prompt tokens each: for all of them, or ApiError."""
         self.check(class_, len(prompts), sum(prompts))
         self.open += len(prompts)
-        self.waiting[class_] += len(prompts)
-        self.waiting_tokens[class_] += sum(prompts)
-        return [Ticket(self, class_, tokens) for tokens in prompts]
+        tickets = [Ticket(self, class_, tokens) for tokens in prompts]
+        for ticket in tickets:
+            self.count(ticket, 1)
+        return tickets
+
+    def check_move(self, tickets: Sequence[Ticket], class_: str) -> None:
+        """Raise ApiError where a class that is more urgent than theirs has no room for those that wait."""
+        most = self._classes[class_].priority
+        new = [one for one in tickets if one.waits and self._classes[one.class_].priority > most]
+        if new:
+            self._check_room(class_, len(new), sum(one.tokens for one in new))
+
+    def move(self, tickets: Sequence[Ticket], class_: str) -> None:
+        """Give requests another class."""
+        for ticket in tickets:
+            if ticket.waits:
+                self.count(ticket, -1)
+            ticket.class_ = class_
+            if ticket.waits:
+                self.count(ticket, 1)
+
+    def count(self, ticket: Ticket, sign: int) -> None:
+        """One that waits comes (1) or leaves (-1)."""
+        self.waiting[ticket.class_] += sign
+        self.waiting_tokens[ticket.class_] += sign * ticket.tokens

@@ -16,13 +16,14 @@ from qllm.executor import Engine
 from qllm.server.answers.answer import Answer, EventStream, respond
 from qllm.server.answers.chat import chat, templated
 from qllm.server.answers.completions import completion
+from qllm.server.answers.priority import change_priority
 from qllm.server.batches.routes import batch_routes
 from qllm.server.batches.service import Batches
 from qllm.server.body import parse, parse_object, read_body, takes
 from qllm.server.errors import ERRORS, ApiError, from_engine
 from qllm.server.monitor import Monitor
 from qllm.server.page import page_routes
-from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from qllm.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, PriorityRequest, TokenizeRequest
 from qllm.server.service import Caller, Service
 from qllm.server.settings import ApiKey, ServerSettings
 from qllm.server.spans import with_spans
@@ -35,6 +36,7 @@ GENERATE: dict[str, tuple[Starts, type[BaseModel]]] = {
     "/v1/completions": (completion, CompletionRequest),
     "/v1/chat/completions": (chat, ChatRequest),
 }
+PRIORITY = "/v1/requests/{id:path}/priority"
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, whole or as events", "content": {"text/event-stream": {}}}
 }
@@ -88,6 +90,7 @@ def make_app(engine: Engine, settings: ServerSettings, *, meter: Meter | None = 
         app.add_api_route(
             path, _generate(service, start), methods=["POST"], openapi_extra=takes(model), responses=EVENTS
         )
+    _priority_route(app, service)
     _model_routes(app, service)
     _token_routes(app, service)
     _state_routes(app, service)
@@ -121,6 +124,13 @@ def _generate(service: Service, start: Starts) -> Callable[[Request], Awaitable[
         return found if isinstance(found, EventStream) else JSONResponse(found)
 
     return endpoint
+
+
+def _priority_route(app: FastAPI, service: Service) -> None:
+    @app.post(PRIORITY, openapi_extra=takes(PriorityRequest))
+    async def priority(id: str, request: Request) -> dict[str, Any]:
+        asked = parse(PriorityRequest, await _body(service, request))
+        return await change_priority(service, id, asked, request.state.caller)
 
 
 def _model_routes(app: FastAPI, service: Service) -> None:

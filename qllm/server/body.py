@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from qllm.server.errors import ApiError, gone, unsupported
-from qllm.server.protocol import NEUTRAL
+from qllm.server.protocol import NEUTRAL, known
 from qllm.traces.messages import dotted
 from qllm.traces.requests.strict_model import explain
 
@@ -59,13 +59,13 @@ def _no_constant(name: str) -> None:
 
 def parse(model: type[M], data: dict[str, Any]) -> M:
     """`data` as that model. Fields that are known, and not served, may ask for nothing."""
-    given = {}
+    given, fields = {}, known(model)
     for name, value in data.items():
-        if name not in model.model_fields and name in NEUTRAL:
+        if name not in fields and name in NEUTRAL:
             if not any(type(value) is type(one) and value == one for one in _numbers(NEUTRAL[name])):
                 raise unsupported(name, f"; allowed: {json.dumps(NEUTRAL[name][-1])}, or leave it out")
             continue
-        if name not in model.model_fields:
+        if name not in fields:
             raise ApiError(400, f"{name!r:.80}: unknown field", param=name[:80], code="unknown_field")
         given[name] = value
     try:

@@ -33,6 +33,11 @@ COUNTERS = {
     "prompt_tokens": "Tokens of the prompts of requests",
     "generation_tokens": "Tokens generated",
 }
+ENDED = {
+    "requests": "Requests of the engine that ended",
+    "prompt_tokens_by_outcome": "Tokens of the prompts of requests that ended",
+    "generation_tokens_by_outcome": "Tokens that requests had generated when they ended",
+}
 GAUGES = {
     "running": "Requests in the pass that runs, or between two decode passes",
     "waiting": "Requests that wait for a prefill, or in host memory",
@@ -46,20 +51,22 @@ KEPT_TTFTS = 8192
 class Watched:
     """Counts one request; see `Watch`."""
 
-    def __init__(self, metrics: Metrics, class_: str):
+    def __init__(self, metrics: Metrics, class_: str, prompt_tokens: int):
         self._metrics = metrics
         self._class = class_
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
         self._last = time.perf_counter()
-        self._first = True
 
     def token(self) -> None:
         now = time.perf_counter()
         metrics, took = self._metrics, now - self._last
-        name = "time_to_first_token_seconds" if self._first else "inter_token_latency_seconds"
+        first = self._tokens == 0
+        name = "time_to_first_token_seconds" if first else "inter_token_latency_seconds"
         metrics.histograms[name].labels(self._class).observe(took)
         metrics.counters["generation_tokens"].labels(self._class).inc()
-        if self._first:
-            self._first = False
+        self._tokens += 1
+        if first:
             metrics.ttfts.append((time.time(), self._class, took))
         self._last = now
 
@@ -80,7 +87,9 @@ class Watched:
         else:
             gone = isinstance(outcome, ApiError) and outcome.status == GONE
             reason = "cancelled" if gone else "error"
-        metrics.requests.labels(class_, reason).inc()
+        counts = {"prompt_tokens_by_outcome": self._prompt_tokens, "generation_tokens_by_outcome": self._tokens}
+        for name, count in {"requests": 1, **counts}.items():
+            metrics.ended[name].labels(class_, reason).inc(count)
 
 
 class Metrics:
@@ -106,8 +115,9 @@ class Metrics:
         self.counters = {
             name: Counter(PREFIX + name, told, ["class"], registry=registry) for name, told in COUNTERS.items()
         }
-        ended = "Requests of the engine that ended"
-        self.requests = Counter(f"{PREFIX}requests", ended, ["class", "outcome"], registry=registry)
+        self.ended = {
+            name: Counter(PREFIX + name, told, ["class", "outcome"], registry=registry) for name, told in ENDED.items()
+        }
         refused = "HTTP requests that were refused, by the code of their error"
         self.rejections = Counter(f"{PREFIX}rejections", refused, ["class", "reason"], registry=registry)
         self._engine = _EngineCollector(classes)
@@ -115,13 +125,14 @@ class Metrics:
         for name in classes:  # a series that begins at its first event has lost that event
             for metric in (*self.histograms.values(), *self.counters.values()):
                 metric.labels(name)
-            for outcome in OUTCOMES:
-                self.requests.labels(name, outcome)
+            for ended in self.ended.values():
+                for outcome in OUTCOMES:
+                    ended.labels(name, outcome)
 
     def began(self, class_: str, prompt_tokens: int) -> Watch:
         """A request was given to the engine; what is returned follows it."""
         self.counters["prompt_tokens"].labels(class_).inc(prompt_tokens)
-        return Watched(self, class_)
+        return Watched(self, class_, prompt_tokens)
 
     def rejected(self, reason: str, class_: str = "") -> None:
         """An HTTP request was refused for that reason, one of few; `class_` is empty where it has none yet."""
@@ -150,12 +161,8 @@ class _EngineCollector(Collector):
         if self._stats is None or self._activity is None:
             return
         yield from _standing(self._classes, self._activity)
+        yield from _held(self._classes, self._activity, self._stats.total_blocks)
         yield from _counted(self._classes, self._activity)
-        stats = self._stats
-        used = 1 - stats.free_blocks / stats.total_blocks
-        yield GaugeMetricFamily(f"{PREFIX}kv_cache_usage_perc", "Share of the KV blocks in use, 1 for all", used)
-        told = "Bytes of activations that suspended passes hold"
-        yield GaugeMetricFamily(f"{PREFIX}suspended_bytes", told, stats.suspended_bytes)
 
 
 def _standing(classes: Sequence[str], activity: Activity) -> Iterator[Metric]:
@@ -164,6 +171,18 @@ def _standing(classes: Sequence[str], activity: Activity) -> Iterator[Metric]:
         for name in classes:
             family.add_metric([name], getattr(activity.classes.get(name, Standing()), field))
         yield family
+
+
+def _held(classes: Sequence[str], activity: Activity, total_blocks: int) -> Iterator[Metric]:
+    told = "Share of the KV blocks that requests hold; the sum over the classes is 1 where all are in use"
+    usage = GaugeMetricFamily(f"{PREFIX}kv_cache_usage_perc", told, labels=["class"])
+    told = "Bytes of activations that suspended passes hold"
+    held = GaugeMetricFamily(f"{PREFIX}suspended_bytes", told, labels=["class"])
+    for name in classes:
+        usage.add_metric([name], activity.classes.get(name, Standing()).blocks / total_blocks)
+        held.add_metric([name], sum(one.held_bytes for one in activity.passes if one.class_ == name))
+    yield usage
+    yield held
 
 
 def _counted(classes: Sequence[str], activity: Activity) -> Iterator[Metric]:

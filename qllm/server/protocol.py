@@ -34,6 +34,7 @@ Tokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 Id = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 Text = Annotated[str, Field(min_length=1)]
+Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
 
 #: Of requests that say nothing, where the checkpoint does not either: OpenAI's.
 DEFAULTS: dict[str, Any] = {
@@ -80,6 +81,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def known(model: type[BaseModel]) -> list[str]:
+    """The keys of a body that is checked by `model`."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
 class Message(BaseModel):
     """A mapping with these keys and no others; a number written as text is refused."""
 
@@ -91,8 +97,8 @@ class Message(BaseModel):
         """The first key that is unknown is told, where pydantic would tell all of them."""
         if isinstance(given, Mapping):
             for key in given:
-                if key not in cls.model_fields:
-                    context = {"key": str(key)[:80], "message": f"allowed: {', '.join(cls.model_fields)}"}
+                if key not in known(cls):
+                    context = {"key": str(key)[:80], "message": f"allowed: {', '.join(known(cls))}"}
                     raise PydanticCustomError("unknown_key", "unknown key", context)
         return given
 
@@ -128,7 +134,7 @@ class Generate(Message):
     response_format: dict[str, Any] | None = None  #: what the text has to be: JSON, or JSON by a schema
     stream: bool | None = None  #: answer by server-sent events
     stream_options: StreamOptions | None = None  #: only where it streams
-    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None  #: lower is more urgent
+    priority: Priority | None = None  #: lower is more urgent
     service_tier: str | None = None  #: a tier of the server's configuration
     return_token_ids: bool | None = None  #: the answer holds token ids too
     max_ttft: Annotated[Number, Field(gt=0, le=1e9)] | None = None  #: seconds to the first token; default: the class's
@@ -194,6 +200,13 @@ class TokenizeRequest(Message):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
+
+
+class PriorityRequest(Message):
+    """The body of /v1/requests/ID/priority: a priority, or a class."""
+
+    priority: Priority | None = None  #: lower is more urgent
+    class_name: Annotated[str | None, Field(alias="class")] = None  #: a class of the server's configuration
 
 
 class DetokenizeRequest(Message):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from qllm.executor import Completion, Engine, SamplingError, Stats
+from qllm.executor import Engine, SamplingError
 from qllm.executor.model.info import stop_ids
 from qllm.executor.model.runner import max_positions
 from qllm.executor.sampling.grammar import Grammar
@@ -18,7 +18,7 @@ from qllm.server.admission import Admission, longest_token
 from qllm.server.errors import ApiError, from_engine, unavailable, unsupported
 from qllm.server.protocol import DEFAULTS, Generate
 from qllm.server.settings import ApiKey, ServerSettings
-from qllm.server.streaming import Choice, Generation, Meter
+from qllm.server.streaming import Choice, Generation, Meter, NoMeter
 from qllm.server.urgency import Urgencies, Urgency, wants
 
 T = TypeVar("T")
@@ -26,27 +26,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LONG_TEXT = 1 << 16  #: characters beyond which a text takes the tokenizer so long that others should not wait for it
-
-
-class NoMeter:
-    """Counts nothing."""
-
-    def began(self, class_: str, prompt_tokens: int) -> NoMeter:
-        """A request was given to the engine."""
-        return self
-
-    def token(self) -> None:
-        """It has one more token."""
-
-    def ended(self, outcome: Completion | Exception | str) -> None:
-        """It ended."""
-
-    def rejected(self, reason: str, class_: str = "") -> None:
-        """An HTTP request was refused."""
-
-    def scrape(self, stats: Stats) -> bytes:
-        """Nothing."""
-        return b""
 
 
 @dataclass(frozen=True)
@@ -97,7 +76,7 @@ class Service:
         self.max_prompt_characters = settings.max_prompt_characters or default
         self._stop_ids = stop_ids(engine.model, engine.tokenizer)
         self._defaults = {**DEFAULTS, **engine.defaults}
-        self._generations: set[Generation] = set()
+        self._generations: dict[Generation, Caller] = {}
         # A fast tokenizer works without Python, and several threads may use it: short texts do not wait for long ones.
         self._texts = ThreadPoolExecutor(1, "qllm-texts")
         fast = getattr(tokenizer, "is_fast", False)
@@ -204,7 +183,9 @@ class Service:
             except SamplingError as error:
                 raise ApiError(400, str(error), param="response_format") from error
 
-    def start(self, asked: Generate, prompts: list[list[int]], urgency: Urgency, max_tokens: int | None) -> Generation:
+    def start(
+        self, asked: Generate, prompts: list[list[int]], urgency: Urgency, max_tokens: int | None, caller: Caller
+    ) -> Generation:
         """Submit the requests of one HTTP request, all or none. `max_tokens`: None for what there is room for.
 
         Raises:
@@ -230,14 +211,20 @@ class Service:
             for ticket in tickets:
                 ticket.left()
             raise from_engine(error) from error
-        generation = Generation(choices, sum(map(len, prompts)))
-        self._generations.add(generation)
+        generation = Generation(choices, sum(map(len, prompts)), urgency)
+        self._generations[generation] = caller
         return generation
+
+    def under_way(self, id: str, key: ApiKey | None) -> list[Generation]:
+        """What that key may know of: the requests with an id, that of the request or that of its answer."""
+        names = {id, id.removeprefix("cmpl-"), id.removeprefix("chatcmpl-")}
+        mine = [pair for pair in self._generations.items() if not self.settings.api_keys or pair[1].key == key]
+        return [generation for generation, caller in mine if caller.request_id in names]
 
     def ended(self, generation: Generation) -> None:
         """The HTTP request of that generation was answered, or its client is gone."""
         generation.close()
-        self._generations.discard(generation)
+        self._generations.pop(generation, None)
 
     def _length(self, prompt: list[int], max_tokens: int | None) -> int:
         most = self.settings.max_prompt_tokens

@@ -14,6 +14,7 @@ from starlette.types import Receive
 from qllm.executor import Completion, Stats, Stream, Token
 from qllm.server.admission import Ticket
 from qllm.server.errors import ApiError, from_engine, gone
+from qllm.server.urgency import Urgency
 
 T = TypeVar("T")
 
@@ -43,6 +44,27 @@ class Meter(Protocol):
         """All that was counted, for Prometheus. It waits for the engine."""
 
 
+class NoMeter:
+    """Counts nothing."""
+
+    def began(self, class_: str, prompt_tokens: int) -> NoMeter:
+        """A request was given to the engine."""
+        return self
+
+    def token(self) -> None:
+        """It has one more token."""
+
+    def ended(self, outcome: Completion | Exception | str) -> None:
+        """It ended."""
+
+    def rejected(self, reason: str, class_: str = "") -> None:
+        """An HTTP request was refused."""
+
+    def scrape(self, stats: Stats) -> bytes:
+        """Nothing."""
+        return b""
+
+
 @dataclass(slots=True)
 class Piece:
     """What one token, or the end, adds to an answer."""
@@ -60,23 +82,23 @@ class Choice:
         self.index = index
         self.tokens = 0  #: so far
         self.error: Exception | None = None  #: why the server ended it, if it did
-        self._stream = stream
-        self._ticket = ticket
+        self.stream = stream
+        self.ticket = ticket
         self._watch = meter.began(ticket.class_, len(stream.prompt))
         self._ended = False
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Its text as it comes; raises what ended it."""
         try:
-            async for token in self._stream:
-                self._ticket.started()
+            async for token in self.stream:
+                self.ticket.started()
                 self._watch.token()
                 self.tokens += 1
                 yield Piece(self.index, token.text or "", [token])
-            reason = self._stream.finish_reason
+            reason = self.stream.finish_reason
             if reason == "cancelled":
                 raise self.error or gone()
-            self._end(self._stream.result())
+            self._end(self.stream.result())
             if reason == "deadline":
                 raise ApiError(504, "the answer took too long", kind="timeout_error", code="deadline")
             yield Piece(self.index, "", finish=reason)
@@ -89,27 +111,28 @@ class Choice:
     def close(self) -> None:
         """Take the request out of the engine, wherever it stands. Idempotent."""
         if not self._ended:
-            self._stream.cancel()
+            self.stream.cancel()
             self._end(gone())
 
     def stop(self, error: ApiError) -> None:
         """End the request with that error, by the server's will."""
         self.error = error
-        self._stream.cancel()
+        self.stream.cancel()
 
     def _end(self, outcome: Completion | Exception | str) -> None:
         if not self._ended:
             self._ended = True
-            self._ticket.left()
+            self.ticket.left()
             self._watch.ended(outcome)
 
 
 class Generation:
     """All answers to one HTTP request."""
 
-    def __init__(self, choices: list[Choice], prompt_tokens: int):
+    def __init__(self, choices: list[Choice], prompt_tokens: int, urgency: Urgency):
         self.choices = choices
         self.prompt_tokens = prompt_tokens
+        self.urgency = urgency  #: in which it is served now
 
     @property
     def tokens(self) -> int:

@@ -48,9 +48,10 @@ class Urgencies:
         tier: str | None,
         suffix: str | None = None,
         header: str | None = None,
+        class_name: str | None = None,
         key: ApiKey | None = None,
     ) -> Urgency:
-        """The urgency of a request that says this. Raises ApiError."""
+        """The urgency of a request that says this; `class_name`: in its body. Raises ApiError."""
         settings = self._settings
         if tier is not None and tier not in settings.tiers:
             raise ApiError(
@@ -59,20 +60,21 @@ class Urgencies:
                 param="service_tier",
                 code="unknown_tier",
             )
-        if header is not None and header not in settings.classes:
-            raise ApiError(
-                400,
-                f"{settings.class_header}: no class is called {header!r:.40}; allowed: {', '.join(settings.classes)}",
-                param=settings.class_header,
-                code="unknown_class",
-            )
         named: dict[str, str] = {}
         if tier is not None and tier != "auto":
             named["service_tier"] = settings.tiers[tier]
         if suffix is not None:
             named["model"] = settings.model_suffixes[suffix]
-        if header is not None:
-            named[settings.class_header] = header
+        for where, name in ((settings.class_header, header), ("class", class_name)):
+            if name is not None:
+                if name not in settings.classes:
+                    raise ApiError(
+                        400,
+                        f"{where}: no class is called {name!r:.40}; allowed: {', '.join(settings.classes)}",
+                        param=where,
+                        code="unknown_class",
+                    )
+                named[where] = name
         if priority is not None:
             named["priority"] = self._class_of(priority)
         if len(set(named.values())) > 1:

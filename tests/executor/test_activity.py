@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from qllm.executor.engine.engine import Engine
+from qllm.executor.engine.execution import execution_of
 from qllm.executor.engine.recorder import ActivityRecorder, Standing
 from qllm.executor.sampling.params import SamplingParams
 from qllm.scheduler import Request
@@ -70,12 +71,31 @@ def test_requests_and_passes_stand_where_the_engine_says(model):
     serve(model, [(long, 4, 1, 0.0), (short, 2, 0, 0.0011), (more, 1, 1, 0.0011)], hook=hook)
     assert seen
     for activity in seen:
-        assert activity.classes == {"ls": Standing(running=1), "be": Standing(waiting=1, suspended=1)}
+        standing = {name: one._replace(blocks=0) for name, one in activity.classes.items()}
+        assert standing == {"ls": Standing(running=1), "be": Standing(waiting=1, suspended=1)}
         running, suspended = activity.passes
         assert (running.class_, running.suspended) == ("ls", False)
         assert (suspended.class_, suspended.suspended) == ("be", True)
         last = [one for one in activity.slices if one.pass_id == suspended.pass_id][-1]
         assert (suspended.layer, suspended.stage, suspended.since) == (last.layer, last.stage, last.end)
+
+
+@pytest.mark.parametrize("policy", ["qllm", "hybrid", "slack"])
+def test_kv_and_activations_by_class_add_up_to_those_of_the_engine(model, policy):
+    seen = []
+
+    def hook(recorder, loop, p):
+        activity, kv = recorder.activity(loop.clock.now(), 0.0), loop.scheduler.kv
+        blocks = {name: one.blocks for name, one in activity.classes.items()}
+        held = sum(execution_of(one).running.held_bytes() for one in loop.scheduler.suspended_passes)
+        seen.append((blocks, held))
+        assert sum(blocks.values()) == kv.total - kv.free
+        assert sum(one.held_bytes for one in activity.passes) == held
+
+    asked = [(prompt, 9, i % 2, 0.0011 * i) for i, prompt in enumerate(prompts(8, 3, 10, 40))]
+    serve(model, asked, policy=policy, hook=hook)
+    assert any(len(blocks) == 2 and all(blocks.values()) for blocks, _ in seen)
+    assert any(held for _, held in seen)
 
 
 def test_a_prefill_is_its_own_class_whoever_decodes_beside_it(model):

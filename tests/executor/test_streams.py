@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -147,6 +148,24 @@ def test_who_does_not_read_holds_nobody_up(engine):
     assert asyncio.run(slow()) == NEW
     assert len(unread.result().tokens) == LONG
     nothing_is_left(engine)
+
+
+@pytest.mark.parametrize(("logprobs", "most"), [(None, 256), (20, 256 + 21 * 128)])
+def test_what_nobody_reads_takes_what_the_mailbox_says_and_holds_no_block(engine, logprobs, most):
+    made = {"max_new_tokens": LONG, "stop": (), "logprobs": logprobs}
+    tracemalloc.start()
+    try:
+        unread = engine.submit([5, 6, 7], **made)
+        nothing_is_left(engine)  # so it has ended
+        assert unread._mailbox._items.qsize() == LONG + 1
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+        del unread
+        gc.collect()
+        held -= tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert LONG * 100 < held < LONG * most + 10_000  # the stream itself
 
 
 def test_a_result_that_does_not_come_in_time_may_be_waited_for_again(engine):

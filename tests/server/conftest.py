@@ -18,5 +18,5 @@ else:
         tokenizer = demo_tokenizer()
         model = tiny_model("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096)
         limits = Limits(max_seqs=8, max_batched_tokens=256, kv_blocks=2048)
-        with Engine(model, tokenizer, policy="hybrid", limits=limits, seed=1) as one:
+        with Engine(model, tokenizer, policy="slack", limits=limits, seed=1) as one:
             yield one

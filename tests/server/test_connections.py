@@ -68,7 +68,7 @@ def test_a_client_that_takes_nothing_is_given_up(engine: Engine, stream) -> None
             wait_for(lambda: requests(engine) == 1)
             wait_for(lambda: not one.server_state.connections)  # the client still holds its end
             wait_for(lambda: is_empty(engine))
-        ended = one.config.app.state.service.meter.requests
+        ended = one.config.app.state.service.meter.ended["requests"]
         assert ended.labels("ls", "cancelled" if stream else "length")._value.get() == 1
         assert complete(one.config.app).status_code == 200
 

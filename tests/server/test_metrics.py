@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qllm.executor import Completion, RequestTimes, Stats
-from qllm.executor.engine.recorder import Activity, Standing
+from qllm.executor.engine.recorder import Activity, PassPlace, Standing
 from qllm.server.errors import ApiError
 from qllm.server.metrics import BUCKETS, OUTCOMES, Metrics
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 STATS = Stats(3, 1, 9, 1, 64, 4096, 25, 100, 0)
 ACTIVITY = Activity(
     now=5.0,
-    classes={"ls": Standing(running=2), "be": Standing(waiting=1, suspended=3)},
-    passes=[],
+    classes={"ls": Standing(running=2, blocks=64), "be": Standing(waiting=1, suspended=3, blocks=11)},
+    passes=[PassPlace(7, "be", 1, 0, 64, 2, "experts", True, 1.0, 4096)],
     slices=[],
     preemptions={("be", "experts"): 4, ("be", "layer"): 1},
     blocking_s={"ls": 0.25},
@@ -82,8 +82,14 @@ def test_a_request_is_counted_token_by_token_and_at_its_end(metrics):
     ],
 )
 def test_each_end_has_its_outcome(metrics, ended, outcome):
-    metrics.began("ls", 1).ended(ended)
+    watch = metrics.began("ls", 7)
+    for _ in range(3):
+        watch.token()
+    watch.ended(ended)
     found = read(metrics)
+    for name, count in (("prompt_tokens", 7), ("generation_tokens", 3)):
+        by_outcome = {one: found[f"{name}_by_outcome_total", "ls", one] for one in OUTCOMES}
+        assert by_outcome == dict.fromkeys(OUTCOMES, 0) | {outcome: count}
     assert [name for name in OUTCOMES if found["requests_total", "ls", name]] == [outcome]
     assert found["e2e_request_latency_seconds_sum", "ls"] >= 0  # no nan among them
 
@@ -98,8 +104,16 @@ def test_what_the_engine_knows_is_told_by_class_and_point(metrics):
     assert found["preemptions_total", "be", "experts"] == 4
     assert found["preemptions_total", "ls", "experts"] == 0
     assert found["blocking_seconds_total", "ls"] == 0.25
-    assert found["kv_cache_usage_perc",] == 0.75
+    assert found["kv_cache_usage_perc", "ls"] == 0.64
+    assert found["kv_cache_usage_perc", "be"] == 0.11
+    assert (found["suspended_bytes", "ls"], found["suspended_bytes", "be"]) == (0, 4096)
     assert found["rejections_total", "be", "queue_full"] == 1
+
+
+def test_each_metric_has_the_class_as_a_label(metrics):
+    metrics.rejected("queue_full", "be")
+    families = text_string_to_metric_families(metrics.scrape(STATS).decode())
+    assert [sample.name for family in families for sample in family.samples if "class" not in sample.labels] == []
 
 
 def test_buckets_rise_and_tell_milliseconds_apart():

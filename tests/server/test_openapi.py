@@ -28,6 +28,7 @@ def test_bodies_that_routes_read_themselves_are_told(document) -> None:
     for path, kind, field in (
         ("/v1/completions", JSON, "prompt"),
         ("/v1/chat/completions", JSON, "messages"),
+        ("/v1/requests/{id}/priority", JSON, "class"),
         ("/tokenize", JSON, "prompt"),
         ("/detokenize", JSON, "tokens"),
         ("/v1/batches", JSON, "input_file_id"),

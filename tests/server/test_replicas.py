@@ -88,7 +88,7 @@ def engines(one_thread):
 
     def engine() -> Engine:
         model = tiny_model("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=4096)
-        return Engine(model, tokenizer, policy="hybrid", limits=limits, seed=1)
+        return Engine(model, tokenizer, policy="slack", limits=limits, seed=1)
 
     with engine() as one:
         with pytest.warns(RuntimeWarning, match="another engine of this process"):
@@ -240,6 +240,30 @@ def test_of_a_request_that_will_be_refused_the_class_is_the_default(body) -> Non
     from qllm.server.service import Caller
 
     assert Router(ServerSettings(), []).priority(body, Caller("id")) == 0
+
+
+def test_the_priority_of_a_request_is_changed_where_it_is(engines) -> None:
+    async def change(app: FastAPI, id: str, **body) -> httpx.Response:
+        return await ask(app, f"/v1/requests/{id}/priority", body)
+
+    async def run() -> None:
+        async with serving(engines) as (app, _):
+            both = [Connection(app, "/v1/completions", LONG) for _ in range(2)]
+            for one in both:
+                await one.until(1)
+            ids = [json.loads(one.chunks[0][6:])["id"] for one in both]
+            for id in ids:
+                assert (await change(app, id, priority=5)).json()["class"] == "be"
+            refusal(await change(app, "nobody", priority=5), 404, "id")
+            refusal(await change(app, ids[1], **{"class": "gold"}), 400, "class")
+            held = [one.call(lambda loop: [s.request.priority for s in loop.sequences.values()]) for one in engines]
+            assert held == [[5], [5]]
+            for one in both:
+                await one.leave()
+        async with over([]) as (app, _):
+            assert "no replica" in refusal(await change(app, "nobody", priority=5), 503)
+
+    asyncio.run(run())
 
 
 def test_metrics_name_their_replica(engines) -> None:

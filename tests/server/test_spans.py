@@ -9,8 +9,8 @@ import pytest
 
 from qllm.config.yaml_lines import ConfigError
 from qllm.server.errors import ApiError
-from qllm.server.service import NoMeter
 from qllm.server.spans import Spans, with_spans
+from qllm.server.streaming import NoMeter
 from tests.server.test_metrics import completion
 
 export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")

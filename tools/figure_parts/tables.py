@@ -23,7 +23,7 @@ from figure_parts.tables_fidelity import (
 )
 from figure_parts.tables_gpu import gpu, latents
 from figure_parts.tables_models import nf4, recurrent
-from figure_parts.tables_server import server_batch, server_load
+from figure_parts.tables_server import server_batch, server_checks, server_load
 from figure_parts.tables_slack import slack, slack_engine, slack_overload, slack_paper
 
 RATE = 0.4  #: requests/s of the table about long prompts
@@ -268,6 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
         mixed_load,
         server_load,
         server_batch,
+        server_checks,
         merging,
         theory,
         devices,

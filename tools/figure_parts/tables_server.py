@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pandas as pd
 
 from figure_parts.markdown import markdown
@@ -32,6 +34,55 @@ def server_batch() -> str:
     rows = [_window(r) for _, r in tables["windows"].iterrows() if r["window"].endswith("all")]
     columns = ("", "requests", "TTFT p50 / p90 / p99 (ms)", "TPOT p50 / p99 (ms)", "lines answered per s")
     return markdown(columns, rows, caption("batch"))
+
+
+def server_checks() -> str:
+    """What the server was sent to break it, and what came of it."""
+    rows = [*_soak(), *_fuzz(), *_drain(), *_kill(), *_clients()]
+    files = ("server_soak", "server_fuzz", "server_drain", "server_kill", "server_clients")
+    return markdown(("check", "sent", "what came of it"), rows, " ".join(caption(name) for name in files))
+
+
+def _soak() -> Iterator[tuple[str, ...]]:
+    found = load("server_soak")
+    for sent, mine in found["outcomes"].groupby("sent", sort=False):
+        yield "soak", f"{mine['count'].sum():,} x {sent}", _counts(mine, "outcome")
+    facts = found["facts"].iloc[0]
+    held = ", ".join(f"{name} {facts[name]:g}" for name in ("num_requests_running", "kv_cache_usage_perc"))
+    memory = f"{facts['warm_mb']:.0f} MB, then {facts['end_mb']:.0f}"
+    yield "soak", "memory, first half and then; held at the end", f"{memory}; {held}"
+
+
+def _fuzz() -> Iterator[tuple[str, ...]]:
+    found = load("server_fuzz")
+    answers = found["answers"]
+    sent = f"{answers['count'].sum():,} requests by the OpenAPI document"
+    yield "fuzz (schemathesis)", sent, _counts(answers, "status")
+
+
+def _drain() -> Iterator[tuple[str, ...]]:
+    for scenario, mine in load("server_drain")["outcomes"].groupby("scenario", sort=False):
+        later = mine["sent"] == "after SIGTERM"
+        for what, some in (("requests at the signal", mine[~later]), ("requests after it", mine[later])):
+            yield f"SIGTERM, {scenario}", f"{some['count'].sum():,} {what}", _counts(some, "outcome")
+
+
+def _kill() -> Iterator[tuple[str, ...]]:
+    r = load("server_kill")["killed"].iloc[0]
+    told = f"{r['answers']:,.0f} answers, {r['lost']:.0f} lost, {r['more than once']:.0f} more than once"
+    yield "kill -9", f"{r['lines']:,.0f} lines; killed after {r['answered before the kill']:,.0f}", told
+
+
+def _clients() -> Iterator[tuple[str, ...]]:
+    for _, r in load("server_clients")["runs"].iterrows():
+        sent = f"{r['client']} {r['version']}, {r['asked']}"
+        yield "clients of others", sent, f"{r['answered']:.0f} answered, {r['failed']:.0f} failed"
+
+
+def _counts(rows: pd.DataFrame, column: str) -> str:
+    """How many of each, the most first."""
+    counts = rows.groupby(column)["count"].sum().sort_values(ascending=False)
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def _window(r: pd.Series) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from qllm.server.errors import ApiError
 from qllm.server.protocol import Generate
 from qllm.server.service import Service
 from qllm.server.streaming import DONE, Generation, Piece, event, told_while_connected, while_connected
-from qllm.server.urgency import Urgency
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +27,6 @@ class Answer:
         service: the engine's.
         asked: what the client asked.
         generation: what comes of it.
-        urgency: the class in which it is served.
         request_id: its id.
     """
 
@@ -36,14 +34,14 @@ class Answer:
     whole_object = ""  #: OpenAI's `object`
     part_object = ""  #: the same, of a chunk of a stream
 
-    def __init__(self, service: Service, asked: Generate, generation: Generation, urgency: Urgency, request_id: str):
+    def __init__(self, service: Service, asked: Generate, generation: Generation, request_id: str):
         self._service = service
         self.asked = asked
         self.generation = generation
         self.texts = TokenTexts(service.engine.tokenizer)
-        self._tier = urgency.tier
         self._id = f"{self.prefix}-{request_id}"
         self._created = int(time.time())
+        urgency = generation.urgency
         log.info(
             "%s accepted: class %s, priority %d, %d prompt tokens, %d answers, user %r",
             *(request_id, urgency.class_, urgency.priority, generation.prompt_tokens, len(generation.choices)),
@@ -103,7 +101,7 @@ class Answer:
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         body = {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}
-        return body | {"choices": choices, "service_tier": self._tier}
+        return body | {"choices": choices, "service_tier": self.generation.urgency.tier}
 
     def _usage(self) -> dict[str, int]:
         prompt, generated = self.generation.prompt_tokens, self.generation.tokens

@@ -55,8 +55,8 @@ async def chat(service: Service, data: dict[str, Any], caller: Caller) -> ChatAn
     kwargs = {**(asked.chat_template_kwargs or {}), "add_generation_prompt": opens, "continue_final_message": goes_on}
     prompt = await templated(service, asked.messages, kwargs)
     await service.compile(asked)
-    generation = service.start(asked, [prompt], urgency, asked.max_completion_tokens or asked.max_tokens)
-    return ChatAnswer(service, asked, generation, urgency, caller.request_id)
+    generation = service.start(asked, [prompt], urgency, asked.max_completion_tokens or asked.max_tokens, caller)
+    return ChatAnswer(service, asked, generation, caller.request_id)
 
 
 async def templated(service: Service, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> list[int]:

@@ -52,8 +52,8 @@ async def completion(service: Service, data: dict[str, Any], caller: Caller) -> 
             lambda: [p if isinstance(p, list) else encode(p) for p in prompts], sum(lengths)
         )
     await service.compile(asked)
-    generation = service.start(asked, prompts, urgency, asked.max_tokens or TOKENS)
-    return CompletionAnswer(service, asked, generation, urgency, caller.request_id)
+    generation = service.start(asked, prompts, urgency, asked.max_tokens or TOKENS, caller)
+    return CompletionAnswer(service, asked, generation, caller.request_id)
 
 
 def _is_list(prompt: object) -> bool:

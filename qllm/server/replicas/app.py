@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from qllm._version import __version__
-from qllm.server.app import GENERATE
+from qllm.server.app import GENERATE, PRIORITY
 from qllm.server.batches.routes import batch_routes
 from qllm.server.batches.service import Batches
 from qllm.server.body import read_body
@@ -70,12 +70,17 @@ def make_replicas_app(router: Router) -> FastAPI:
         asked = await _asked(router, request)
         return await _passed_on(request, router.generate(asked, request.state.caller))
 
+    async def priority(request: Request) -> Response:
+        asked = await _asked(router, request)
+        return await _passed_on(request, router.of_one_request(asked))
+
     async def elsewhere(request: Request) -> Response:
         asked = await _asked(router, request)
         return await _passed_on(request, router.ask(_first(router), asked))
 
     for path in GENERATE:
         app.add_api_route(path, generate, methods=["POST"])
+    app.add_api_route(PRIORITY, priority, methods=["POST"])
     app.add_api_route("/{path:path}", elsewhere, methods=METHODS)
     return app
 

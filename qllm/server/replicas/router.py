@@ -14,12 +14,13 @@ from starlette.types import Message
 from qllm.server.errors import ApiError, unavailable
 from qllm.server.replicas.choice import Report, Sent, ranked
 from qllm.server.replicas.relay import Asked
-from qllm.server.service import Caller, NoMeter
+from qllm.server.service import Caller
 from qllm.server.settings import ServerSettings
-from qllm.server.streaming import Meter
+from qllm.server.streaming import Meter, NoMeter
 from qllm.server.urgency import Urgencies
 
 FULL = 429  #: the status of a replica that has no room for a request
+UNKNOWN = 404  #: that of one that does not have it
 REPORT_WITHIN_S = 10.0  #: a replica that says nothing of itself for so long gets no requests until it does
 BYTES_PER_TOKEN = 4  #: about, of the body of a request
 
@@ -175,6 +176,24 @@ class Router:
                         yield message
                     else:
                         return
+
+    async def of_one_request(self, asked: Asked) -> AsyncGenerator[Message, None]:
+        """The answer of the replica that has the request which `asked` is about; of the last one where none has it.
+
+        Raises:
+            ApiError: no replica serves, or one is lost meanwhile.
+        """
+        serving = self.serving()
+        if not serving:
+            raise unavailable("no replica serves now", retry_after=5)
+        for member in serving:
+            async with aclosing(self.ask(member, asked)) as messages:
+                async for message in messages:
+                    if message.get("status") == UNKNOWN and member is not serving[-1]:
+                        break
+                    yield message
+                else:
+                    return
 
     async def ask(self, member: Member, asked: Asked) -> AsyncGenerator[Message, None]:
         """The answer of one replica. Raises ApiError where it is lost."""

@@ -49,7 +49,7 @@ def _may_come_back(s: Scheduler, level: float) -> bool:
 def goes_on(s: Scheduler, p: Pass) -> GoesOn | bool:
     """Whether passes like `p` follow it, by the policy; or a function that tells so of each, from begin and end."""
     if s.steady:
-        return True
+        return not s.should_yield(p, p.launched)  # else who waits stops it at its first preemption point
     if s.times is not None and not s.times.has_model:
         return False
     answer: GoesOn | bool = ask(s.policy, "alike", s, p)

@@ -22,6 +22,23 @@ from tests.worlds import limits, policies, run, step_models, traces
 COLUMNS = ("first_launch", "first_token", "finish", "queueing", "running", "suspended", "preemptions", "evictions")
 
 
+def test_a_decode_pass_that_is_stopped_as_soon_as_it_may_be_is_not_repeated_unasked():
+    """The ninth LS request, a part of whose prompt filled up a pass, waits while as many as fit a pass decode."""
+    n = 12
+    outputs, classes = np.ones(n, int), np.zeros(n, int)
+    prompts = outputs.copy()
+    outputs[[5, 7]], classes[6], prompts[8] = 7, 1, 8
+    trace = RequestTrace(np.zeros(n), prompts, outputs, classes, ("ls", "be"))
+    limits = Limits(max_seqs=2, max_batched_tokens=8, kv_blocks=14, block_size=4)
+    steps = PassCostModel(affine_timings(layers=2, experts=2, top_k=1), max_step=1e-4)
+    fast, slow = (
+        run(trace, make_policy("qllm", fill_tokens=16), limits, steps, timeline=True, step_by_step=each)
+        for each in (False, True)
+    )
+    assert any(one.suspended and one.decodes == 2 for one in slow.slices)
+    assert fast.slices == slow.slices
+
+
 @settings(max_examples=250, deadline=None)
 @given(traces(), policies, limits(), step_models(), st.integers(0, 3))
 def test_fast_device_gives_the_schedule_of_the_step_by_step_device(trace, policy, limits, steps, seed):

@@ -34,11 +34,6 @@ class PrefixCache:
         return key in self.holders or key in self.idle
 
     @property
-    def held_blocks(self) -> int:
-        """Blocks of the units that requests hold, each once."""
-        return len(self.holders) * self.unit_blocks
-
-    @property
     def idle_blocks(self) -> int:
         """Blocks of the units that nobody holds."""
         return len(self.idle) * self.unit_blocks

@@ -30,7 +30,7 @@ from qllm.executor.errors import UnsupportedModelError
 from qllm.executor.latent.hook import METHOD, forms
 from qllm.executor.model.checks import auto_class, check_config, expand_weights, load_code
 from qllm.executor.model.hooks import PASS_THROUGH, drop_senses
-from qllm.executor.model.info import ACCELERATOR_SHARE, RESIDENT, ring_size
+from qllm.executor.model.info import ACCELERATOR_SHARE, ring_size
 from qllm.executor.model.loading import prepare_model
 from qllm.executor.model.runner import declared_windows, window_of
 from qllm.executor.quantised.experts import weights_bytes
@@ -39,6 +39,7 @@ from qllm.executor.recurrent.states import state_bytes
 from qllm.executor.testing import families, tiny_config, tiny_model
 from qllm.executor.unpacked.caches import unpacked_layers
 from qllm.scheduler import Limits
+from qllm.scheduler.memory import RESIDENT
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 MARKED = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- /models -->)", re.DOTALL)

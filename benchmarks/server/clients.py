@@ -123,8 +123,9 @@ def refusals(url: str) -> dict[str, float]:
 def main() -> int:
     """Run the server and the clients that are given."""
     parser = argparse.ArgumentParser(description="Benchmark clients of others against the server.")
-    for name in CLIENTS:
-        parser.add_argument(f"--{name}", type=Path, help="its environment")
+    parser.add_argument("--vllm", type=Path, help="its environment")
+    parser.add_argument("--guidellm", type=Path, help="its environment")
+    parser.add_argument("--aiperf", type=Path, help="its environment")
     parser.add_argument("--requests", type=int, default=20, help="of each run")
     add_out(parser, "server_clients")
     args = parser.parse_args()

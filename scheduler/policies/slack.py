@@ -68,7 +68,7 @@ class Slack(Qllm):
         self.tpot_stretch = at_least(1, "slack", "tpot_stretch", tpot_stretch)
         self.be_share = share("slack", "be_share", be_share)
         self.budget = whole(1, "slack", "budget", budget)
-        if order not in ORDERS:
+        if not isinstance(order, str) or order not in ORDERS:
             raise UnknownPolicy(f"slack: order is {order!r:.80}, must be one of {', '.join(ORDERS)}")
         self.weights = tenant_weights("slack", {} if weights is None else weights)
         self.order_name = order

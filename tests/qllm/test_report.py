@@ -144,7 +144,9 @@ def test_a_browser_opens_it_without_a_console_error_and_sorts(both: Path, tmp_pa
     assert console == []
     assert dom.count('tabindex="0"') > 20  # the script ran to its end
     act = """<script>
-    const table = [...document.querySelectorAll("table.sortable")].at(-1), heads = [...table.tHead.rows[0].cells];
+    const tables = [...document.querySelectorAll("table.sortable")], headsOf = table => [...table.tHead.rows[0].cells];
+    const table = tables.find(one => headsOf(one).some(head => head.textContent === "slo_attainment"));
+    const heads = headsOf(table);
     const column = heads.findIndex(head => head.textContent === "slo_attainment");
     heads[column].click(); heads[column].click();
     const filter = table.parentElement.previousElementSibling;

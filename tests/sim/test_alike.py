@@ -109,3 +109,18 @@ def test_where_passes_are_learnt_by_their_size_each_is_told():
     s.add(Request(0, 5, 9), 0.0)
     s.finished(s.next(0.0), 0.1)
     assert goes_on(s, s.next(0.1)) is False
+
+
+def test_a_policy_that_does_not_say_has_no_passes_that_are_alike():
+    assert Policy().alike(None, None) is False
+
+
+def test_ls_that_is_suspended_may_go_on_between_decode_passes_of_ls():
+    policy = make_policy("slack")
+    s = Scheduler(policy, Limits(), lambda chunks, n, context: 1e-3)
+    s.add(Request(0, 8, 5), 0.0)
+    s.finished(s.next(0.0), 1.0)
+    p = s.next(1.0)
+    assert policy.alike(s, p)
+    s.suspended_passes.append(p)
+    assert policy.alike(s, p) is False

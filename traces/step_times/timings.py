@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,12 @@ class Timings(TimingHeader):
         if name in bundled_timings():
             path = _FOLDER / f"{name}.csv"
         elif not Path(path).is_file():
-            names = ", ".join(bundled_timings())
-            raise TimingError(f"{name}: no such file, and no bundled timing trace; bundled: {names}")
+            names = bundled_timings()
+            close = ", ".join(get_close_matches(name, names) or names[:3])
+            raise TimingError(
+                f"{name:.200}: no such file, and no bundled timing trace; bundled: {close}, {len(names)} in all "
+                "(qllm timings list)"
+            )
         header, points = read(Path(path))
         timings = cls(points=tuple(points), **header)
         for line in timings.implausible():

@@ -18,7 +18,11 @@ from qllm.scheduler.request import Request, RequestTooLarge, SchedulerError, Sta
 from qllm.scheduler.waiting import WaitingQueues
 
 UNBOUNDED = 2**62  # KV blocks where nobody says how many there are
-RESIDENT = 2  #: times `max_seqs`: `max_resident` where sequences keep more than blocks; urgent ones come on top
+
+
+def residents(max_seqs: int, max_resident: int | None) -> int:
+    """How many requests hold memory at a time where each keeps more than blocks; unless said, urgent ones on top."""
+    return 2 * max_seqs if max_resident is None else max_resident
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,7 @@ class Memory:
         return not self._is_full() or bool(self._evictable(level))
 
     def _is_full(self) -> bool:
-        most = self.limits.max_resident
-        return most is not None and self.resident >= most
+        return self.resident >= (self.limits.max_resident or UNBOUNDED)
 
     def can_prefill(self, level: float) -> bool:
         """Whether the first request that waits at `level` could be launched now."""
@@ -190,9 +193,7 @@ class Memory:
         for v in victims:
             self._evict(v)
         r.blocks = self.kv.blocks(r.prompt_tokens + r.generated)
-        need = r.blocks - self.prefixes.held(r)
-        self.prefixes.hold(r)
-        self.kv.take(need)
+        self.kv.take(r.blocks - self.prefixes.hold(r))
         self._hold(r)
         if r.admitted < 0:
             r.admitted, r.cached = self._admissions, r.computed
@@ -207,7 +208,7 @@ class Memory:
     def share(self, r: Request) -> None:
         """What `r` has computed may serve others that begin alike."""
         if r.prefix:
-            self.kv.give(self.prefixes.share(r))
+            self.kv.give(self.prefixes.hold(r))
 
     def evict_last(self) -> None:
         """The least urgent, last admitted of those that decode or hold a part of their prefill gives its KV up."""

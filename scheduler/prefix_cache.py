@@ -49,27 +49,21 @@ class PrefixCache:
         keys = r.prefix[: r.computed // self.unit_tokens]
         return self.unit_blocks * sum(key in self.holders for key in keys)
 
-    def hold(self, r: Request) -> None:
-        """`r` uses the units that were found for it."""
-        r.shared = r.computed // self.unit_tokens
-        for key in r.prefix[: r.shared]:
-            self.idle.pop(key, None)
-            self.holders[key] = self.holders.get(key, 0) + 1
+    def hold(self, r: Request) -> int:
+        """`r` uses the units that were found for it, and others may use those that it has computed.
 
-    def share(self, r: Request) -> int:
-        """Others may use the units that `r` has computed; returns the blocks that it held beside equal ones of others.
-
-        It uses those of others instead.
+        Returns:
+            Blocks of the units that others hold already: `r` needs none for them, and gives back copies of its own.
         """
-        twice = 0
+        held = 0
         units = min(len(r.prefix), r.computed // self.unit_tokens)
         for key in r.prefix[r.shared : units]:
             holders = self.holders.get(key, 0)
-            twice += holders > 0
+            held += holders > 0
             self.holders[key] = holders + 1
             self.idle.pop(key, None)  # idle ones count as free, and so does one of the two copies then
         r.shared = max(r.shared, units)
-        return twice * self.unit_blocks
+        return held * self.unit_blocks
 
     def let_go(self, r: Request) -> int:
         """`r` uses no unit any more; returns the blocks of those that nobody uses now."""

@@ -12,8 +12,8 @@ from qllm.traces.results import LoadPoint, LoadRecord
 class WatchedScheduler(Scheduler):
     """A scheduler that leaves a `LoadPoint` with every decision, and with every request that comes.
 
-    It is asked before each pass, so that none of those that a simulation may run unasked (repeats.py) is
-    missing; what it decides is the same.
+    It is asked before each pass, so that none of those that a simulation may run unasked (repeats.py) is missing; it
+    decides the same.
 
     Args:
         load: Where the points go. Ids of requests are their places in its `cls`.

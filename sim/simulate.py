@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from math import inf
-from typing import Any
 
 import numpy as np
 import simpy
@@ -152,6 +151,10 @@ class _Workload:
         self, trace: RequestTrace, levels: list[int], sessions: Sessions | None, env: simpy.Environment, until: float
     ):
         self.trace = trace
+        self.prompts, self.outputs, self.cls = (
+            column.tolist() for column in (trace.prompt_tokens, trace.output_tokens, trace.cls)
+        )
+        self.has_wants = trace.has_wants
         self.sessions = sessions
         self.levels = levels
         self.env = env
@@ -200,19 +203,18 @@ class _Workload:
 
     def requests(self) -> Iterator[Request]:
         """The trace's requests that follow no other, made one by one."""
-        t, levels, sessions = self.trace, self.levels, self.sessions
-        rows = zip(
-            self.result.arrival.tolist(),
-            t.prompt_tokens.tolist(),
-            t.output_tokens.tolist(),
-            t.cls.tolist(),
-            strict=True,
-        )
-        plain = self.keys is None and not t.has_wants
-        for i, (arrival, prompt, output, cls) in enumerate(rows):
-            if sessions is None or sessions.follows[i] < 0:
-                more = {} if plain else self.more(i)
-                yield Request(i, prompt, output, levels[cls], arrival, t.classes[cls], **more)
+        follows = None if self.sessions is None else self.sessions.follows
+        for i, arrival in enumerate(self.result.arrival.tolist()):
+            if follows is None or follows[i] < 0:
+                yield self.request(i, arrival)
+
+    def request(self, i: int, arrival: float) -> Request:
+        """Request `i`, with what a policy or the prefix cache may know of it."""
+        t, prompt, output, cls = self.trace, self.prompts[i], self.outputs[i], self.cls[i]
+        more = t.wants(i) if self.has_wants else {}
+        if self.keys is not None:
+            more["prefix"] = self.keys(i)
+        return Request(i, prompt, output, self.levels[cls], arrival, t.classes[cls], **more)
 
     def keep_prefixes(self, kv_block: int) -> int:
         """Requests say what they begin with from now on; returns the KV blocks of a unit of it."""
@@ -220,13 +222,6 @@ class _Workload:
         unit, self.keys = self.trace.prefixes.keys(kv_block)
         self.result.cached = np.zeros(len(self.trace), dtype=np.int64)
         return unit
-
-    def more(self, i: int) -> dict[str, Any]:
-        """What else a policy or the prefix cache may know of request `i`."""
-        found = self.trace.wants(i)
-        if self.keys is not None:
-            found["prefix"] = self.keys(i)
-        return found
 
     def follow(self, r: Request) -> None:
         """What follows `r`, which is over, comes once its client has thought."""
@@ -237,12 +232,11 @@ class _Workload:
 
     def follow_up(self) -> None:
         """Those whose clients have thought enter: of one instant in the trace's order, whichever GPU was first."""
-        t, now = self.trace, self.env.now
+        now = self.env.now
         while self.coming and self.coming[0][0] <= now:
             _, i = heappop(self.coming)
             self.result.arrival[i] = now
-            cls, prompt, output = int(t.cls[i]), int(t.prompt_tokens[i]), int(t.output_tokens[i])
-            self.enter(Request(i, prompt, output, self.levels[cls], now, t.classes[cls], **self.more(i)))
+            self.enter(self.request(i, now))
 
     def from_queue(self) -> None:
         """Those that wait in front of all GPUs go where there is room."""

@@ -39,7 +39,7 @@ from qllm.executor.recurrent.states import state_bytes
 from qllm.executor.testing import families, tiny_config, tiny_model
 from qllm.executor.unpacked.caches import unpacked_layers
 from qllm.scheduler import Limits
-from qllm.scheduler.memory import RESIDENT
+from qllm.scheduler.memory import residents
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 MARKED = re.compile(r"(<!-- models: (\w+) -->\n).*?(<!-- /models -->)", re.DOTALL)
@@ -187,11 +187,11 @@ def short(number: int, unit: int) -> str:
 
 def fits(memory: Memory) -> str:
     """Whether a model fits a GPU of 80 GB, and KV of how many tokens beside it."""
-    residents = RESIDENT * Limits().max_seqs
-    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - residents * memory.state
+    resident = residents(Limits().max_seqs, None)
+    left = ACCELERATOR_SHARE * (GPU_BYTES - memory.weights) - resident * memory.state
     if left <= 0 or not memory.kv:
         return "no" if left <= 0 else "-"
-    rings = residents * memory.ring * memory.in_ring
+    rings = resident * memory.ring * memory.in_ring
     tokens = int(max(left / (memory.kv + memory.in_ring), (left - rings) / memory.kv)) // 1000
     return f"yes, KV of {tokens:,},000 tokens" if tokens else "no"
 

@@ -20,7 +20,7 @@ from qllm.executor.model.kv_cache import PagedKVCache, Rings
 from qllm.executor.model.runner import has_kernels
 from qllm.executor.recurrent.states import move_state
 from qllm.scheduler import Limits, Pass, Scheduler, State
-from qllm.scheduler.memory import RESIDENT
+from qllm.scheduler.memory import residents
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ def fitted(
     """
     size = ring_size(facts["window"], given.block_size, kernels=has_kernels(model.device))
     blocks = given.kv_blocks
-    residents = RESIDENT * given.max_seqs if given.max_resident is None else given.max_resident
+    resident = residents(given.max_seqs, given.max_resident)
     if blocks is None or kv_memory is not None:
-        blocks = fitting_blocks(model, facts, given.block_size, residents, kv_memory)
-    bound = residents if size or facts["state_bytes"] else given.max_resident
-    rings = Rings(min(blocks, residents * size), size, facts["window"]) if size else None
+        blocks = fitting_blocks(model, facts, given.block_size, resident, kv_memory)
+    bound = resident if size or facts["state_bytes"] else given.max_resident
+    rings = Rings(min(blocks, resident * size), size, facts["window"]) if size else None
     return dataclasses.replace(given, kv_blocks=blocks, max_resident=bound), rings
 
 

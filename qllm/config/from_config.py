@@ -9,7 +9,7 @@ import numpy as np
 from qllm.config.config import Config
 from qllm.config.yaml_lines import ConfigError
 from qllm.scheduler import Limits
-from qllm.scheduler.memory import RESIDENT
+from qllm.scheduler.memory import residents
 from qllm.sim import isolated_ttft
 from qllm.traces.files import file_stamp
 from qllm.traces.step_times.cost_model import PassCostModel
@@ -36,12 +36,12 @@ def _read_popularity(name: str, experts: int, layers: int, _: object) -> np.ndar
 def scheduler_limits(config: Config, timings: Timings) -> Limits:
     """The scheduler's limits; KV blocks, unless given, from GPU memory. ConfigError where the model does not fit."""
     given = config.limits
-    blocks, residents = given.kv_blocks, given.max_resident
-    if residents is None and timings.sequence_bytes:
-        residents = RESIDENT * given.max_seqs
+    blocks, resident = given.kv_blocks, given.max_resident
+    if timings.sequence_bytes:
+        resident = residents(given.max_seqs, given.max_resident)
     if blocks is None:
         room = timings.memory_bytes * given.memory_fraction - timings.weights_bytes - given.activation_bytes
-        room -= (residents or 0) * timings.sequence_bytes
+        room -= (resident or 0) * timings.sequence_bytes
         blocks = int(room // (timings.kv_bytes_per_token * given.block_size))
         if blocks < 1:
             raise ConfigError(
@@ -49,10 +49,10 @@ def scheduler_limits(config: Config, timings: Timings) -> Limits:
                 f"{given.activation_bytes / 1e9:.1f} GB of activations leave no room for KV in "
                 f"{given.memory_fraction:g} of {timings.memory_bytes / 1e9:.1f} GB; allowed: more, or limits.kv_blocks"
             )
-    return limits_with(config, blocks, residents)
+    return limits_with(config, blocks, resident)
 
 
-def limits_with(config: Config, blocks: int, residents: int | None = None) -> Limits:
+def limits_with(config: Config, blocks: int, resident: int | None = None) -> Limits:
     """The configured limits with that many KV blocks, and requests that hold some at a time."""
     given = config.limits
     return Limits(
@@ -63,7 +63,7 @@ def limits_with(config: Config, blocks: int, residents: int | None = None) -> Li
         urgent_blocks=min(int(blocks * given.urgent_share), blocks - 1),
         max_suspended_tokens=given.max_suspended_tokens,
         evict=given.evict,
-        max_resident=residents,
+        max_resident=resident,
     )
 
 

@@ -31,7 +31,7 @@ from qllm.experiment.progress import Update
 from qllm.experiment.results import Results
 from qllm.experiment.run import Run, request_table, runs, sweep_rows
 from qllm.scheduler import Limits, RequestTooLarge, make_policy
-from qllm.scheduler.memory import RESIDENT
+from qllm.scheduler.memory import residents
 from qllm.traces.requests.trace import RequestTrace
 from qllm.traces.results import RunResult
 
@@ -79,7 +79,7 @@ def engine_limits(target: LoadedModel, config: Config) -> Limits:
     given = config.limits
     blocks = given.kv_blocks
     if blocks is None:
-        blocks = target.kv_blocks(given.block_size, given.max_resident or RESIDENT * given.max_seqs)
+        blocks = target.kv_blocks(given.block_size, residents(given.max_seqs, given.max_resident))
     return limits_with(config, blocks, given.max_resident)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 from starlette.types import Message
@@ -166,16 +166,9 @@ class Router:
             ApiError: no replica serves, or the one that had the request is lost.
         """
         priority = self.priority(asked.body, caller)
-        candidates = self.candidates(priority)
-        for member in candidates:
-            with self._sent(member, priority, asked.body):
-                async with aclosing(self.ask(member, asked)) as messages:
-                    async for message in messages:
-                        if message.get("status") == FULL and member is not candidates[-1]:
-                            break
-                        yield message
-                    else:
-                        return
+        async with aclosing(self._in_turn(self.candidates(priority), asked, FULL, priority)) as messages:
+            async for message in messages:
+                yield message
 
     async def of_one_request(self, asked: Asked) -> AsyncGenerator[Message, None]:
         """The answer of the replica that has the request which `asked` is about; of the last one where none has it.
@@ -186,14 +179,27 @@ class Router:
         serving = self.serving()
         if not serving:
             raise unavailable("no replica serves now", retry_after=5)
-        for member in serving:
-            async with aclosing(self.ask(member, asked)) as messages:
-                async for message in messages:
-                    if message.get("status") == UNKNOWN and member is not serving[-1]:
-                        break
-                    yield message
-                else:
-                    return
+        async with aclosing(self._in_turn(serving, asked, UNKNOWN)) as messages:
+            async for message in messages:
+                yield message
+
+    async def _in_turn(
+        self, members: Sequence[Member], asked: Asked, refusal: int, priority: int | None = None
+    ) -> AsyncGenerator[Message, None]:
+        """The answer of the first of them whose status is not `refusal`, else of the last.
+
+        With a `priority` the request counts as one that a replica has while it is asked.
+        """
+        for member in members:
+            sent = nullcontext() if priority is None else self._sent(member, priority, asked.body)
+            with sent:
+                async with aclosing(self.ask(member, asked)) as messages:
+                    async for message in messages:
+                        if message.get("status") == refusal and member is not members[-1]:
+                            break
+                        yield message
+                    else:
+                        return
 
     async def ask(self, member: Member, asked: Asked) -> AsyncGenerator[Message, None]:
         """The answer of one replica. Raises ApiError where it is lost."""

@@ -201,8 +201,8 @@ class Memory:
         return True
 
     def look_up(self, r: Request) -> None:
-        """Find what of `r`, which holds no blocks, is in the prefix cache and need not be computed."""
-        if r.prefix:
+        """Find what of `r` is in the prefix cache and need not be computed, unless it holds blocks already."""
+        if r.prefix and not r.blocks:
             r.computed = self.prefixes.find(r)
 
     def share(self, r: Request) -> None:

@@ -119,8 +119,7 @@ class PassBuilder:
                     break
                 if not r.blocks and (self._memory_short or not (overcommit or memory.has_slot(level))):
                     break
-                if not r.blocks:
-                    memory.look_up(r)
+                memory.look_up(r)
                 n = r.remaining
                 if n > room:
                     if not (chunk or (n > limits.max_batched_tokens and not self)):

@@ -41,9 +41,11 @@ def repeats(s: Scheduler, p: Pass) -> int:
 
 
 def _may_come_back(s: Scheduler, level: float) -> bool:
-    """Whether the first that waits at `level` could be admitted now, when the pass has what it needs."""
+    """Whether the first that waits at `level`, and holds no blocks, could be admitted beside the pass that begins."""
     r = s.waiting.peek(level)
-    return r is not None and (r.evictions > 0 or s.has_slot(level)) and s.memory.room_for(r) is not None
+    if r is None or r.blocks or not (r.evictions > 0 or s.has_slot(level)):
+        return False
+    return s.memory.room_for(r) is not None
 
 
 def goes_on(s: Scheduler, p: Pass) -> GoesOn | bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qllm.scheduler import Limits, Request, Scheduler, make_policy
+from qllm.scheduler import Limits, Request, Scheduler, State, make_policy
+from qllm.scheduler.pass_builder import PassBuilder
 from qllm.scheduler.repeats import repeats
 
 
@@ -157,6 +158,25 @@ def test_passes_are_repeated_while_what_somebody_found_stays():
     assert (s.kv.free, s.memory.prefixes.idle_blocks, repeats(s, p)) == (6, 3, 15)
     s.add(waits, 2.0)
     assert (waits.computed, repeats(s, p)) == (12, 12), "the pass after 12 more takes a fourth block, and drops one"
+
+
+def test_who_holds_a_part_of_its_prompt_keeps_it_while_passes_are_repeated():
+    """Before each stretch of decode passes it is asked who may come; what is between two chunks is left alone."""
+    s = scheduler(kv_blocks=40)
+    serve(s, Request(0, 9, 1, prefix=[1, 2]))
+    s.add(Request(1, 4, 17), 1.0)
+    s.finished(s.next(1.0), 2.0)
+    half = Request(2, 40, 1, prefix=[1, 2])
+    s.add(half, 2.0)
+    assert s.memory.admit(half)
+    s.waiting.discard(half, State.WAITING)
+    half.computed = 19
+    s.waiting.push(half)
+    batch = PassBuilder(s.memory)
+    batch.decode()
+    assert repeats(s, s._launch(batch, 2.0)) > 0
+    s.memory.look_up(half)
+    assert half.computed == 19
 
 
 def test_an_offloaded_request_brings_back_a_copy_of_its_own():
